@@ -1,0 +1,370 @@
+"""The one configuration class, the same in every framework (specification, sections 1, 5 to 8)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shared_specs.constants import BLOCK_M, BLOCK_N, MASK_LEVELS
+
+MASK_MODES = ("topk", "thresholdbound")
+ATTN_IMPLS = ("new_mask_type", "old_mask_type")
+REARRANGE_METHODS = (None, "Gilbert", "STA", "SemanticAware", "Hybrid")
+IMPORTANCE_ESTIMATORS = ("pooled", "sampled", "antidiagonal")
+IMPORTANCE_POOLS = (2, 4, 8)
+TEXT_POSITIONS = ("start", "end")
+
+
+class MaskRatios(Mapping[int, tuple[float, float]]):
+    """Immutable, hashable mapping from a level to its (start, end) share of a row."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, ratios: Mapping[int, tuple[float, float]]):
+        self._items = tuple((level, ratios[level]) for level in MASK_LEVELS if level in ratios)
+
+    def __getitem__(self, level: int) -> tuple[float, float]:
+        for key, value in self._items:
+            if key == level:
+                return value
+        raise KeyError(level)
+
+    def __iter__(self) -> Iterator[int]:
+        return (key for key, _ in self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(self._items)
+
+    def __repr__(self) -> str:
+        return repr(dict(self._items))
+
+
+DEFAULT_MASK_RATIOS = MaskRatios(
+    {1: (0.0, 0.1), 2: (0.1, 0.15), 4: (0.15, 0.15), 8: (0.15, 0.35), 0: (0.35, 1.0)}
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PSAConfig:
+    """How pyramid sparse attention chooses and computes its blocks.
+
+    Attributes:
+        block_m: queries per block, 64 or 128 (128 with `old_mask_type`).
+        block_n: keys per block, 32, 64 or 128 (128 with `old_mask_type`).
+        tile_n: tokens of one tile, the unit that merged pooled blocks fill; a divisor of
+            `block_n`, at least 8.
+        mask_ratios: level -> (start, end), the share of a row's ranked blocks (`topk`) or of
+            its score (`thresholdbound`) that gets the level. Starts at 0, contiguous,
+            non-decreasing, at most 1. What is left over is skipped.
+        mask_mode: 'topk' or 'thresholdbound'.
+        attn_impl: serial form of a mask: 'new_mask_type' (segments) or 'old_mask_type' (dense).
+        use_sim_mask: cap levels where neighbouring keys differ (section 7); old_mask_type only.
+        sim_2x_threshold, sim_4x_threshold, sim_8x_threshold: cosine above which a key block may
+            be pooled by 2, 4, 8.
+        rearrange_method: token order (section 8): None, 'Gilbert', 'STA', 'SemanticAware' or
+            'Hybrid'.
+        causal: each query sees keys up to its own position; the last query sees the last key.
+        scale: factor on q.k; None means head_dim ** -0.5.
+        min_full_ratio: least share of a row's blocks at level 1 in 'thresholdbound'.
+        importance: score estimator: 'pooled', 'sampled' or 'antidiagonal' (section 5).
+        importance_pool: tokens per group of the pooled estimator, 2, 4 or 8.
+        sample_m, sample_n: sampled queries and keys per block; None means a quarter of the block.
+        sample_seed: seed of the sampling plan (keys use `sample_seed + 1`).
+        antidiagonal_stride: tile side of the antidiagonal estimator, in tokens.
+        sink_blocks: leading key blocks that always get level 1.
+        text_length: text tokens in the sequence, kept at level 1.
+        text_position: end of the sequence that holds the text, 'start' or 'end'.
+        grid: video tokens as (depth, height, width); needed by a token order.
+        tile_size: tile of the 'STA' order as (depth, height, width).
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field, or a combination of fields, is outside what is accepted.
+    """
+
+    block_m: int = 128
+    block_n: int = 64
+    tile_n: int = 32
+    mask_ratios: Mapping[int, tuple[float, float]] = DEFAULT_MASK_RATIOS
+    mask_mode: str = "topk"
+    attn_impl: str = "new_mask_type"
+    use_sim_mask: bool = False
+    sim_2x_threshold: float = 0.0
+    sim_4x_threshold: float = 0.0
+    sim_8x_threshold: float = -1.0
+    rearrange_method: str | None = None
+    causal: bool = False
+    scale: float | None = None
+    min_full_ratio: float = 0.06
+    importance: str = "pooled"
+    importance_pool: int = 4
+    sample_m: int | None = None
+    sample_n: int | None = None
+    sample_seed: int = 0
+    antidiagonal_stride: int = 8
+    sink_blocks: int = 0
+    text_length: int = 0
+    text_position: str = "end"
+    grid: tuple[int, int, int] | None = None
+    tile_size: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "tile_n", "importance_pool", "antidiagonal_stride"):
+            self._set(name, _integer(name, getattr(self, name), 1))
+        for name in ("sample_seed", "sink_blocks", "text_length"):
+            self._set(name, _integer(name, getattr(self, name), 0))
+        for name in ("sample_m", "sample_n"):
+            if getattr(self, name) is not None:
+                self._set(name, _integer(name, getattr(self, name), 1))
+        for name in ("sim_2x_threshold", "sim_4x_threshold", "sim_8x_threshold"):
+            self._set(name, _number(name, getattr(self, name)))
+        self._set("min_full_ratio", _number("min_full_ratio", self.min_full_ratio))
+        if self.scale is not None:
+            self._set("scale", _number("scale", self.scale))
+        for name in ("use_sim_mask", "causal"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("grid", "tile_size"):
+            self._set(name, _triple(name, getattr(self, name)))
+        _choice("mask_mode", self.mask_mode, MASK_MODES)
+        _choice("attn_impl", self.attn_impl, ATTN_IMPLS)
+        _choice("rearrange_method", self.rearrange_method, REARRANGE_METHODS)
+        _choice("importance", self.importance, IMPORTANCE_ESTIMATORS)
+        _choice("importance_pool", self.importance_pool, IMPORTANCE_POOLS)
+        _choice("text_position", self.text_position, TEXT_POSITIONS)
+        _choice("block_m", self.block_m, BLOCK_M)
+        _choice("block_n", self.block_n, BLOCK_N)
+        self._set("mask_ratios", _mask_ratios(self.mask_ratios))
+        self._check_together()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_together(self) -> None:
+        old = self.attn_impl == "old_mask_type"
+        # The similarity mask first: its message names both ways out.
+        if self.use_sim_mask and not old:
+            raise ValueError(
+                "use_sim_mask=True needs attn_impl='old_mask_type', got attn_impl="
+                f"{self.attn_impl!r}: either set use_sim_mask=False, or use "
+                "attn_impl='old_mask_type' with block_m=128, block_n=128, tile_n=32"
+            )
+        if old and (self.block_m, self.block_n) != (128, 128):
+            raise ValueError(
+                "attn_impl='old_mask_type' needs block_m=128 and block_n=128, got "
+                f"block_m={self.block_m}, block_n={self.block_n}; other blocks need "
+                "attn_impl='new_mask_type'"
+            )
+        if self.tile_n < 8 or self.block_n % self.tile_n:
+            raise ValueError(
+                f"tile_n must be a divisor of block_n={self.block_n} and at least 8, "
+                f"got {self.tile_n}"
+            )
+        if not 0.0 <= self.min_full_ratio <= 1.0:
+            raise ValueError(f"min_full_ratio must be in [0, 1], got {self.min_full_ratio}")
+        for name, block in (("sample_m", self.block_m), ("sample_n", self.block_n)):
+            count = getattr(self, name)
+            if count is not None and count > block:
+                raise ValueError(f"{name} must be None or in 1..{block}, got {count}")
+        stride = self.antidiagonal_stride
+        if self.block_m % stride or self.block_n % stride:
+            raise ValueError(
+                f"antidiagonal_stride must divide block_m={self.block_m} and "
+                f"block_n={self.block_n}, got {stride}"
+            )
+        if self.causal and self.rearrange_method is not None:
+            raise ValueError(
+                f"causal=True with rearrange_method={self.rearrange_method!r} is contradictory: "
+                "a token order moves tokens, so 'up to its own position' loses its meaning; "
+                "set causal=False or rearrange_method=None"
+            )
+
+    @property
+    def ratio_ends(self) -> tuple[tuple[int, float], ...]:
+        """(level, end) in the order in which selection takes them (section 6)."""
+        return _taken_order(self.mask_ratios)
+
+    @property
+    def resolved_sample_m(self) -> int:
+        """Sampled queries per block, with the default filled in."""
+        return self.block_m // 4 if self.sample_m is None else self.sample_m
+
+    @property
+    def resolved_sample_n(self) -> int:
+        """Sampled keys per block, with the default filled in."""
+        return self.block_n // 4 if self.sample_n is None else self.sample_n
+
+    def merge(self, level: int) -> int:
+        """Blocks of `level` that fill one tile (section 6)."""
+        return max(1, math.ceil(level / (self.block_n // self.tile_n)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: mask_ratios with string keys and lists, as JSON and TOML hold them."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data["mask_ratios"] = {str(k): list(v) for k, v in self.mask_ratios.items()}
+        for name in ("grid", "tile_size"):
+            data[name] = None if data[name] is None else list(data[name])
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PSAConfig:
+        """The inverse of `to_dict`; missing fields keep their defaults.
+
+        Raises:
+            TypeError: `data` is not a mapping.
+            ValueError: a key is not a field, or a value is not accepted.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"configuration must be a mapping, got {type(data).__name__}")
+        fields = [field.name for field in dataclasses.fields(cls)]
+        unknown = [key for key in data if key not in fields]
+        if unknown:
+            raise ValueError(
+                f"unknown configuration keys {unknown}; accepted: {', '.join(fields)}"
+            )
+        return cls(**data)
+
+    def to_json(self) -> str:
+        """One JSON object with every field."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> PSAConfig:
+        """Parse `to_json` output; unknown and repeated keys are refused."""
+        try:
+            data = json.loads(text, object_pairs_hook=_unique_keys)
+        except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
+            raise ValueError(f"configuration is not valid JSON: {error}") from error
+        return cls.from_dict(data)
+
+    def to_toml(self) -> str:
+        """A TOML document; fields that are None are left out, as TOML has no null."""
+        data = self.to_dict()
+        ratios = data.pop("mask_ratios")
+        lines = [f"{key} = {json.dumps(value)}" for key, value in data.items() if value is not None]
+        lines += ["", "[mask_ratios]"]
+        lines += [f"{level} = {json.dumps(bounds)}" for level, bounds in ratios.items()]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_toml(cls, text: str) -> PSAConfig:
+        """Parse `to_toml` output; unknown keys are refused."""
+        try:
+            data = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise ValueError(f"configuration is not valid TOML: {error}") from error
+        return cls.from_dict(data)
+
+    def save(self, path: str | Path) -> None:
+        """Write to a .json or .toml file."""
+        path = Path(path)
+        text = self.to_json() if _file_kind(path) == ".json" else self.to_toml()
+        path.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PSAConfig:
+        """Read a .json or .toml file."""
+        path = Path(path)
+        read = cls.from_json if _file_kind(path) == ".json" else cls.from_toml
+        try:
+            return read(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"configuration {path} is not UTF-8 text: {error}") from error
+
+    @classmethod
+    def preset(cls, name: str, video_size: tuple[int, int, int] | None = None) -> PSAConfig:
+        """A published configuration by name.
+
+        Args:
+            name: one of `shared_specs.presets.names()`.
+            video_size: (width, height, frames) in pixels and frames; fills `grid`.
+        """
+        from shared_specs.presets import load_preset
+
+        return load_preset(name, video_size)
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    value = value.__index__()
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        value = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be finite, got {value!r}") from error
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
+
+
+def _triple(name: str, value: Any) -> tuple[int, int, int] | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
+        raise TypeError(f"{name} must be None or (depth, height, width), got {value!r}")
+    return tuple(_integer(f"{name}[{i}]", side, 1) for i, side in enumerate(value))
+
+
+def _choice(name: str, value: Any, accepted: tuple) -> None:
+    if not any(value is choice or value == choice for choice in accepted):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def _mask_ratios(ratios: Any) -> MaskRatios:
+    if not isinstance(ratios, Mapping) or not ratios:
+        raise TypeError(f"mask_ratios must map levels to (start, end), got {ratios!r}")
+    clean: dict[int, tuple[float, float]] = {}
+    for key, bounds in ratios.items():
+        level = int(key) if isinstance(key, str) and key in map(str, MASK_LEVELS) else key
+        if isinstance(level, bool) or level not in MASK_LEVELS:
+            raise ValueError(f"mask_ratios has level {key!r}; accepted: 0, 1, 2, 4, 8")
+        if level in clean:
+            raise ValueError(f"mask_ratios names level {level} twice")
+        if isinstance(bounds, (str, bytes)) or not hasattr(bounds, "__len__") or len(bounds) != 2:
+            raise TypeError(f"mask_ratios[{level}] must be (start, end), got {bounds!r}")
+        clean[level] = tuple(_number(f"mask_ratios[{level}]", bound) for bound in bounds)
+    last = 0.0
+    for level, end in _taken_order(clean):
+        start = clean[level][0]
+        if start != last or not start <= end <= 1.0:
+            raise ValueError(
+                f"mask_ratios[{level}] = ({start}, {end}) is out of order: taken by increasing "
+                f"end, each range starts where the last one ended ({last}), does not decrease, "
+                "and ends at 1 or below"
+            )
+        last = end
+    return MaskRatios(clean)
+
+
+def _taken_order(ratios: Mapping[int, tuple[float, float]]) -> tuple[tuple[int, float], ...]:
+    ends = ((level, ratios[level][1]) for level in MASK_LEVELS if level in ratios)
+    return tuple(sorted(ends, key=lambda item: item[1]))  # stable: ties keep 1, 2, 4, 8, 0
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ValueError(f"configuration repeats a key: {[key for key, _ in pairs]}")
+    return data
+
+
+def _file_kind(path: Path) -> str:
+    if path.suffix not in (".json", ".toml"):
+        raise ValueError(f"path must end in .json or .toml, got {str(path)!r}")
+    return path.suffix
