@@ -1,0 +1,155 @@
+"""The float64 oracle: attention over a pyramid at given levels (specification, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from shared_specs.constants import LEVELS
+from shared_specs.masks import check_levels, from_segments
+from shared_specs.pyramid import build_pyramid, level_start, pooled_counts
+
+
+def sparse_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    levels: np.ndarray,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_lse: bool = False,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Attention of every query over the pooled tokens that its block's levels select.
+
+    Args:
+        q: `[B, H, Lq, D]`, any float dtype.
+        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`.
+        levels: `[B, H, Nq, Nk]`, or segments `[B, H, Nq, Nk + 5]`.
+        block_m, block_n: queries and keys per block.
+        scale: factor on q.k; None means `D ** -0.5`.
+        is_causal: a pooled token is visible iff its last covered key is at or before
+            `row + Lk - Lq`.
+        return_lse: also return the natural log of the sum of exponentials.
+
+    Returns:
+        out float64 `[B, H, Lq, D]`, and lse float64 `[B, H, Lq]` if asked. A row that sees
+        nothing has out 0 and lse -inf.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros((*q.shape[:3], v.shape[3]))
+    lse = np.full(q.shape[:3], -np.inf)
+    for at in _visits(q, k, v, levels, block_m, block_n, scale, is_causal):
+        out[at.head][at.rows] = at.weights @ at.values
+        lse[at.head][at.rows] = at.lse
+    return (out, lse) if return_lse else out
+
+
+def sparse_attention_grad(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    levels: np.ndarray,
+    dout: np.ndarray,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float | None = None,
+    is_causal: bool = False,
+    dlse: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of `sum(out * dout) + sum(lse * dlse)` with the levels held fixed.
+
+    Args:
+        dout: `[B, H, Lq, D]`.
+        dlse: `[B, H, Lq]` or None for 0; ignored on rows that see nothing.
+
+    Returns:
+        dq `[B, H, Lq, D]`, dk and dv `[B, Hk, Lk, D]`, float64.
+    """
+    q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    dq = np.zeros_like(q)
+    dk_rows, dv_rows = (np.zeros_like(x) for x in build_pyramid(k, v, block_n))
+    for at in _visits(q, k, v, levels, block_m, block_n, scale, is_causal):
+        grad = dout[at.head][at.rows]
+        d_weights = grad @ at.values.T
+        d_logits = at.weights * (d_weights - (at.weights * d_weights).sum(-1, keepdims=True))
+        if dlse is not None:
+            d_logits += at.weights * np.asarray(dlse, np.float64)[at.head][at.rows][:, None]
+        dq[at.head][at.rows] = factor * d_logits @ at.keys
+        dk_rows[at.kv_head][at.tokens] += factor * d_logits.T @ q[at.head][at.rows]
+        dv_rows[at.kv_head][at.tokens] += at.weights.T @ grad
+    return dq, _unpool(dk_rows, k.shape[2], block_n), _unpool(dv_rows, k.shape[2], block_n)
+
+
+class _Visit:
+    """One query block of one head with the pooled tokens it sees."""
+
+    def __init__(self, head, kv_head, rows, tokens, keys, values, logits):
+        self.head, self.kv_head, self.rows, self.tokens = head, kv_head, rows, tokens
+        self.keys, self.values = keys, values
+        top = logits.max(-1, keepdims=True, initial=-np.inf)
+        # A row that sees nothing keeps weights 0 and lse -inf without a warning or a NaN.
+        weights = np.exp(logits - np.where(np.isneginf(top), 0.0, top))
+        total = weights.sum(-1, keepdims=True)
+        self.weights = weights / np.where(total > 0, total, 1.0)
+        with np.errstate(divide="ignore"):
+            self.lse = (top + np.log(total))[:, 0]
+
+
+def _visits(q, k, v, levels, block_m, block_n, scale, is_causal) -> Iterator[_Visit]:
+    q_len, kv_len = q.shape[2], k.shape[2]
+    n_k = -(-kv_len // block_n)
+    if levels.shape[-1] == n_k + 5:
+        levels = from_segments(levels)
+    check_levels(levels)
+    expected = (*q.shape[:2], -(-q_len // block_m), n_k)
+    if levels.shape != expected:
+        raise ValueError(f"levels must be {expected}, got {levels.shape}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    pyramid = build_pyramid(k, v, block_n)
+    counts = pooled_counts(kv_len, block_n)
+    last_key = _last_covered_key(kv_len, block_n)
+    for b, h, i in np.ndindex(levels.shape[:3]):
+        rows = slice(i * block_m, min((i + 1) * block_m, q_len))
+        tokens = _tokens(levels[b, h, i], kv_len, block_n)
+        tokens = tokens[counts[tokens] > 0]
+        keys, values = pyramid.k[b, h // group][tokens], pyramid.v[b, h // group][tokens]
+        logits = scale * q[b, h, rows] @ keys.T + np.log(counts[tokens])
+        if is_causal:
+            position = np.arange(rows.start, rows.stop) + kv_len - q_len
+            logits = np.where(last_key[tokens] <= position[:, None], logits, -np.inf)
+        yield _Visit((b, h), (b, h // group), rows, tokens, keys, values, logits)
+
+
+def _tokens(row_levels: np.ndarray, kv_len: int, block_n: int) -> np.ndarray:
+    """Pyramid rows of the blocks that one row of the mask selects."""
+    parts = []
+    for level in LEVELS:
+        size = block_n // level
+        blocks = np.flatnonzero(row_levels == level)
+        start = level_start(kv_len, block_n, level)
+        parts.append((start + blocks[:, None] * size + np.arange(size)).ravel())
+    return np.concatenate(parts)
+
+
+def _last_covered_key(kv_len: int, block_n: int) -> np.ndarray:
+    """Last real key under each pyramid row, `[P]`."""
+    padded = -(-kv_len // block_n) * block_n
+    ends = [(np.arange(padded // level) + 1) * level for level in LEVELS]
+    return np.minimum(np.concatenate(ends), kv_len) - 1
+
+
+def _unpool(rows: np.ndarray, kv_len: int, block_n: int) -> np.ndarray:
+    """Transpose of the pooling means: every key gets its share of each row that covers it."""
+    counts = np.maximum(pooled_counts(kv_len, block_n), 1)
+    grad = np.zeros((*rows.shape[:2], kv_len, rows.shape[3]))
+    for level in LEVELS:
+        covering = level_start(kv_len, block_n, level) + np.arange(kv_len) // level
+        grad += rows[:, :, covering] / counts[covering][:, None]
+    return grad

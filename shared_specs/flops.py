@@ -1,0 +1,40 @@
+"""Work that a level mask really asks for (specification, section 9)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shared_specs.constants import LEVELS
+from shared_specs.pyramid import level_start, pooled_counts
+
+
+def visited_tokens(levels: np.ndarray, kv_len: int, block_n: int) -> np.ndarray:
+    """Pooled tokens that each query block visits, int64 `[B, H, Nq]`.
+
+    Tokens that cover at least one key; a ragged last block has fewer.
+    """
+    counts = pooled_counts(kv_len, block_n)
+    n_k = levels.shape[-1]
+    visited = np.zeros(levels.shape[:-1], np.int64)
+    for level in LEVELS:
+        start = level_start(kv_len, block_n, level)
+        rows = counts[start : start + n_k * block_n // level].reshape(n_k, -1)
+        visited += ((levels == level) * (rows > 0).sum(-1)).sum(-1)
+    return visited
+
+
+def attention_flops(
+    levels: np.ndarray,
+    q_len: int,
+    kv_len: int,
+    head_dim: int,
+    block_m: int,
+    block_n: int,
+) -> int:
+    """Multiplications and additions of the two products of the forward pass.
+
+    4 * head_dim for each (query, visited pooled token) pair; causal hiding inside a visited
+    block is not subtracted.
+    """
+    rows = np.minimum(q_len - np.arange(levels.shape[-2]) * block_m, block_m)
+    return int(4 * head_dim * (visited_tokens(levels, kv_len, block_n) * rows).sum())
