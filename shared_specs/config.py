@@ -227,9 +227,7 @@ class PSAConfig:
         fields = [field.name for field in dataclasses.fields(cls)]
         unknown = [key for key in data if key not in fields]
         if unknown:
-            raise ValueError(
-                f"unknown configuration keys {unknown}; accepted: {', '.join(fields)}"
-            )
+            raise ValueError(f"unknown configuration keys {unknown}; accepted: {', '.join(fields)}")
         return cls(**data)
 
     def to_json(self) -> str:

@@ -41,9 +41,7 @@ def level_start(kv_len: int, block_n: int, level: int) -> int:
 def pooled_counts(kv_len: int, block_n: int) -> np.ndarray:
     """Keys covered by each pyramid row, int32 `[P]`; 0 on rows past the end of the keys."""
     padded = padded_length(kv_len, block_n)
-    counts = [
-        np.clip(kv_len - np.arange(padded // level) * level, 0, level) for level in LEVELS
-    ]
+    counts = [np.clip(kv_len - np.arange(padded // level) * level, 0, level) for level in LEVELS]
     return np.concatenate(counts).astype(np.int32)
 
 

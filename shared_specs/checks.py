@@ -1,0 +1,131 @@
+"""The one set of checks on what callers pass in, free of any framework.
+
+Both frameworks describe their tensors as `Described` and call these before any work starts.
+Every message names the argument, its value and what is accepted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from shared_specs.constants import BLOCK_M, BLOCK_N, MASK_LEVELS, MATMUL_DTYPES, MAX_HEAD_DIM
+
+INTEGER_DTYPES = ("int8", "uint8", "int16", "int32", "int64")
+
+
+class Described(NamedTuple):
+    """What the checks need to know of a tensor.
+
+    Attributes:
+        shape: sizes; symbolic sizes are allowed.
+        dtype: name without a framework prefix, for instance 'bfloat16'.
+        device: name of the device, or '' where the framework places arrays itself.
+    """
+
+    shape: tuple
+    dtype: str
+    device: str = ""
+
+
+def check_qkv(
+    q: Described, k: Described, v: Described, *, dtypes: Collection[str] = MATMUL_DTYPES
+) -> None:
+    """Ranks, heads, lengths, head dimension, dtypes and devices of q, k and v.
+
+    Raises:
+        TypeError: a dtype is not accepted, or the three differ.
+        ValueError: a shape or a device does not fit.
+    """
+    for name, x, layout in (("q", q, "[B, H, Lq, D]"), ("k", k, "[B, Hk, Lk, D]"), ("v", v, "")):
+        layout = layout or "[B, Hk, Lk, D]"
+        if len(x.shape) != 4:
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
+        if x.dtype not in dtypes:
+            raise TypeError(f"{name} must be {', '.join(dtypes)}, got {x.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"q, k and v must have one dtype, got q {q.dtype}, k {k.dtype}, v {v.dtype}"
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"q, k and v must be on one device, got q {q.device}, k {k.device}, v {v.device}"
+        )
+    if tuple(k.shape) != tuple(v.shape):
+        raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
+    for axis, what in ((0, "batch"), (3, "head dimension")):
+        if q.shape[axis] != k.shape[axis]:
+            raise ValueError(
+                f"k must have the {what} of q, {q.shape[axis]}, got {k.shape[axis]} "
+                f"(q {tuple(q.shape)}, k {tuple(k.shape)})"
+            )
+    for name, x in (("q", q), ("k", k)):
+        for axis, what in ((0, "batch"), (1, "heads"), (2, "length")):
+            if x.shape[axis] < 1:
+                raise ValueError(f"{name} must have {what} of at least 1, got {tuple(x.shape)}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"heads of q must be a multiple of heads of k, got {q.shape[1]} and {k.shape[1]}"
+        )
+    if not 1 <= q.shape[3] <= MAX_HEAD_DIM or q.shape[3] % 8:
+        raise ValueError(
+            f"head dimension must be a multiple of 8 in 8..{MAX_HEAD_DIM}, got {q.shape[3]}"
+        )
+
+
+def check_blocks(block_m: Any, block_n: Any) -> None:
+    """Block sizes given outside a configuration."""
+    for name, value, accepted in (("block_m", block_m, BLOCK_M), ("block_n", block_n, BLOCK_N)):
+        if isinstance(value, bool) or value not in accepted:
+            raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
+
+
+def check_scale(scale: Any) -> None:
+    """`scale` is None or a finite Python number."""
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be None or a Python number, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """A switch is True or False, nothing that merely looks like it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_levels_shape(
+    levels: Described, q: Described, k: Described, *, block_m: int, block_n: int
+) -> str:
+    """Which serial form `levels` has, from its shape.
+
+    Returns:
+        'dense' for `[B, H, Nq, Nk]`, 'segments' for `[B, H, Nq, Nk + 5]`.
+    """
+    if levels.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"levels must be an integer tensor, got {levels.dtype}")
+    if levels.device != q.device:
+        raise ValueError(f"levels must be on the device of q, {q.device}, got {levels.device}")
+    n_q, n_k = -(-q.shape[2] // block_m), -(-k.shape[2] // block_n)
+    dense = (q.shape[0], q.shape[1], n_q, n_k)
+    segments = (*dense[:3], n_k + len(MASK_LEVELS))
+    if tuple(levels.shape) == dense:
+        return "dense"
+    if tuple(levels.shape) == segments:
+        return "segments"
+    raise ValueError(
+        f"levels must be {dense} (old_mask_type) or {segments} (new_mask_type) for q "
+        f"{tuple(q.shape)}, k {tuple(k.shape)}, block_m={block_m}, block_n={block_n}, "
+        f"got {tuple(levels.shape)}"
+    )
+
+
+def check_implementation(name: Any, known: Collection[str]) -> None:
+    """`implementation` is None or a known name."""
+    if name is not None and name not in known:
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(map(repr, known))}, got {name!r}"
+        )
