@@ -1,0 +1,125 @@
+"""Pooled keys and values (specification, section 2); the layout is `shared_specs.pyramid`'s."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psa_torch._dispatch import use_kernels
+from shared_specs.constants import LEVELS
+from shared_specs.pyramid import level_start, padded_length, pyramid_rows
+
+
+class Pyramid(NamedTuple):
+    """Keys and values at every level, `[B, Hk, P, D]` each, `P = pyramid_rows(Lk, block_n)`."""
+
+    k: Tensor
+    v: Tensor
+
+
+def build_pyramid(k: Tensor, v: Tensor, block_n: int) -> Pyramid:
+    """Keys and values pooled by 1, 2, 4 and 8, finest first, end to end.
+
+    Args:
+        k, v: `[B, Hk, Lk, D]`.
+        block_n: keys per block.
+
+    Returns:
+        Pyramid of `[B, Hk, P, D]` in the input dtype. A row is one mean over the real keys it
+        covers, accumulated in float32 (float64 stays float64); rows that cover none are zero.
+        Differentiable: the gradient of a key is the sum over the rows that cover it of the
+        row's gradient divided by the row's count.
+    """
+    return Pyramid(*_build_pyramid(k, v, block_n))
+
+
+@torch.library.custom_op("psa::build_pyramid", mutates_args=())
+def _build_pyramid(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
+    if use_kernels(k):
+        from psa_torch.kernels import pyramid
+
+        return pyramid.build_pyramid(k, v, block_n)
+    return _pool(k, block_n), _pool(v, block_n)
+
+
+@_build_pyramid.register_fake
+def _(k, v, block_n):
+    def rows(x):
+        b, h, length, d = x.shape
+        return x.new_empty(b, h, pyramid_rows(length, block_n), d)
+
+    return rows(k), rows(v)
+
+
+def _setup_context(ctx, inputs, output):
+    k, _, ctx.block_n = inputs
+    ctx.kv_len = k.shape[2]
+
+
+def _backward(ctx, dk, dv):
+    return unpool(dk, ctx.kv_len, ctx.block_n), unpool(dv, ctx.kv_len, ctx.block_n), None
+
+
+_build_pyramid.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _counts(length: int, groups: int, size: int, dtype: torch.dtype, device) -> Tensor:
+    """Real tokens in each of `groups` groups of `size`, at least 1 so that it can divide."""
+    starts = torch.arange(groups, device=device) * size
+    return (length - starts).clamp(1, size).to(dtype)
+
+
+def group_means(x: Tensor, size: int, groups: int | None = None) -> Tensor:
+    """Means over groups of `size` adjacent tokens of `[..., L, D]`, real tokens only.
+
+    Args:
+        x: `[..., L, D]`.
+        size: tokens per group.
+        groups: groups to return; None means `ceil(L / size)`. Further ones are zero.
+
+    Returns:
+        `[..., groups, D]`, float32 (float64 for float64).
+    """
+    length, dtype = x.shape[-2], _accumulator(x)
+    if groups is None:
+        groups = -(-length // size)
+    x = x.to(dtype)
+    if groups * size > length:
+        x = torch.nn.functional.pad(x, (0, 0, 0, groups * size - length))
+    sums = x.unflatten(-2, (groups, size)).sum(-2)
+    return sums / _counts(length, groups, size, dtype, x.device)[:, None]
+
+
+def _pool(x: Tensor, block_n: int) -> Tensor:
+    *lead, length, d = x.shape
+    padded = padded_length(length, block_n)
+    rows = x.new_empty(*lead, pyramid_rows(length, block_n), d)
+    for level in LEVELS:
+        start = level_start(length, block_n, level)
+        groups = padded // level
+        rows[..., start : start + groups, :] = group_means(x, level, groups)
+    return rows
+
+
+def unpool(rows: Tensor, kv_len: int, block_n: int) -> Tensor:
+    """The transpose of pooling: gradients of pyramid rows to gradients of keys.
+
+    Args:
+        rows: `[B, Hk, P, D]`.
+        kv_len, block_n: keys, and keys per block.
+
+    Returns:
+        `[B, Hk, Lk, D]` in the dtype of `rows`, summed in float32 (float64 for float64).
+    """
+    padded, dtype = padded_length(kv_len, block_n), _accumulator(rows)
+    total = rows[..., :kv_len, :].to(dtype)
+    for level in LEVELS[1:]:
+        start, groups = level_start(kv_len, block_n, level), padded // level
+        share = rows[..., start : start + groups, :].to(dtype)
+        share = share / _counts(kv_len, groups, level, dtype, rows.device)[:, None]
+        total = total + share.repeat_interleave(level, -2)[..., :kv_len, :]
+    return total.to(rows.dtype)
