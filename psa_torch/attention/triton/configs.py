@@ -1,0 +1,74 @@
+"""Tile sizes of every kernel, by GPU, head dimension and dtype. Looked up, never tuned at run time."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HEAD_DIMS = (32, 64, 128, 256)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardConfig:
+    """Forward kernel: `rows` queries (a divisor of block_m) by `tile` pooled keys a step.
+
+    contiguous: read level-1 blocks as they lie in memory where block_n holds a whole tile.
+    """
+
+    rows: int
+    tile: int
+    warps: int
+    stages: int
+    contiguous: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryGradConfig:
+    """dq kernel: `rows` queries (a divisor of block_m) by `tile` pooled keys a step."""
+
+    rows: int
+    tile: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyGradConfig:
+    """dk/dv kernel of one level: the rows of one key block by `rows` queries a step.
+
+    rows: a divisor of block_m.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+
+
+def capability(x: Tensor) -> tuple[int, int]:
+    """Compute capability of the device of `x`; the interpreter plays an H100."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
+def forward_config(q: Tensor, block_m: int, block_n: int) -> ForwardConfig:
+    """The forward's tile sizes for `q` `[B, H, Lq, D]`."""
+    return choose_forward(capability(q), q.shape[-1], q.dtype, block_m, block_n)
+
+
+def choose_forward(
+    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int, block_n: int
+) -> ForwardConfig:
+    if dtype == torch.float32:
+        return ForwardConfig(rows=32, tile=32, warps=4, stages=2)
+    return ForwardConfig(rows=block_m, tile=128, warps=8, stages=3)
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x` itself if its last dimension is dense, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Kernels launch on the current device: make it that of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

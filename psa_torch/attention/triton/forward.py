@@ -1,0 +1,286 @@
+"""Forward of pyramid sparse attention: one online softmax over the tiles of the table."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psa_torch.attention.triton import configs
+from psa_torch.attention.triton.configs import ForwardConfig
+from psa_torch.attention.triton.plan import Plan, query_plan
+from psa_torch.attention.triton.walk import (
+    covered,
+    full_tiles,
+    gather_rows,
+    load4,
+    select4,
+    tail_tiles,
+)
+from psa_torch.pyramid import Pyramid, build_pyramid
+from shared_specs.pyramid import padded_length
+
+LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _add_tile(q, k, v, acc, top, total, scale, bias):
+    """One tile of one level: the scalar log2 bias folds into the running maximum."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    new_top = tl.maximum(top, tl.max(s, 1) * scale + bias)
+    p = tl.math.exp2(s * scale - (new_top - bias)[:, None])
+    shrink = tl.math.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, new_top, total
+
+
+@triton.jit
+def _add_masked_tile(q, k, v, acc, top, total, scale, bias, last, position, IS_CAUSAL: tl.constexpr):
+    """One tile with a bias per column (-inf: not there) and, when causal, a mask per element."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
+    if IS_CAUSAL:
+        s = tl.where(last[None, :] <= position[:, None], s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    # A row that has seen nothing yet keeps -inf as its maximum, and must not subtract it.
+    origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.math.exp2(s - origin[:, None])
+    shrink = tl.math.exp2(top - origin)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, new_top, total
+
+
+@triton.jit
+def attention_forward(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    entries,
+    counts,
+    full_counts,
+    out_pointer,
+    lse_pointer,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    scale,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    padded_len,
+    q_blocks,
+    k_blocks,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LOG_BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    NEGATE: tl.constexpr,
+):
+    """`ROWS` query rows of one head. `scale` is `|scale| * log2(e)`; NEGATE: scale was negative.
+
+    q `[B,H,Lq,D]` strided; k, v pyramids `[B,Hk,P,D]`, out `[B,H,Lq,D]`, lse `[B,H,Lq]`,
+    tables, all contiguous.
+    """
+    # Late query blocks have the most to do under a causal mask: they start first.
+    part = tl.num_programs(0) - 1 - tl.program_id(0) if IS_CAUSAL else tl.program_id(0)
+    batch_head = tl.program_id(1)
+    batch = batch_head // heads
+    head = batch_head % heads
+    kv_head = batch.to(tl.int64) * (heads // group) + head // group
+    pyramid = kv_head * (2 * padded_len - padded_len // 8) * D
+    k_pointer += pyramid
+    v_pointer += pyramid
+
+    m = part * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    q_pointer += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+    q = tl.load(
+        q_pointer + m.to(tl.int64)[:, None] * q_stride_m + d[None, :],
+        mask=m[:, None] < q_len,
+        other=0.0,
+    )
+    if NEGATE:
+        q = (-q.to(tl.float32)).to(q.dtype)
+
+    table_row = batch_head * q_blocks + part * ROWS // BLOCK_M
+    n0, n1, n2, n3 = load4(counts, table_row)
+    u0, u1, u2, u3 = load4(full_counts, table_row)
+    entries += table_row.to(tl.int64) * k_blocks
+
+    acc = tl.zeros([ROWS, D], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+
+    if CONTIGUOUS:
+        PARTS: tl.constexpr = (1 << LOG_BLOCK_N) // TILE
+        for t in tl.range(0, u0 * PARTS, num_stages=STAGES):
+            first = (tl.load(entries + t // PARTS) << LOG_BLOCK_N) + t % PARTS * TILE
+            at = (first + tl.arange(0, TILE))[:, None] * D + d[None, :]
+            k = tl.load(k_pointer + at)
+            v = tl.load(v_pointer + at)
+            acc, top, total = _add_tile(q, k, v, acc, top, total, scale, 0.0)
+        end0 = 0
+    else:
+        end0 = full_tiles(u0, 0, LOG_BLOCK_N, TILE)
+    end1 = end0 + full_tiles(u1, 1, LOG_BLOCK_N, TILE)
+    end2 = end1 + full_tiles(u2, 2, LOG_BLOCK_N, TILE)
+    end3 = end2 + full_tiles(u3, 3, LOG_BLOCK_N, TILE)
+    for t in tl.range(0, end3, num_stages=STAGES):
+        g = (t >= end0).to(tl.int32) + (t >= end1).to(tl.int32) + (t >= end2).to(tl.int32)
+        level_entries = entries + select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
+        position = (t - select4(g, 0, end0, end1, end2)) * TILE + tl.arange(0, TILE)
+        rows = gather_rows(level_entries, position, g, padded_len, LOG_BLOCK_N)
+        at = rows[:, None] * D + d[None, :]
+        k = tl.load(k_pointer + at)
+        v = tl.load(v_pointer + at)
+        acc, top, total = _add_tile(q, k, v, acc, top, total, scale, g.to(tl.float32))
+
+    # Branch-free: an `if` here makes ptxas serialise the tensor-core products of the loop above.
+    end0 = tail_tiles(n0, u0, 0, LOG_BLOCK_N, TILE)
+    end1 = end0 + tail_tiles(n1, u1, 1, LOG_BLOCK_N, TILE)
+    end2 = end1 + tail_tiles(n2, u2, 2, LOG_BLOCK_N, TILE)
+    end3 = end2 + tail_tiles(n3, u3, 3, LOG_BLOCK_N, TILE)
+    for t in tl.range(0, end3, num_stages=1):
+        g = (t >= end0).to(tl.int32) + (t >= end1).to(tl.int32) + (t >= end2).to(tl.int32)
+        level_entries = entries + select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
+        stream = select4(g, n0, n1, n2, n3) << (LOG_BLOCK_N - g)
+        done = (select4(g, u0, u1, u2, u3) << (LOG_BLOCK_N - g)) // TILE * TILE
+        position = done + (t - select4(g, 0, end0, end1, end2)) * TILE + tl.arange(0, TILE)
+        inside = position < stream
+        rows = gather_rows(
+            level_entries, tl.minimum(position, stream - 1), g, padded_len, LOG_BLOCK_N
+        )
+        last, count = covered(rows, g, padded_len, kv_len)
+        real = inside & (count > 0)
+        at = rows[:, None] * D + d[None, :]
+        k = tl.load(k_pointer + at, mask=real[:, None], other=0.0)
+        v = tl.load(v_pointer + at, mask=real[:, None], other=0.0)
+        bias = tl.where(real, tl.math.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+        acc, top, total = _add_masked_tile(
+            q, k, v, acc, top, total, scale, bias, last, m + (kv_len - q_len), IS_CAUSAL
+        )
+
+    seen = total > 0
+    acc = acc * tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)[:, None]
+    lse = (top + tl.math.log2(tl.where(seen, total, 1.0))) * LN2
+    out_row = batch_head.to(tl.int64) * q_len + m
+    tl.store(
+        out_pointer + out_row[:, None] * D + d[None, :],
+        acc.to(out_pointer.dtype.element_ty),
+        mask=m[:, None] < q_len,
+    )
+    tl.store(lse_pointer + out_row, tl.where(seen, lse, float("-inf")), mask=m < q_len)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+    config: ForwardConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp at the given levels.
+
+    Args:
+        q: `[B, H, Lq, D]`; k, v: `[B, Hk, Lk, D]`, float32, float16 or bfloat16.
+        levels: int32 `[B, H, Nq, Nk]`.
+        block_m, block_n: queries and keys per block.
+        scale: factor on q.k, of any sign.
+        is_causal: the last query sees the last key.
+        config: tile sizes; None takes them from `configs`.
+
+    Returns:
+        out `[B, H, Lq, D]` in the input dtype and lse float32 `[B, H, Lq]`, natural log,
+        -inf where a row sees nothing. Contiguous.
+    """
+    plan = query_plan(
+        levels,
+        q_len=q.shape[2],
+        kv_len=k.shape[2],
+        block_m=block_m,
+        block_n=block_n,
+        is_causal=is_causal,
+    )
+    return forward_planned(
+        q,
+        build_pyramid(k, v, block_n),
+        plan,
+        kv_len=k.shape[2],
+        block_m=block_m,
+        block_n=block_n,
+        scale=scale,
+        is_causal=is_causal,
+        config=config,
+    )
+
+
+def forward_planned(
+    q: Tensor,
+    pyramid: Pyramid,
+    plan: Plan,
+    *,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+    config: ForwardConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`forward` for a pyramid and a plan that exist already; the part that benchmarks time."""
+    batch, heads, q_len, head_dim = q.shape
+    kv_heads = pyramid.k.shape[1]
+    config = config or configs.forward_config(q, block_m, block_n)
+    q = configs.rows_contiguous(q)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    padded_len = padded_length(kv_len, block_n)
+    grid = (triton.cdiv(q_len, config.rows), batch * heads)
+    with configs.on_device_of(q):
+        attention_forward[grid](
+            q,
+            pyramid.k,
+            pyramid.v,
+            plan.entries,
+            plan.counts,
+            plan.full,
+            out,
+            lse,
+            q.stride(0),
+            q.stride(1),
+            q.stride(2),
+            abs(scale) * LOG2E,
+            heads,
+            heads // kv_heads,
+            q_len,
+            kv_len,
+            padded_len,
+            plan.entries.shape[2],
+            plan.entries.shape[3],
+            D=head_dim,
+            BLOCK_M=block_m,
+            LOG_BLOCK_N=block_n.bit_length() - 1,
+            ROWS=config.rows,
+            TILE=config.tile,
+            STAGES=config.stages,
+            CONTIGUOUS=config.contiguous and config.tile <= block_n,
+            IS_CAUSAL=is_causal,
+            NEGATE=scale < 0,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    return out, lse
