@@ -1,0 +1,57 @@
+"""Checks on the arguments of a token order."""
+
+from collections.abc import Sequence
+from numbers import Integral
+
+
+def _triple(name: str, value: Sequence[int]) -> tuple[int, int, int]:
+    accepted = f"{name} must be (depth, height, width), three integers of at least 1; got {value!r}"
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
+        raise ValueError(accepted)
+    if any(not isinstance(side, Integral) or isinstance(side, bool) or side < 1 for side in value):
+        raise ValueError(accepted)
+    depth, height, width = (int(side) for side in value)
+    return depth, height, width
+
+
+def check_grid(grid: Sequence[int]) -> tuple[int, int, int]:
+    """`grid` as three ints of at least 1; ValueError otherwise."""
+    return _triple("grid", grid)
+
+
+def check_tile(tile: Sequence[int]) -> tuple[int, int, int]:
+    """`tile` as three ints of at least 1; ValueError otherwise."""
+    return _triple("tile", tile)
+
+
+def check_order_lengths(config, q_len: int, kv_len: int) -> None:
+    """Refuse what a token order cannot be applied to (specification, section 8).
+
+    Raises:
+        ValueError: causal attention; no grid; queries and keys of different length; a length that
+            is not the grid's tokens plus the text.
+    """
+    method = config.rearrange_method
+    if config.causal:
+        raise ValueError(
+            f"rearrange_method={method!r} cannot be used with causal=True: a token order moves "
+            "tokens past each other; set rearrange_method=None or causal=False"
+        )
+    if config.grid is None:
+        raise ValueError(
+            f"rearrange_method={method!r} needs grid=(depth, height, width), the video tokens of "
+            "the sequence; got grid=None"
+        )
+    if q_len != kv_len:
+        raise ValueError(
+            f"rearrange_method={method!r} needs as many queries as keys; got q_len={q_len}, "
+            f"kv_len={kv_len}"
+        )
+    depth, height, width = config.grid
+    expected = depth * height * width + config.text_length
+    if q_len != expected:
+        raise ValueError(
+            f"sequence length {q_len} is not grid + text: grid={config.grid} has "
+            f"{depth * height * width} tokens and text_length={config.text_length}, together "
+            f"{expected}"
+        )
