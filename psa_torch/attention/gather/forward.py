@@ -1,0 +1,60 @@
+"""Output and log-sum-exp of the gathered rows."""
+
+import torch
+from torch import Tensor
+
+from psa_torch.attention.gather.buffers import Buffers, query_blocks
+from psa_torch.attention.gather.plan import Problem, batches
+from psa_torch.pyramid import build_pyramid
+
+
+@torch.no_grad()
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Sparse attention at the given levels (specification, section 4).
+
+    Args:
+        q: `[B, H, Lq, D]`.
+        k, v: `[B, Hk, Lk, D]`.
+        levels: int32 `[B, H, Nq, Nk]`.
+        block_m, block_n, scale, is_causal: as in `psa_torch.sparse_attention`.
+
+    Returns:
+        out `[B, H, Lq, D]` in the dtype of q, and lse `[B, H, Lq]`, float32 (float64 for
+        float64).
+    """
+    p = Problem.of(q, k, block_m=block_m, block_n=block_n, scale=scale, is_causal=is_causal)
+    keys, values = build_pyramid(k.to(p.dtype), v.to(p.dtype), block_n)
+    q_rows = query_blocks(p, q)
+    out = torch.zeros_like(q_rows)
+    lse = torch.full_like(q_rows[..., 0], -torch.inf)
+    buffers = Buffers(p)
+    for batch in batches(p, levels):
+        logits = buffers.take("logits", len(batch.blocks), block_m, batch.bias.shape[-1])
+        gathered = buffers.gather("rows", keys, batch.runs)
+        torch.baddbmm(batch.bias, q_rows[batch.blocks], gathered.mT, alpha=scale, out=logits)
+        if batch.hidden is not None:
+            logits[..., -batch.hidden.shape[-1] :].masked_fill_(batch.hidden, -torch.inf)
+        top = logits.amax(-1)
+        weights = torch.softmax(logits, -1, out=logits)
+        # The largest weight is exp(top - lse), which saves a second pass of exponentials.
+        total = top - weights.amax(-1).log_()
+        result = torch.bmm(weights, buffers.gather("rows", values, batch.runs))
+        if batch.hidden is not None:
+            blind = top == -torch.inf
+            total.masked_fill_(blind, -torch.inf)
+            result.masked_fill_(blind[..., None], 0)
+        out[batch.blocks] = result
+        lse[batch.blocks] = total
+    shape = (p.batch, p.heads, -1)
+    out = out.view(*shape, p.head_dim)[:, :, : p.q_len].to(q.dtype)
+    return out.contiguous(), lse.view(shape)[:, :, : p.q_len].contiguous()
