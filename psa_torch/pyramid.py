@@ -63,7 +63,8 @@ def _backward(ctx, dk, dv):
 _build_pyramid.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
+def accumulator(x: Tensor) -> torch.dtype:
+    """dtype of sums over tokens: float64 for float64, float32 for everything else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -84,7 +85,7 @@ def group_means(x: Tensor, size: int, groups: int | None = None) -> Tensor:
     Returns:
         `[..., groups, D]`, float32 (float64 for float64).
     """
-    length, dtype = x.shape[-2], _accumulator(x)
+    length, dtype = x.shape[-2], accumulator(x)
     if groups is None:
         groups = -(-length // size)
     x = x.to(dtype)
@@ -115,7 +116,7 @@ def unpool(rows: Tensor, kv_len: int, block_n: int) -> Tensor:
     Returns:
         `[B, Hk, Lk, D]` in the dtype of `rows`, summed in float32 (float64 for float64).
     """
-    padded, dtype = padded_length(kv_len, block_n), _accumulator(rows)
+    padded, dtype = padded_length(kv_len, block_n), accumulator(rows)
     total = rows[..., :kv_len, :].to(dtype)
     for level in LEVELS[1:]:
         start, groups = level_start(kv_len, block_n, level), padded // level

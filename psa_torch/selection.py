@@ -1,0 +1,248 @@
+"""From scores to levels (specification, section 6). Every step is integer or exact."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from psa_torch._dispatch import use_kernels
+from psa_torch._vmap import register_batch_rule
+from shared_specs.config import PSAConfig
+
+
+def select_levels(
+    scores: Tensor,
+    config: PSAConfig,
+    *,
+    q_len: int,
+    kv_len: int,
+    cap: Tensor | None = None,
+) -> Tensor:
+    """Levels of every (query block, key block) pair, without host synchronisation.
+
+    Args:
+        scores: float32 `[B, H, Nq, Nk]`, at least 0. NaN ranks last.
+        config: ratios, mode, and the text, sink and causal rules.
+        q_len, kv_len: tokens; `Nq = ceil(q_len / block_m)`, `Nk = ceil(kv_len / block_n)`.
+        cap: int32 `[B, Hk, Nk]` from `similarity.similarity_cap`, `H % Hk == 0`, or None.
+
+    Returns:
+        int32 `[B, H, Nq, Nk]`, values in {0, 1, 2, 4, 8}, at least one above 0 in every row.
+        No gradient flows from it to the scores.
+
+    Raises:
+        TypeError: scores are not float32.
+        ValueError: shapes do not fit the lengths, or (CPU) scores are negative.
+    """
+    n_q, n_k = -(-q_len // config.block_m), -(-kv_len // config.block_n)
+    if scores.ndim != 4 or scores.shape[2:] != (n_q, n_k):
+        raise ValueError(
+            f"scores must be [B, H, {n_q}, {n_k}] for q_len={q_len}, kv_len={kv_len}, "
+            f"got {tuple(scores.shape)}"
+        )
+    if scores.dtype != torch.float32:
+        raise TypeError(f"scores must be float32, got {scores.dtype}")
+    if cap is not None:
+        heads = cap.shape[1] if cap.ndim == 3 else 0
+        if heads < 1 or scores.shape[1] % heads or cap.shape != (scores.shape[0], heads, n_k):
+            raise ValueError(
+                f"cap must be [{scores.shape[0]}, Hk, {n_k}] with Hk a divisor of "
+                f"{scores.shape[1]}, got {tuple(cap.shape)}"
+            )
+    order = config.ratio_ends
+    return _select_levels(
+        scores.detach(),
+        cap,
+        q_len,
+        kv_len,
+        config.block_m,
+        config.block_n,
+        config.mask_mode == "thresholdbound",
+        [level for level, _ in order],
+        [end for _, end in order],
+        [config.merge(level) for level, _ in order],
+        config.min_full_ratio,
+        config.sink_blocks,
+        config.text_length,
+        config.text_position == "start",
+        config.causal,
+    )
+
+
+@torch.library.custom_op("psa::select_levels", mutates_args=())
+def _select_levels(
+    scores: Tensor,
+    cap: Tensor | None,
+    q_len: int,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    by_score: bool,
+    levels: Sequence[int],
+    ends: Sequence[float],
+    merges: Sequence[int],
+    min_full_ratio: float,
+    sink_blocks: int,
+    text_length: int,
+    text_first: bool,
+    is_causal: bool,
+) -> Tensor:
+    if scores.device.type == "cpu" and (scores < 0).any():
+        raise ValueError(f"scores must be at least 0, got {scores.nan_to_num(nan=0.0).min()}")
+    n_q, n_k = scores.shape[2:]
+    rows = _Rows(n_q, q_len, kv_len, block_m, is_causal, scores.device)
+    candidates = rows.candidates(n_k, block_n)
+    ranked, ranked_bits = _rank(scores, candidates)
+    shares = list(zip(levels, ends, merges, strict=True))
+    if by_score:
+        last_ranks = _thresholdbound_ends(ranked_bits, candidates, shares, min_full_ratio)
+    else:
+        last_ranks = _topk_ends(candidates, shares)
+    rank = torch.arange(n_k, device=scores.device)
+    by_rank = torch.zeros_like(ranked, dtype=torch.int32)
+    # From the last range to the first, each overwriting the start of the one after it.
+    for level, end in reversed(last_ranks):
+        by_rank = torch.where(rank < end[..., None], level, by_rank)
+    chosen = torch.empty_like(by_rank).scatter_(-1, ranked, by_rank)
+    if cap is not None:
+        per_head = cap.repeat_interleave(scores.shape[1] // cap.shape[1], 1)
+        chosen = torch.minimum(chosen, per_head[:, :, None, :].int())
+    text = _text_blocks(rows, n_k, kv_len, block_n, text_length, text_first)
+    chosen = torch.where(text | (rank < sink_blocks), 1, chosen)
+    if is_causal:
+        hidden, straddles = rows.causal_blocks(n_k, kv_len, block_n)
+        chosen = torch.where(hidden, 0, torch.where(straddles, 1, chosen))
+    empty = (chosen == 0).all(-1, keepdim=True)
+    return torch.where(empty & (rank == ranked[..., :1]), 1, chosen).int().contiguous()
+
+
+@_select_levels.register_fake
+def _(scores, *_):
+    return scores.new_empty(scores.shape, dtype=torch.int32)
+
+
+register_batch_rule(_select_levels)
+
+
+class _Rows:
+    """Positions of the query blocks, in tokens; among the keys when causal."""
+
+    def __init__(
+        self, n_q: int, q_len: int, kv_len: int, block_m: int, is_causal: bool, device
+    ) -> None:
+        offset = kv_len - q_len if is_causal else 0
+        begin = torch.arange(n_q, device=device) * block_m
+        self.is_causal = is_causal
+        self.end = q_len + offset
+        self.first = begin + offset
+        self.last = (begin + block_m).clamp(max=q_len) - 1 + offset
+
+    def candidates(self, n_k: int, block_n: int) -> Tensor:
+        """N, the leading key blocks that hold a key the query block can see, int64 `[Nq]`."""
+        if not self.is_causal:
+            return torch.full_like(self.first, n_k)
+        return (self.last // block_n + 1).clamp(0, n_k)
+
+    def causal_blocks(self, n_k: int, kv_len: int, block_n: int) -> tuple[Tensor, Tensor]:
+        """Blocks with no visible key, and blocks of which some row sees a part, `[Nq, Nk]`."""
+        first, last = self.first[:, None], self.last[:, None]
+        begin = torch.arange(n_k, device=first.device) * block_n
+        final = (begin + block_n).clamp(max=kv_len) - 1
+        straddles = torch.maximum(first, begin) <= torch.minimum(last, final - 1)
+        return begin > last, straddles
+
+
+def _text_blocks(
+    rows: _Rows, n_k: int, kv_len: int, block_n: int, text_length: int, text_first: bool
+) -> Tensor:
+    """Blocks of which the query side or the key side holds a text token, bool `[Nq, Nk]`."""
+    key_begin = torch.arange(n_k, device=rows.first.device) * block_n
+    if text_first:
+        queries, keys = rows.first < text_length, key_begin < text_length
+    else:
+        key_last = (key_begin + block_n).clamp(max=kv_len) - 1
+        queries = rows.last >= rows.end - text_length
+        keys = key_last >= kv_len - text_length
+    some = text_length > 0
+    return (queries[:, None] | keys) & some
+
+
+def _rank(scores: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Block ids by descending score, ties to the lower id, and the bits of their scores.
+
+    Non-negative floats are ordered as their bit patterns are. Candidates with a NaN score come
+    after the scored ones (-1), then blocks that the row cannot see (-2).
+    """
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0 into 0
+    bits = bits.masked_fill(scores.isnan(), -1)
+    seen = torch.arange(scores.shape[-1], device=scores.device) < candidates[:, None]
+    bits = bits.masked_fill(~seen, -2)
+    ranked_bits, ranked = bits.sort(dim=-1, stable=True, descending=True)
+    return ranked, ranked_bits
+
+
+def _topk_ends(candidates: Tensor, shares) -> list[tuple[int, Tensor]]:
+    """(level, end rank `[Nq]`) in the order taken; shares of the number of candidates."""
+    last, ends = torch.zeros_like(candidates), []
+    for level, share, merge in shares:
+        end = torch.minimum(candidates, (candidates.double() * share).long())
+        if merge > 1:
+            whole = _whole_tiles(end - last, last, candidates, merge)
+            end = torch.where(end > last, whole, end)
+        last = torch.maximum(end, last)
+        ends.append((level, last))
+    return ends
+
+
+def _thresholdbound_ends(
+    ranked_bits: Tensor, candidates: Tensor, shares, min_full_ratio: float
+) -> list[tuple[int, Tensor]]:
+    """(level, end rank `[B, H, Nq]`) in the order taken; shares of the cumulative score."""
+    n_k = ranked_bits.shape[-1]
+    cumulative = _integer_scores(ranked_bits, 30 - math.ceil(math.log2(n_k))).cumsum(-1)
+    total = cumulative[..., -1].float()
+    scored = torch.arange(n_k, device=ranked_bits.device) < candidates[:, None]
+    last, ends = torch.zeros_like(total, dtype=torch.int64), []
+    for level, share, merge in shares:
+        bound = (total * torch.tensor(share + 1e-6, dtype=torch.float32).item()).floor().long()
+        inside = ((cumulative <= bound[..., None]) & scored).sum(-1)
+        first_end = torch.where(inside > 0, inside + 1, last)
+        if merge > 1:
+            end = _whole_tiles((first_end - last).clamp(min=0), last, candidates, merge)
+        else:
+            end = torch.maximum(torch.minimum(first_end, candidates), last)
+            if level == 1:
+                least = (candidates.double() * min_full_ratio).long() + 1
+                end = torch.maximum(end, torch.minimum(candidates, least))
+        last = torch.maximum(end, last)
+        ends.append((level, last))
+    return ends
+
+
+def _integer_scores(ranked_bits: Tensor, shift: int) -> Tensor:
+    """floor(score * 2^(shift - x)), `2^x` the least power of two at or above the row's largest.
+
+    From the bits of float32 alone: score = mantissa * 2^(exponent - 150), so u is the mantissa
+    shifted by `exponent - 150 + shift - x`.
+    """
+    bits = ranked_bits.long().clamp(min=0)  # NaN and invisible blocks count nothing
+    stored = bits >> 23
+    mantissa = (bits & 0x7FFFFF) | ((stored > 0).long() << 23)
+    exponent = stored.clamp(min=1)
+    top_mantissa, top_exponent = mantissa[..., :1], exponent[..., :1]
+    # Bits of (top mantissa - 1): the least n with 2^n >= top mantissa.
+    _, width = torch.frexp((top_mantissa - 1).clamp(min=0).double())
+    shifts = exponent - (top_exponent + width) + shift
+    return torch.where(
+        shifts >= 0, mantissa << shifts.clamp(0, 31), mantissa >> (-shifts).clamp(0, 63)
+    )
+
+
+def _whole_tiles(count: Tensor, last: Tensor, n: Tensor, merge: int) -> Tensor:
+    """End rank when `count` blocks from `last` are rounded to whole tiles of `merge` blocks.
+
+    Up, unless that would pass the last candidate: then down, so that no tile is left part full.
+    """
+    end = torch.minimum(last + (count + merge - 1) // merge * merge, n)
+    return torch.where(end == n, last + (n - last) // merge * merge, end)

@@ -1,0 +1,70 @@
+"""How far each key block may be pooled (specification, section 7)."""
+
+import torch
+from torch import Tensor
+
+from psa_torch._vmap import register_batch_rule
+from shared_specs.config import PSAConfig
+
+MIN_NORM_PRODUCT = 1e-12
+
+
+def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
+    """Largest level at which a key block's neighbours are still alike.
+
+    Args:
+        k: `[B, Hk, Lk, D]`.
+        config: `block_n` and the three thresholds.
+
+    Returns:
+        int32 `[B, Hk, Nk]` in {1, 2, 4, 8}. Carries no gradient.
+    """
+    return _similarity_cap(
+        k.detach(),
+        config.block_n,
+        config.sim_2x_threshold,
+        config.sim_4x_threshold,
+        config.sim_8x_threshold,
+    )
+
+
+@torch.library.custom_op("psa::similarity_cap", mutates_args=())
+def _similarity_cap(
+    k: Tensor, block_n: int, threshold_2: float, threshold_4: float, threshold_8: float
+) -> Tensor:
+    cap = None
+    for level, threshold in ((2, threshold_2), (4, threshold_4), (8, threshold_8)):
+        similarity = block_similarity(k, block_n, level)
+        if cap is None:
+            cap = torch.ones_like(similarity, dtype=torch.int32)
+        # The threshold as float32, which is what the similarity is.
+        bound = torch.tensor(threshold, dtype=torch.float32).item()
+        cap = cap.masked_fill(similarity > bound, level)
+    return cap
+
+
+@_similarity_cap.register_fake
+def _(k, block_n, *_):
+    return k.new_empty(k.shape[0], k.shape[1], -(-k.shape[2] // block_n), dtype=torch.int32)
+
+
+register_batch_rule(_similarity_cap)
+
+
+def block_similarity(k: Tensor, block_n: int, level: int) -> Tensor:
+    """Mean cosine between the first and last key of each whole group of `level` keys.
+
+    Returns:
+        float32 `[B, Hk, Nk]`; -inf where a block has no whole group.
+    """
+    kv_len = k.shape[2]
+    n_k, whole = -(-kv_len // block_n), kv_len // level
+    groups = k[:, :, : whole * level].unflatten(2, (whole, level)).float()
+    first, last = groups[..., 0, :], groups[..., -1, :]
+    norms = first.norm(dim=-1) * last.norm(dim=-1)
+    cosine = (first * last).sum(-1) / norms.clamp(min=MIN_NORM_PRODUCT)
+    spare = n_k * (block_n // level) - whole
+    total = torch.nn.functional.pad(cosine, (0, spare)).unflatten(2, (n_k, -1)).sum(-1)
+    starts = torch.arange(n_k, device=k.device) * block_n
+    count = (kv_len - starts).clamp(max=block_n) // level
+    return torch.where(count > 0, total / count.clamp(min=1), -torch.inf)
