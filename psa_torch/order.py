@@ -1,0 +1,191 @@
+"""Token orders on tensors (specification, section 8): fixed permutations and k-means on device.
+
+The rules, names and checks are `shared_specs.order`'s; this module only moves and clusters tensors.
+Nothing here waits for the device, and every custom op below is opaque to `torch.compile`.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from shared_specs.order import (
+    Centroids,
+    OrderState,
+    Permutation,
+    TokenOrderBase,
+    gilbert_order,
+    sta_order,
+)
+from shared_specs.order.kmeans import COLD_STEPS, WARM_STEPS, check_kmeans
+
+__all__ = [
+    "Centroids",
+    "OrderState",
+    "Permutation",
+    "TokenOrder",
+    "gilbert_order",
+    "kmeans",
+    "permute",
+    "sta_order",
+]
+
+DISTANCE_ELEMENTS = 1 << 25
+"""Most token-to-centroid distances held at a time: 128 MB in float32, whatever the length."""
+
+
+class TokenOrder(TokenOrderBase):
+    """Moves tensors q, k and v into an order, and the output back."""
+
+    def _fixed(self, like: Tensor) -> Permutation:
+        method, grid, tile = self.method, list(self.grid), list(self.tile)
+        return Permutation(
+            *_fixed_order(
+                like, method, self.length, grid, tile, self.text_length, self.text_position
+            )
+        )
+
+    def _clustered(
+        self, tokens: Tensor, count: int, warm: Tensor | None
+    ) -> tuple[Permutation, Tensor]:
+        labels, centroids = kmeans(tokens[..., self.video, :], count, centroids=warm)
+        start, stop = self.video.start, self.video.stop
+        by_cluster = torch.argsort(labels, dim=-1, stable=True) + start
+        place = torch.arange(self.length, device=tokens.device).expand(tokens.shape[:-1])
+        order = torch.cat([place[..., :start], by_cluster, place[..., stop:]], -1)
+        inverse = torch.empty_like(order).scatter_(-1, order, place)
+        return Permutation(order.int(), inverse.int()), centroids
+
+    def _take(self, x: Tensor, permutation: Permutation) -> Tensor:
+        return permute(x, permutation.order, permutation.inverse)
+
+
+@torch.library.custom_op("psa::permute", mutates_args=())
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Tokens of `x [B,H,L]` or `[B,H,L,D]` in the order int32 `[L]` or `[B,H,L]`: one gather.
+
+    `inverse` undoes `order`; the gradient is one gather by it.
+    """
+    if order.ndim == 1:
+        return x.index_select(2, order)
+    index = order.long()
+    return x.gather(2, index if x.ndim == 3 else index[..., None].expand(x.shape))
+
+
+@permute.register_fake
+def _(x, order, inverse):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save_permutation(ctx, inputs, output):
+    _, order, inverse = inputs
+    ctx.save_for_backward(order, inverse)
+
+
+def _permute_backward(ctx, grad):
+    order, inverse = ctx.saved_tensors
+    return permute(grad, inverse, order), None, None
+
+
+permute.register_autograd(_permute_backward, setup_context=_save_permutation)
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed_on(order: TokenOrder, device: torch.device) -> tuple[Tensor, Tensor]:
+    order, inverse = order.fixed_permutation()
+    # A copy: the NumPy arrays are read-only, which a tensor cannot say.
+    return torch.tensor(order, device=device), torch.tensor(inverse, device=device)
+
+
+@torch.library.custom_op("psa::fixed_order", mutates_args=())
+def _fixed_order(
+    like: Tensor,
+    method: str,
+    length: int,
+    grid: list[int],
+    tile: list[int],
+    text_length: int,
+    text_position: str,
+) -> tuple[Tensor, Tensor]:
+    """The permutation of a grid and its inverse, int32 `[length]`, on the device of `like`.
+
+    An op of its own so that a compiled graph neither traces the NumPy code nor holds the arrays.
+    """
+    plan = TokenOrder(method, length, tuple(grid), tuple(tile), text_length, text_position)
+    order, inverse = _fixed_on(plan, like.device)
+    return order.clone(), inverse.clone()  # an op's outputs are its caller's to overwrite
+
+
+@_fixed_order.register_fake
+def _(like, method, length, grid, tile, text_length, text_position):
+    return tuple(like.new_empty(length, dtype=torch.int32) for _ in range(2))
+
+
+def kmeans(tokens: Tensor, count: int, *, centroids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Labels and centroids after a fixed number of Lloyd steps (specification, section 8).
+
+    No gradient flows through either. Sums run in a fixed order, so that equal inputs give equal
+    results; memory is bounded by `DISTANCE_ELEMENTS` whatever the number of tokens.
+
+    Args:
+        tokens: `[B, H, N, D]`.
+        count: number of centroids, 1..N.
+        centroids: float32 `[B, H, count, D]` of an earlier call, for a warm start.
+
+    Returns:
+        int32 labels `[B, H, N]` and the float32 centroids `[B, H, count, D]` they are nearest to.
+
+    Raises:
+        ValueError: count out of range, or warm centroids of another shape.
+    """
+    check_kmeans(tuple(tokens.shape), count, None if centroids is None else tuple(centroids.shape))
+    return _kmeans(tokens.detach(), count, None if centroids is None else centroids.detach())
+
+
+@torch.library.custom_op("psa::kmeans", mutates_args=())
+def _kmeans(tokens: Tensor, count: int, centroids: Tensor | None) -> tuple[Tensor, Tensor]:
+    steps = WARM_STEPS
+    if centroids is None:
+        steps = COLD_STEPS
+        places = torch.arange(count, device=tokens.device) * tokens.shape[2] // count
+        centroids = tokens.index_select(2, places)
+    centroids = centroids.float()
+    with torch.autocast(tokens.device.type, enabled=False):
+        for _ in range(steps):
+            _, centroids = _lloyd_step(tokens, centroids, move=True)
+        labels, _ = _lloyd_step(tokens, centroids, move=False)
+    return labels, centroids.clone()
+
+
+@_kmeans.register_fake
+def _(tokens, count, centroids):
+    b, h, n, d = tokens.shape
+    labels = tokens.new_empty(b, h, n, dtype=torch.int32)
+    return labels, tokens.new_empty(b, h, count, d, dtype=torch.float32)
+
+
+def _lloyd_step(tokens: Tensor, centroids: Tensor, *, move: bool) -> tuple[Tensor, Tensor]:
+    """Labels of the tokens, and the centroids moved to the mean of their tokens if asked to."""
+    b, h, n, _ = tokens.shape
+    count = centroids.shape[2]
+    # Distances are measured from the mean centroid: a common offset then costs no precision.
+    centre = centroids.mean(2, keepdim=True)
+    shifted = centroids - centre
+    half_norm = shifted.square().sum(-1)[:, :, None] / 2
+    columns = shifted.mT
+    chunk = max(1, DISTANCE_ELEMENTS // (b * h * count))
+    ids = torch.arange(count, device=tokens.device)
+    labels = []
+    sums, sizes = torch.zeros_like(centroids), torch.zeros_like(centroids[..., :1])
+    for part in tokens.split(chunk, 2):
+        part = part.float() - centre
+        label = (part @ columns - half_norm).argmax(-1)
+        labels.append(label.int())
+        if move:
+            # A product with the one-hot labels adds in a fixed order; scattered adds would not.
+            chosen = (label[..., None] == ids).float()
+            sums += chosen.mT @ part
+            sizes += chosen.sum(2)[..., None]
+    if move:
+        centroids = torch.where(sizes > 0, sums / sizes.clamp(min=1) + centre, centroids)
+    return torch.cat(labels, 2), centroids
