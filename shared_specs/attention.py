@@ -36,12 +36,12 @@ def sparse_attention(
         return_lse: also return the natural log of the sum of exponentials.
 
     Returns:
-        out float64 `[B, H, Lq, D]`, and lse float64 `[B, H, Lq]` if asked. A row that sees
+        out float64 (long double for long double inputs) `[B, H, Lq, D]`, and lse `[B, H, Lq]` if asked. A row that sees
         nothing has out 0 and lse -inf.
     """
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out = np.zeros((*q.shape[:3], v.shape[3]))
-    lse = np.full(q.shape[:3], -np.inf)
+    q, k, v = (_wide(x) for x in (q, k, v))
+    out = np.zeros_like(q)
+    lse = np.full(q.shape[:3], -np.inf, q.dtype)
     for at in _visits(q, k, v, levels, block_m, block_n, scale, is_causal):
         out[at.head][at.rows] = at.weights @ at.values
         lse[at.head][at.rows] = at.lse
@@ -70,7 +70,7 @@ def sparse_attention_grad(
     Returns:
         dq `[B, H, Lq, D]`, dk and dv `[B, Hk, Lk, D]`, float64.
     """
-    q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
+    q, k, v, dout = (_wide(x) for x in (q, k, v, dout))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     dq = np.zeros_like(q)
     dk_rows, dv_rows = (np.zeros_like(x) for x in build_pyramid(k, v, block_n))
@@ -79,7 +79,7 @@ def sparse_attention_grad(
         d_weights = grad @ at.values.T
         d_logits = at.weights * (d_weights - (at.weights * d_weights).sum(-1, keepdims=True))
         if dlse is not None:
-            d_logits += at.weights * np.asarray(dlse, np.float64)[at.head][at.rows][:, None]
+            d_logits += at.weights * _wide(dlse)[at.head][at.rows][:, None]
         dq[at.head][at.rows] = factor * d_logits @ at.keys
         dk_rows[at.kv_head][at.tokens] += factor * d_logits.T @ q[at.head][at.rows]
         dv_rows[at.kv_head][at.tokens] += at.weights.T @ grad
@@ -111,7 +111,6 @@ def _visits(q, k, v, levels, block_m, block_n, scale, is_causal) -> Iterator[_Vi
     if levels.shape != expected:
         raise ValueError(f"levels must be {expected}, got {levels.shape}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group = q.shape[1] // k.shape[1]
     pyramid = build_pyramid(k, v, block_n)
     counts = pooled_counts(kv_len, block_n)
     last_key = _last_covered_key(kv_len, block_n)
@@ -119,12 +118,28 @@ def _visits(q, k, v, levels, block_m, block_n, scale, is_causal) -> Iterator[_Vi
         rows = slice(i * block_m, min((i + 1) * block_m, q_len))
         tokens = _tokens(levels[b, h, i], kv_len, block_n)
         tokens = tokens[counts[tokens] > 0]
-        keys, values = pyramid.k[b, h // group][tokens], pyramid.v[b, h // group][tokens]
-        logits = scale * q[b, h, rows] @ keys.T + np.log(counts[tokens])
+        kv_head = (b, _kv_head(h, q.shape[1], k.shape[1]))
+        keys, values = pyramid.k[kv_head][tokens], pyramid.v[kv_head][tokens]
+        logits = scale * q[b, h, rows] @ keys.T + _bias(counts[tokens]).astype(q.dtype)
         if is_causal:
             position = np.arange(rows.start, rows.stop) + kv_len - q_len
             logits = np.where(last_key[tokens] <= position[:, None], logits, -np.inf)
-        yield _Visit((b, h), (b, h // group), rows, tokens, keys, values, logits)
+        yield _Visit((b, h), kv_head, rows, tokens, keys, values, logits)
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    """At least float64; long double stays, for callers that want more digits."""
+    x = np.asarray(x)
+    return x.astype(np.result_type(x.dtype, np.float64))
+
+
+def _kv_head(h: int, heads: int, kv_heads: int) -> int:
+    return h // (heads // kv_heads)
+
+
+def _bias(counts: np.ndarray) -> np.ndarray:
+    """A pooled token stands for `counts` keys of equal logit."""
+    return np.log(counts.astype(np.longdouble))
 
 
 def _tokens(row_levels: np.ndarray, kv_len: int, block_n: int) -> np.ndarray:
@@ -148,7 +163,7 @@ def _last_covered_key(kv_len: int, block_n: int) -> np.ndarray:
 def _unpool(rows: np.ndarray, kv_len: int, block_n: int) -> np.ndarray:
     """Transpose of the pooling means: every key gets its share of each row that covers it."""
     counts = np.maximum(pooled_counts(kv_len, block_n), 1)
-    grad = np.zeros((*rows.shape[:2], kv_len, rows.shape[3]))
+    grad = np.zeros((*rows.shape[:2], kv_len, rows.shape[3]), rows.dtype)
     for level in LEVELS:
         covering = level_start(kv_len, block_n, level) + np.arange(kv_len) // level
         grad += rows[:, :, covering] / counts[covering][:, None]

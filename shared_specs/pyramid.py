@@ -48,11 +48,11 @@ def pooled_counts(kv_len: int, block_n: int) -> np.ndarray:
 def group_means(x: np.ndarray, size: int) -> np.ndarray:
     """Means over groups of `size` adjacent tokens of `[..., L, D]`, real tokens only.
 
-    float64 stays float64; anything else accumulates in float32 and is returned as float32.
+    Wider than float32 stays as wide; anything else accumulates in float32, returned as float32.
     """
     length = x.shape[-2]
     groups = -(-length // size)
-    dtype = np.float64 if x.dtype == np.float64 else np.float32
+    dtype = np.result_type(x.dtype, np.float32)
     padded = np.zeros((*x.shape[:-2], groups * size, x.shape[-1]), dtype)
     padded[..., :length, :] = x
     sums = padded.reshape(*x.shape[:-2], groups, size, x.shape[-1]).sum(-2)

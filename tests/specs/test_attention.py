@@ -80,7 +80,7 @@ def test_segments_and_dense_levels_are_one_thing():
 
 
 def test_constant_keys_make_pooling_exact():
-    """With equal keys inside each group of 8, every level gives dense attention: log bias is right."""
+    """With equal keys inside each group of 8, every level gives dense attention."""
     rng = np.random.default_rng(3)
     q, k, v, levels = draw(rng, kv_len=128)
     k, v = (np.repeat(x[:, :, ::8], 8, axis=2) for x in (k, v))
