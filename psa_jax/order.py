@@ -1,0 +1,145 @@
+"""Token orders on jax arrays (specification, section 8): fixed permutations and k-means on device.
+
+The rules, names and checks are `shared_specs.order`'s; this module only moves and clusters arrays.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from shared_specs.order import (
+    Centroids,
+    OrderState,
+    Permutation,
+    TokenOrderBase,
+    gilbert_order,
+    sta_order,
+)
+from shared_specs.order.kmeans import COLD_STEPS, WARM_STEPS, check_kmeans, evenly_spaced
+
+__all__ = [
+    "Centroids",
+    "OrderState",
+    "Permutation",
+    "TokenOrder",
+    "gilbert_order",
+    "kmeans",
+    "permute",
+    "sta_order",
+]
+
+DISTANCE_ELEMENTS = 1 << 25
+"""Most token-to-centroid distances held at a time: 128 MB in float32, whatever the length."""
+
+
+class TokenOrder(TokenOrderBase):
+    """Moves jax arrays q, k and v into an order, and the output back; usable under `jit`."""
+
+    def _fixed(self, like: Array) -> Permutation:
+        return Permutation(*map(jnp.asarray, self.fixed_permutation()))
+
+    def _clustered(
+        self, tokens: Array, count: int, warm: Array | None
+    ) -> tuple[Permutation, Array]:
+        labels, centroids = kmeans(tokens[..., self.video, :], count, centroids=warm)
+        return self.by_cluster(labels), centroids
+
+    def by_cluster(self, labels: Array) -> Permutation:
+        """The order that sorts video tokens by their labels int32 `[B, H, video]`, stably."""
+        by_cluster = jnp.argsort(labels, axis=-1, stable=True) + self.video.start
+        place = jnp.broadcast_to(
+            jnp.arange(self.length, dtype=jnp.int32), (*labels.shape[:-1], self.length)
+        )
+        order = place.at[..., self.video].set(by_cluster.astype(jnp.int32))
+        return Permutation(order, jnp.argsort(order, axis=-1).astype(jnp.int32))
+
+    def _take(self, x: Array, permutation: Permutation) -> Array:
+        return permute(x, permutation.order)
+
+
+def permute(x: Array, order: Array) -> Array:
+    """Tokens of `x [B,H,L]` or `[B,H,L,D]` in the order int32 `[L]` or `[B,H,L]`: one gather."""
+
+    def take(tokens, index):
+        # Unique and in bounds: no clamping, and the gradient is a plain scatter without atomics.
+        return tokens.at[index].get(unique_indices=True, mode="promise_in_bounds")
+
+    shared = None if order.ndim == 1 else 0
+    return jax.vmap(jax.vmap(take, (0, shared)), (0, shared))(x, order)
+
+
+def kmeans(tokens: Array, count: int, *, centroids: Array | None = None) -> tuple[Array, Array]:
+    """Labels and centroids after a fixed number of Lloyd steps (specification, section 8).
+
+    No gradient flows through either. Sums run in a fixed order, so that equal inputs give equal
+    results; memory is bounded by `DISTANCE_ELEMENTS` whatever the number of tokens.
+
+    Args:
+        tokens: `[B, H, N, D]`.
+        count: number of centroids, 1..N.
+        centroids: float32 `[B, H, count, D]` of an earlier call, for a warm start.
+
+    Returns:
+        int32 labels `[B, H, N]` and the float32 centroids `[B, H, count, D]` they are nearest to.
+
+    Raises:
+        ValueError: count out of range, or warm centroids of another shape.
+    """
+    check_kmeans(tokens.shape, count, None if centroids is None else centroids.shape)
+    tokens = lax.stop_gradient(tokens)
+    if centroids is None:
+        return lloyd(tokens, evenly_spaced_tokens(tokens, count), COLD_STEPS)
+    return lloyd(tokens, lax.stop_gradient(centroids), WARM_STEPS)
+
+
+def evenly_spaced_tokens(tokens: Array, count: int) -> Array:
+    """The cold centroids: float32 `[B, H, count, D]`."""
+    return tokens[:, :, evenly_spaced(tokens.shape[2], count)].astype(jnp.float32)
+
+
+def lloyd(tokens: Array, centroids: Array, steps: int | Array) -> tuple[Array, Array]:
+    """Labels and centroids after `steps` Lloyd steps; `steps` may be a traced scalar."""
+    b, h, n, d = tokens.shape
+    count = centroids.shape[2]
+    chunk = min(n, max(1, DISTANCE_ELEMENTS // (b * h * count)))
+    chunks = -(-n // chunk)
+    padded = jnp.pad(tokens, ((0, 0), (0, 0), (0, chunks * chunk - n), (0, 0)))
+    parts = padded.reshape(b, h, chunks, chunk, d).transpose(2, 0, 1, 3, 4)
+    real = (jnp.arange(chunks * chunk) < n).reshape(chunks, chunk)
+    exact = lax.Precision.HIGHEST  # float32 products: the default of a GPU is tf32
+
+    def origin_and_columns(centroids):
+        # Distances are measured from the mean centroid: a common offset then costs no precision.
+        centre = centroids.mean(2, keepdims=True)
+        shifted = centroids - centre
+        return centre, shifted, jnp.square(shifted).sum(-1)[:, :, None] / 2
+
+    def nearest(part, shifted, half_norm):
+        distances = jnp.einsum("bhnd,bhcd->bhnc", part, shifted, precision=exact) - half_norm
+        return jnp.argmax(distances, -1).astype(jnp.int32)
+
+    def step(_, centroids):
+        centre, shifted, half_norm = origin_and_columns(centroids)
+
+        def add(carry, chunk_of_tokens):
+            sums, sizes = carry
+            part, is_real = chunk_of_tokens
+            part = part.astype(jnp.float32) - centre
+            label = nearest(part, shifted, half_norm)
+            # A product with the one-hot labels adds in a fixed order; scattered adds would not.
+            chosen = (label[..., None] == jnp.arange(count)) & is_real[:, None]
+            chosen = chosen.astype(jnp.float32)
+            sums += jnp.einsum("bhnc,bhnd->bhcd", chosen, part, precision=exact)
+            return (sums, sizes + chosen.sum(2)[..., None]), None
+
+        zero = (jnp.zeros_like(centroids), jnp.zeros_like(centroids[..., :1]))
+        (sums, sizes), _ = lax.scan(add, zero, (parts, real))
+        return jnp.where(sizes > 0, sums / jnp.maximum(sizes, 1) + centre, centroids)
+
+    centroids = lax.fori_loop(0, steps, step, centroids)
+    centre, shifted, half_norm = origin_and_columns(centroids)
+    labels = lax.map(
+        lambda part: nearest(part.astype(jnp.float32) - centre, shifted, half_norm), parts
+    )
+    labels = labels.transpose(1, 2, 0, 3).reshape(b, h, chunks * chunk)
+    return labels[..., :n], centroids
