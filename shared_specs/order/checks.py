@@ -4,24 +4,25 @@ from collections.abc import Sequence
 from numbers import Integral
 
 
-def _triple(name: str, value: Sequence[int]) -> tuple[int, int, int]:
-    accepted = f"{name} must be (depth, height, width), three integers of at least 1; got {value!r}"
+def check_triple(name: str, value: Sequence[int], meaning: str) -> tuple[int, int, int]:
+    """`value` as three ints of at least 1; ValueError naming the argument otherwise."""
+    accepted = f"{name} must be {meaning}, three integers of at least 1; got {value!r}"
     if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
         raise ValueError(accepted)
     if any(not isinstance(side, Integral) or isinstance(side, bool) or side < 1 for side in value):
         raise ValueError(accepted)
-    depth, height, width = (int(side) for side in value)
-    return depth, height, width
+    first, second, third = (int(side) for side in value)
+    return first, second, third
 
 
 def check_grid(grid: Sequence[int]) -> tuple[int, int, int]:
     """`grid` as three ints of at least 1; ValueError otherwise."""
-    return _triple("grid", grid)
+    return check_triple("grid", grid, "(depth, height, width)")
 
 
 def check_tile(tile: Sequence[int]) -> tuple[int, int, int]:
     """`tile` as three ints of at least 1; ValueError otherwise."""
-    return _triple("tile", tile)
+    return check_triple("tile", tile, "(depth, height, width) of a tile")
 
 
 def check_order_lengths(config, q_len: int, kv_len: int) -> None:
