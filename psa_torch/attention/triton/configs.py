@@ -14,11 +14,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class ForwardConfig:
     """Forward kernel: `rows` queries (a divisor of block_m) by `tile` pooled keys a step.
 
+    tail: pooled keys a step in the masked tail.
     contiguous: read level-1 blocks as they lie in memory where block_n holds a whole tile.
     """
 
     rows: int
     tile: int
+    tail: int
     warps: int
     stages: int
     contiguous: bool = True
@@ -26,10 +28,14 @@ class ForwardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryGradConfig:
-    """dq kernel: `rows` queries (a divisor of block_m) by `tile` pooled keys a step."""
+    """dq kernel: `rows` queries (a divisor of block_m) by `tile` pooled keys a step.
+
+    tail: pooled keys a step in the masked tail.
+    """
 
     rows: int
     tile: int
+    tail: int
     warps: int
     stages: int
 
@@ -46,6 +52,14 @@ class KeyGradConfig:
     stages: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class BackwardConfig:
+    """All of the backward; `key` has one entry per level, finest first."""
+
+    query: QueryGradConfig
+    key: tuple[KeyGradConfig, KeyGradConfig, KeyGradConfig, KeyGradConfig]
+
+
 def capability(x: Tensor) -> tuple[int, int]:
     """Compute capability of the device of `x`; the interpreter plays an H100."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
@@ -60,8 +74,8 @@ def choose_forward(
     capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int, block_n: int
 ) -> ForwardConfig:
     if dtype == torch.float32:
-        return ForwardConfig(rows=32, tile=32, warps=4, stages=2)
-    return ForwardConfig(rows=block_m, tile=128, warps=8, stages=3)
+        return ForwardConfig(rows=32, tile=32, tail=32, warps=4, stages=2)
+    return ForwardConfig(rows=block_m, tile=128, tail=64, warps=8, stages=3)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -72,3 +86,18 @@ def rows_contiguous(x: Tensor) -> Tensor:
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Kernels launch on the current device: make it that of `x`."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def backward_config(q: Tensor, block_m: int, block_n: int) -> BackwardConfig:
+    """The backward's tile sizes for `q` `[B, H, Lq, D]`."""
+    return choose_backward(capability(q), q.shape[-1], q.dtype, block_m, block_n)
+
+
+def choose_backward(
+    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int, block_n: int
+) -> BackwardConfig:
+    return BackwardConfig(
+        query=QueryGradConfig(rows=block_m, tile=64, tail=32, warps=8, stages=3),
+        key=(KeyGradConfig(rows=64, warps=4, stages=2),)
+        + (KeyGradConfig(rows=block_m, warps=8, stages=2),) * 3,
+    )

@@ -79,6 +79,7 @@ def attention_forward(
     LOG_BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    TAIL: tl.constexpr,
     STAGES: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -144,16 +145,16 @@ def attention_forward(
         acc, top, total = _add_tile(q, k, v, acc, top, total, scale, g.to(tl.float32))
 
     # Branch-free: an `if` here makes ptxas serialise the tensor-core products of the loop above.
-    end0 = tail_tiles(n0, u0, 0, LOG_BLOCK_N, TILE)
-    end1 = end0 + tail_tiles(n1, u1, 1, LOG_BLOCK_N, TILE)
-    end2 = end1 + tail_tiles(n2, u2, 2, LOG_BLOCK_N, TILE)
-    end3 = end2 + tail_tiles(n3, u3, 3, LOG_BLOCK_N, TILE)
+    end0 = tail_tiles(n0, u0, 0, LOG_BLOCK_N, TILE, TAIL)
+    end1 = end0 + tail_tiles(n1, u1, 1, LOG_BLOCK_N, TILE, TAIL)
+    end2 = end1 + tail_tiles(n2, u2, 2, LOG_BLOCK_N, TILE, TAIL)
+    end3 = end2 + tail_tiles(n3, u3, 3, LOG_BLOCK_N, TILE, TAIL)
     for t in tl.range(0, end3, num_stages=1):
         g = (t >= end0).to(tl.int32) + (t >= end1).to(tl.int32) + (t >= end2).to(tl.int32)
         level_entries = entries + select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
         stream = select4(g, n0, n1, n2, n3) << (LOG_BLOCK_N - g)
         done = (select4(g, u0, u1, u2, u3) << (LOG_BLOCK_N - g)) // TILE * TILE
-        position = done + (t - select4(g, 0, end0, end1, end2)) * TILE + tl.arange(0, TILE)
+        position = done + (t - select4(g, 0, end0, end1, end2)) * TAIL + tl.arange(0, TAIL)
         inside = position < stream
         rows = gather_rows(
             level_entries, tl.minimum(position, stream - 1), g, padded_len, LOG_BLOCK_N
@@ -276,6 +277,7 @@ def forward_planned(
             LOG_BLOCK_N=block_n.bit_length() - 1,
             ROWS=config.rows,
             TILE=config.tile,
+            TAIL=config.tail,
             STAGES=config.stages,
             CONTIGUOUS=config.contiguous and config.tile <= block_n,
             IS_CAUSAL=is_causal,

@@ -4,7 +4,7 @@ Levels are written as exponents: `g` is 0, 1, 2, 3 for levels 1, 2, 4, 8. The ro
 that a table row selects form a stream, block after block; a tile takes `TILE` consecutive
 positions of one stream, so its log-count bias is the scalar `g` (in base 2) except where a
 ragged block ends. Full tiles hold only blocks that need no mask. What is left of each stream,
-remainders and masked blocks alike, is walked by tail tiles.
+remainders and masked blocks alike, is walked by tail tiles of `TAIL` positions.
 """
 
 import triton
@@ -37,10 +37,17 @@ def full_tiles(full, g: tl.constexpr, LOG_BLOCK_N: tl.constexpr, TILE: tl.conste
 
 
 @triton.jit
-def tail_tiles(count, full, g: tl.constexpr, LOG_BLOCK_N: tl.constexpr, TILE: tl.constexpr):
-    """Tiles that the rest of the stream of level `2**g` needs."""
+def tail_tiles(
+    count,
+    full,
+    g: tl.constexpr,
+    LOG_BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Tiles of `TAIL` positions that the rest of the stream of level `2**g` needs."""
     done = (full << (LOG_BLOCK_N - g)) // TILE * TILE
-    return ((count << (LOG_BLOCK_N - g)) - done + TILE - 1) // TILE
+    return ((count << (LOG_BLOCK_N - g)) - done + TAIL - 1) // TAIL
 
 
 @triton.jit

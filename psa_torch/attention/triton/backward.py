@@ -1,0 +1,638 @@
+"""Backward of pyramid sparse attention: dq over the table, dk and dv over the transposed one.
+
+Every row of dq, dk and dv has one writer that adds in a fixed order, so the result is the same
+bit for bit from run to run. Un-pooling is fused: the log2 of the count in a logit cancels the
+1/count of the mean, so what a pooled row owes to each key it covers is its plain sum over
+queries; every level adds to its own sum what the level above owes and passes that down, and
+level 1 writes the gradients.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psa_torch.attention.triton import configs
+from psa_torch.attention.triton.configs import BackwardConfig, KeyGradConfig, QueryGradConfig
+from psa_torch.attention.triton.plan import Plan, key_plan, query_plan
+from psa_torch.attention.triton.walk import (
+    covered,
+    full_tiles,
+    gather_rows,
+    level_start,
+    load4,
+    select4,
+    tail_tiles,
+)
+from psa_torch.pyramid import Pyramid, build_pyramid
+from shared_specs.constants import LEVELS
+from shared_specs.pyramid import padded_length
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def row_statistics(
+    out_pointer,
+    dout_pointer,
+    lse_pointer,
+    dlse_pointer,
+    delta_pointer,
+    lse2_pointer,
+    out_stride_b,
+    out_stride_h,
+    out_stride_m,
+    dout_stride_b,
+    dout_stride_h,
+    dout_stride_m,
+    heads,
+    q_len,
+    padded_q_len,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    """delta = rowsum(dout * out) - dlse, and lse in base 2: what both gradient kernels subtract.
+
+    Rows that see nothing or do not exist get lse2 = +inf, so that their weights are exactly 0.
+    """
+    batch_head = tl.program_id(1)
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    real = m < q_len
+    m64 = m.to(tl.int64)[:, None]
+    out_pointer += batch * out_stride_b + head * out_stride_h
+    dout_pointer += batch * dout_stride_b + head * dout_stride_h
+    out = tl.load(out_pointer + m64 * out_stride_m + d[None, :], mask=real[:, None], other=0.0)
+    dout = tl.load(dout_pointer + m64 * dout_stride_m + d[None, :], mask=real[:, None], other=0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    row = batch_head.to(tl.int64) * q_len + m
+    lse = tl.load(lse_pointer + row, mask=real, other=float("-inf"))
+    seen = lse > float("-inf")
+    if HAS_DLSE:
+        delta -= tl.load(dlse_pointer + row, mask=real, other=0.0)
+    padded_row = batch_head.to(tl.int64) * padded_q_len + m
+    inside = m < padded_q_len
+    tl.store(delta_pointer + padded_row, tl.where(seen, delta, 0.0), mask=inside)
+    tl.store(lse2_pointer + padded_row, tl.where(seen, lse * LOG2E, float("inf")), mask=inside)
+
+
+@triton.jit
+def query_gradient(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    dout_pointer,
+    lse2_pointer,
+    delta_pointer,
+    entries,
+    counts,
+    full_counts,
+    dq_pointer,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    dout_stride_b,
+    dout_stride_h,
+    dout_stride_m,
+    scale,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    padded_len,
+    q_blocks,
+    k_blocks,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LOG_BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    TAIL: tl.constexpr,
+    STAGES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """dq of `ROWS` query rows of one head, over the tiles that the forward visited."""
+    part = tl.num_programs(0) - 1 - tl.program_id(0) if IS_CAUSAL else tl.program_id(0)
+    batch_head = tl.program_id(1)
+    batch = batch_head // heads
+    head = batch_head % heads
+    kv_head = batch.to(tl.int64) * (heads // group) + head // group
+    pyramid = kv_head * (2 * padded_len - padded_len // 8) * D
+    k_pointer += pyramid
+    v_pointer += pyramid
+
+    m = part * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    m64 = m.to(tl.int64)[:, None]
+    real_row = m[:, None] < q_len
+    q_pointer += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+    dout_pointer += batch.to(tl.int64) * dout_stride_b + head.to(tl.int64) * dout_stride_h
+    q = tl.load(q_pointer + m64 * q_stride_m + d[None, :], mask=real_row, other=0.0)
+    dout = tl.load(dout_pointer + m64 * dout_stride_m + d[None, :], mask=real_row, other=0.0)
+    padded_row = batch_head.to(tl.int64) * (q_blocks * BLOCK_M) + m
+    lse2 = tl.load(lse2_pointer + padded_row)
+    delta = tl.load(delta_pointer + padded_row)
+
+    table_row = batch_head * q_blocks + part * ROWS // BLOCK_M
+    n0, n1, n2, n3 = load4(counts, table_row)
+    u0, u1, u2, u3 = load4(full_counts, table_row)
+    entries += table_row.to(tl.int64) * k_blocks
+    dq = tl.zeros([ROWS, D], tl.float32)
+
+    end0 = full_tiles(u0, 0, LOG_BLOCK_N, TILE)
+    end1 = end0 + full_tiles(u1, 1, LOG_BLOCK_N, TILE)
+    end2 = end1 + full_tiles(u2, 2, LOG_BLOCK_N, TILE)
+    end3 = end2 + full_tiles(u3, 3, LOG_BLOCK_N, TILE)
+    for t in tl.range(0, end3, num_stages=STAGES):
+        g = (t >= end0).to(tl.int32) + (t >= end1).to(tl.int32) + (t >= end2).to(tl.int32)
+        level_entries = entries + select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
+        position = (t - select4(g, 0, end0, end1, end2)) * TILE + tl.arange(0, TILE)
+        rows = gather_rows(level_entries, position, g, padded_len, LOG_BLOCK_N)
+        at = rows[:, None] * D + d[None, :]
+        k = tl.load(k_pointer + at)
+        v = tl.load(v_pointer + at)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.math.exp2(s * (scale * LOG2E) + (g.to(tl.float32) - lse2)[:, None])
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+    end0 = tail_tiles(n0, u0, 0, LOG_BLOCK_N, TILE, TAIL)
+    end1 = end0 + tail_tiles(n1, u1, 1, LOG_BLOCK_N, TILE, TAIL)
+    end2 = end1 + tail_tiles(n2, u2, 2, LOG_BLOCK_N, TILE, TAIL)
+    end3 = end2 + tail_tiles(n3, u3, 3, LOG_BLOCK_N, TILE, TAIL)
+    for t in tl.range(0, end3, num_stages=1):
+        g = (t >= end0).to(tl.int32) + (t >= end1).to(tl.int32) + (t >= end2).to(tl.int32)
+        level_entries = entries + select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
+        stream = select4(g, n0, n1, n2, n3) << (LOG_BLOCK_N - g)
+        done = (select4(g, u0, u1, u2, u3) << (LOG_BLOCK_N - g)) // TILE * TILE
+        position = done + (t - select4(g, 0, end0, end1, end2)) * TAIL + tl.arange(0, TAIL)
+        inside = position < stream
+        rows = gather_rows(
+            level_entries, tl.minimum(position, stream - 1), g, padded_len, LOG_BLOCK_N
+        )
+        last, count = covered(rows, g, padded_len, kv_len)
+        real = inside & (count > 0)
+        at = rows[:, None] * D + d[None, :]
+        k = tl.load(k_pointer + at, mask=real[:, None], other=0.0)
+        v = tl.load(v_pointer + at, mask=real[:, None], other=0.0)
+        bias = tl.where(real, tl.math.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + bias[None, :]
+        if IS_CAUSAL:
+            s = tl.where(last[None, :] <= m[:, None] + (kv_len - q_len), s, float("-inf"))
+        p = tl.math.exp2(s - lse2[:, None])
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+    dq_row = batch_head.to(tl.int64) * q_len + m
+    tl.store(
+        dq_pointer + dq_row[:, None] * D + d[None, :],
+        (dq * scale).to(dq_pointer.dtype.element_ty),
+        mask=real_row,
+    )
+
+
+@triton.jit
+def _add_queries(
+    k,
+    v,
+    dk,
+    dv,
+    q_base,
+    dout_base,
+    lse2_base,
+    delta_base,
+    q_stride_m,
+    dout_stride_m,
+    first,
+    scale,
+    last,
+    q_len,
+    kv_len,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Adds to dk and dv what `ROWS` queries from row `first` on contribute."""
+    m = tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    real = (first + m < q_len)[:, None]
+    first64 = tl.cast(first, tl.int64)
+    q = tl.load(
+        q_base + first64 * q_stride_m + (m[:, None] * q_stride_m + d[None, :]), mask=real, other=0.0
+    )
+    dout = tl.load(
+        dout_base + first64 * dout_stride_m + (m[:, None] * dout_stride_m + d[None, :]),
+        mask=real,
+        other=0.0,
+    )
+    shift = G - tl.load(lse2_base + first + m)
+    delta = tl.load(delta_base + first + m)
+    position = first + m + (kv_len - q_len)
+    if KEYS_FIRST:
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        p = tl.math.exp2(s * (scale * LOG2E) + shift[None, :])
+        if MASKED:
+            p = tl.where(last[:, None] <= position[None, :], p, 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    else:
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.math.exp2(s * (scale * LOG2E) + shift[:, None])
+        if MASKED:
+            p = tl.where(last[None, :] <= position[:, None], p, 0.0)
+        dv = tl.dot(tl.trans(dout), p.to(dout.dtype), dv, input_precision="ieee")
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dk = tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def key_gradient(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    dout_pointer,
+    lse2_pointer,
+    delta_pointer,
+    entries,
+    counts,
+    full_counts,
+    dk_pooled,
+    dv_pooled,
+    dk_pointer,
+    dv_pointer,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    dout_stride_b,
+    dout_stride_h,
+    dout_stride_m,
+    scale,
+    kv_heads,
+    group,
+    q_len,
+    kv_len,
+    padded_len,
+    q_blocks,
+    k_blocks,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LOG_BLOCK_N: tl.constexpr,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """Gradients of the rows of one key block at level `2**G`, from all heads of its group.
+
+    dk_pooled, dv_pooled: float32 `[B, Hk, P - Lk', D]`, what each pooled row owes to every key
+    that it covers, coarser levels included. Level 1 writes dk, dv `[B, Hk, Lk, D]` instead.
+    """
+    block = tl.program_id(0)
+    batch_kv_head = tl.program_id(1)
+    batch = batch_kv_head // kv_heads
+    kv_head = batch_kv_head % kv_heads
+    RUN: tl.constexpr = (1 << LOG_BLOCK_N) >> G
+    # Tensor-core products have at least 16 columns: a shorter run repeats its last row.
+    KEYS: tl.constexpr = RUN if RUN > 16 else 16
+    # The keys are the tall side of the products where they can be (64 rows on Hopper).
+    KEYS_FIRST: tl.constexpr = RUN >= 64
+    lane = tl.arange(0, KEYS)
+    run = block * RUN + tl.minimum(lane, RUN - 1)
+    d = tl.arange(0, D)
+    rows = level_start(padded_len, G) + run
+    pyramid = batch_kv_head.to(tl.int64) * (2 * padded_len - padded_len // 8) * D
+    k = tl.load(k_pointer + pyramid + (rows[:, None] * D + d[None, :]))
+    v = tl.load(v_pointer + pyramid + (rows[:, None] * D + d[None, :]))
+    last = tl.minimum((run + 1) << G, kv_len) - 1
+    if KEYS_FIRST:
+        dk = tl.zeros([KEYS, D], tl.float32)
+        dv = tl.zeros([KEYS, D], tl.float32)
+    else:
+        dk = tl.zeros([D, KEYS], tl.float32)
+        dv = tl.zeros([D, KEYS], tl.float32)
+
+    PARTS: tl.constexpr = BLOCK_M // ROWS
+    for member in tl.range(0, group, num_stages=1):
+        head = kv_head * group + member
+        batch_head = batch_kv_head * group + member
+        table_row = batch_head * k_blocks + block
+        n0, n1, n2, n3 = load4(counts, table_row)
+        level_entries = entries + table_row.to(tl.int64) * q_blocks + select4(
+            G, 0, n0, n0 + n1, n0 + n1 + n2
+        )
+        count = select4(G, n0, n1, n2, n3)
+        q_base = q_pointer + batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+        dout_base = (
+            dout_pointer + batch.to(tl.int64) * dout_stride_b + head.to(tl.int64) * dout_stride_h
+        )
+        statistics = batch_head.to(tl.int64) * (q_blocks * BLOCK_M)
+        masked = 0
+        if IS_CAUSAL:
+            masked = count - tl.load(full_counts + table_row.to(tl.int64) * 4 + G)
+            for t in tl.range(0, masked * PARTS, num_stages=STAGES):
+                first = tl.load(level_entries + t // PARTS) * BLOCK_M + t % PARTS * ROWS
+                dk, dv = _add_queries(
+                    k,
+                    v,
+                    dk,
+                    dv,
+                    q_base,
+                    dout_base,
+                    lse2_pointer + statistics,
+                    delta_pointer + statistics,
+                    q_stride_m,
+                    dout_stride_m,
+                    first,
+                    scale,
+                    last,
+                    q_len,
+                    kv_len,
+                    G,
+                    ROWS,
+                    D,
+                    KEYS_FIRST,
+                    True,
+                )
+        for t in tl.range(masked * PARTS, count * PARTS, num_stages=STAGES):
+            first = tl.load(level_entries + t // PARTS) * BLOCK_M + t % PARTS * ROWS
+            dk, dv = _add_queries(
+                k,
+                v,
+                dk,
+                dv,
+                q_base,
+                dout_base,
+                lse2_pointer + statistics,
+                delta_pointer + statistics,
+                q_stride_m,
+                dout_stride_m,
+                first,
+                scale,
+                last,
+                q_len,
+                kv_len,
+                G,
+                ROWS,
+                D,
+                KEYS_FIRST,
+                False,
+            )
+
+    # The exponent carried +G for the range of float16: p was 2**G times what a key is owed.
+    share = 1.0 / (1 << G)
+    dk *= scale * share
+    dv *= share
+    pooled = batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * D
+    if KEYS_FIRST:
+        column = d[None, :]
+        run = run[:, None]
+        live = (lane < RUN)[:, None]
+    else:
+        column = d[:, None]
+        run = run[None, :]
+        live = (lane < RUN)[None, :]
+    if G < 3:
+        above = (level_start(padded_len, G + 1) - padded_len + (run >> 1)) * D + column
+        dk += tl.load(dk_pooled + pooled + above)
+        dv += tl.load(dv_pooled + pooled + above)
+    if G > 0:
+        here = (level_start(padded_len, G) - padded_len + run) * D + column
+        tl.store(dk_pooled + pooled + here, dk, mask=live)
+        tl.store(dv_pooled + pooled + here, dv, mask=live)
+    else:
+        keys = batch_kv_head.to(tl.int64) * kv_len * D
+        here = run * D + column
+        live = live & (run < kv_len)
+        tl.store(dk_pointer + keys + here, dk.to(dk_pointer.dtype.element_ty), mask=live)
+        tl.store(dv_pointer + keys + here, dv.to(dv_pointer.dtype.element_ty), mask=live)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+    config: BackwardConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v at the given levels, the same bit for bit from run to run.
+
+    Args:
+        dout: `[B, H, Lq, D]`, gradient of `out`.
+        dlse: float32 `[B, H, Lq]`, gradient of `lse`, or None for 0.
+        q: `[B, H, Lq, D]`; k, v: `[B, Hk, Lk, D]`, float32, float16 or bfloat16.
+        levels: int32 `[B, H, Nq, Nk]`.
+        out, lse: what the forward returned.
+        block_m, block_n: queries and keys per block.
+        scale: factor on q.k, of any sign.
+        is_causal: the last query sees the last key.
+        config: tile sizes; None takes them from `configs`.
+
+    Returns:
+        dq, dk, dv in the shapes and dtypes of q, k and v. Contiguous.
+    """
+    geometry = dict(block_m=block_m, block_n=block_n, is_causal=is_causal)
+    lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
+    return backward_planned(
+        dout,
+        dlse,
+        q,
+        build_pyramid(k, v, block_n),
+        query_plan(levels, **lengths, **geometry),
+        key_plan(levels, **lengths, **geometry),
+        out,
+        lse,
+        kv_len=k.shape[2],
+        scale=scale,
+        config=config,
+        **geometry,
+    )
+
+
+def backward_planned(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    pyramid: Pyramid,
+    by_query: Plan,
+    by_key: Plan,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+    config: BackwardConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` for a pyramid and plans that exist already; the part that benchmarks time."""
+    config = config or configs.backward_config(q, block_m, block_n)
+    q, dout, out = (configs.rows_contiguous(x) for x in (q, dout.to(q.dtype), out))
+    geometry = dict(kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal)
+    with configs.on_device_of(q):
+        statistics = _row_statistics(out, dout, lse, dlse, block_m)
+        dq = _query_gradient(
+            q, pyramid, dout, statistics, by_query, scale=scale, config=config.query, **geometry
+        )
+        dk, dv = _key_gradients(
+            q, pyramid, dout, statistics, by_key, scale=scale, config=config.key, **geometry
+        )
+    return dq, dk, dv
+
+
+def _row_statistics(
+    out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, block_m: int
+) -> tuple[Tensor, Tensor]:
+    """delta and base-2 lse, float32 `[B, H, Nq * block_m]` each."""
+    batch, heads, q_len, head_dim = out.shape
+    rows = triton.cdiv(q_len, block_m) * block_m
+    delta = lse.new_empty(batch, heads, rows, dtype=torch.float32)
+    lse2 = torch.empty_like(delta)
+    step = 32
+    row_statistics[rows // step, batch * heads](
+        out,
+        dout,
+        lse.contiguous(),
+        None if dlse is None else dlse.contiguous(),
+        delta,
+        lse2,
+        *out.stride()[:3],
+        *dout.stride()[:3],
+        heads,
+        q_len,
+        rows,
+        D=head_dim,
+        ROWS=step,
+        HAS_DLSE=dlse is not None,
+        num_warps=4,
+    )
+    return delta, lse2
+
+
+def _query_gradient(
+    q: Tensor,
+    pyramid: Pyramid,
+    dout: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    plan: Plan,
+    *,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+    config: QueryGradConfig,
+) -> Tensor:
+    batch, heads, q_len, head_dim = q.shape
+    delta, lse2 = statistics
+    dq = q.new_empty(q.shape)
+    query_gradient[triton.cdiv(q_len, config.rows), batch * heads](
+        q,
+        pyramid.k,
+        pyramid.v,
+        dout,
+        lse2,
+        delta,
+        *plan,
+        dq,
+        *q.stride()[:3],
+        *dout.stride()[:3],
+        scale,
+        heads,
+        heads // pyramid.k.shape[1],
+        q_len,
+        kv_len,
+        padded_length(kv_len, block_n),
+        plan.entries.shape[2],
+        plan.entries.shape[3],
+        D=head_dim,
+        BLOCK_M=block_m,
+        LOG_BLOCK_N=block_n.bit_length() - 1,
+        ROWS=config.rows,
+        TILE=config.tile,
+        TAIL=config.tail,
+        STAGES=config.stages,
+        IS_CAUSAL=is_causal,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return dq
+
+
+def _key_gradients(
+    q: Tensor,
+    pyramid: Pyramid,
+    dout: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    plan: Plan,
+    *,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+    config: tuple[KeyGradConfig, ...],
+) -> tuple[Tensor, Tensor]:
+    _, heads, q_len, head_dim = q.shape
+    batch, kv_heads = pyramid.k.shape[:2]
+    padded_len = padded_length(kv_len, block_n)
+    delta, lse2 = statistics
+    pooled = pyramid.k.new_empty(
+        2, batch, kv_heads, padded_len - padded_len // 8, head_dim, dtype=torch.float32
+    )
+    dk, dv = pyramid.k.new_empty(2, batch, kv_heads, kv_len, head_dim)
+    # Coarsest first: each level adds what the level above owes to its rows.
+    for g in reversed(range(len(LEVELS))):
+        key_gradient[plan.entries.shape[2], batch * kv_heads](
+            q,
+            pyramid.k,
+            pyramid.v,
+            dout,
+            lse2,
+            delta,
+            *plan,
+            pooled[0],
+            pooled[1],
+            dk,
+            dv,
+            *q.stride()[:3],
+            *dout.stride()[:3],
+            scale,
+            kv_heads,
+            heads // kv_heads,
+            q_len,
+            kv_len,
+            padded_len,
+            plan.entries.shape[3],
+            plan.entries.shape[2],
+            D=head_dim,
+            BLOCK_M=block_m,
+            LOG_BLOCK_N=block_n.bit_length() - 1,
+            G=g,
+            ROWS=config[g].rows,
+            STAGES=config[g].stages,
+            IS_CAUSAL=is_causal,
+            num_warps=config[g].warps,
+            num_stages=config[g].stages,
+        )
+    return dk, dv

@@ -1,0 +1,126 @@
+"""Compile Triton kernels without a GPU and read what came out. Must not run under the interpreter."""
+
+import collections
+import contextlib
+import io
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
+"""Largest dynamic shared memory of a block, in bytes, by architecture."""
+
+
+@dataclass
+class Loop:
+    """One loop of the machine code: instructions in all and of each kind."""
+
+    size: int
+    opcodes: collections.Counter
+
+
+@dataclass
+class MachineCode:
+    """What ptxas said of one kernel and what its code holds."""
+
+    arch: int
+    warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    warnings: list[str]
+    loops: list[Loop] = field(repr=False)
+
+    def tensor_loops(self) -> list[Loop]:
+        """Innermost loops that multiply on tensor cores, in the order of the code."""
+        return [x for x in self.loops if x.opcodes["HGMMA"] + x.opcodes["HMMA"]]
+
+
+def signature(fn, types: dict[str, str], constants: dict):
+    """ASTSource arguments. `types`: 'T' or 'T:16' (divisible by 16) of each run-time argument."""
+    kinds, attributes, values = {}, {}, {}
+    for place, name in enumerate(fn.arg_names):
+        if name in constants:
+            kinds[name], values[name] = "constexpr", constants[name]
+            continue
+        kind, _, divisor = types[name].partition(":")
+        kinds[name] = kind
+        if divisor:
+            attributes[(place,)] = [["tt.divisibility", int(divisor)]]
+    return kinds, values, attributes
+
+
+def compile_kernel(fn, types: dict[str, str], constants: dict, *, arch: int, warps: int, stages: int, **options):
+    """Machine code of one specialisation of a `triton.jit` function for `sm_<arch>`."""
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        kernel = triton.compile(
+            ASTSource(fn, *signature(fn, types, constants)),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": warps, "num_stages": stages, **options},
+        )
+    return read(kernel, arch, warps, log.getvalue())
+
+
+def read(kernel, arch: int, warps: int, log: str) -> MachineCode:
+    """Resources and loops of a compiled kernel with the output of its ptxas."""
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    return MachineCode(
+        arch=arch,
+        warps=kernel.metadata.num_warps if warps is None else warps,
+        registers=int(registers[1]),
+        spill_bytes=int(spills[1]) + int(spills[2]),
+        shared_bytes=kernel.metadata.shared,
+        warnings=[x for x in log.splitlines() if re.search(r"C75\d\d|serialized|warning", x, re.I)],
+        loops=_loops(_disassemble(kernel.asm["cubin"])),
+    )
+
+
+def _disassemble(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / "nvdisasm"), "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _loops(sass: str) -> list[Loop]:
+    """Innermost loops: backward branches whose body holds no other backward branch."""
+    code, labels = [], {}
+    for line in sass.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1].strip())
+    spans = []
+    for end, instruction in enumerate(code):
+        branch = re.search(r"\bBRA\S*\s.*?`\((\.L_x_\d+)\)", instruction)
+        if branch and labels.get(branch[1], end) < end - 1:
+            spans.append((labels[branch[1]], end))
+    inner = [
+        (a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)
+    ]
+    return [Loop(b - a + 1, _opcodes(code[a : b + 1])) for a, b in sorted(inner)]
+
+
+def _opcodes(code: list[str]) -> collections.Counter:
+    counter = collections.Counter()
+    for instruction in code:
+        opcode = re.sub(r"^@!?U?P\d+\s+", "", instruction).split()[0]
+        counter[opcode.split(".")[0]] += 1
+        if opcode.startswith("LDGSTS") and "128" in opcode:
+            counter["LDGSTS.128"] += 1
+    return counter
