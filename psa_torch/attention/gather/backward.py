@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from psa_torch.attention.gather.buffers import Buffers, query_blocks
-from psa_torch.attention.gather.plan import Problem, batches
+from psa_torch.attention.gather.plan import LOG2_E, Problem, batches
 from psa_torch.pyramid import build_pyramid, unpool
 
 
@@ -42,7 +42,7 @@ def backward(
 
     # A row that sees nothing passes no gradient: with lse = inf all its weights are exactly 0.
     blind = lse == -torch.inf
-    lse_rows = query_blocks(p, lse.masked_fill(blind, torch.inf), value=torch.inf)
+    lse_rows = query_blocks(p, lse.masked_fill(blind, torch.inf) * LOG2_E, value=torch.inf)
     shift = -(dout.to(p.dtype) * out.to(p.dtype)).sum(-1)
     if dlse is not None:
         shift = shift + dlse
@@ -51,16 +51,16 @@ def backward(
     dq_rows = torch.zeros_like(q_rows)
     buffers = Buffers(p)
     for batch in batches(p, levels):
-        n, width = len(batch.blocks), batch.bias.shape[-1]
+        n, width = len(batch.runs), batch.bias.shape[-1]
         q_batch, dout_batch = q_rows[batch.blocks], dout_rows[batch.blocks]
 
         weights = buffers.take("weights", n, block_m, width)
         torch.sub(batch.bias, lse_rows[batch.blocks, :, None], out=weights)
         keys_batch = buffers.gather("keys", keys, batch.runs)
-        weights.baddbmm_(q_batch, keys_batch.mT, alpha=scale)
+        weights.baddbmm_(q_batch, keys_batch.mT, alpha=scale * LOG2_E)
         if batch.hidden is not None:
             weights[..., -batch.hidden.shape[-1] :].masked_fill_(batch.hidden, -torch.inf)
-        weights.exp_()
+        weights.exp2_()
         share = buffers.take("share", n, width, p.head_dim)
         _add_runs(d_values, batch.runs, torch.bmm(weights.mT, dout_batch, out=share))
 

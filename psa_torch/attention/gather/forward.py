@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from psa_torch.attention.gather.buffers import Buffers, query_blocks
-from psa_torch.attention.gather.plan import Problem, batches
+from psa_torch.attention.gather.plan import LOG2_E, Problem, batches
 from psa_torch.pyramid import build_pyramid
 
 
@@ -39,22 +39,23 @@ def forward(
     lse = torch.full_like(q_rows[..., 0], -torch.inf)
     buffers = Buffers(p)
     for batch in batches(p, levels):
-        logits = buffers.take("logits", len(batch.blocks), block_m, batch.bias.shape[-1])
+        logits = buffers.take("logits", len(batch.runs), block_m, batch.bias.shape[-1])
         gathered = buffers.gather("rows", keys, batch.runs)
-        torch.baddbmm(batch.bias, q_rows[batch.blocks], gathered.mT, alpha=scale, out=logits)
+        # Base 2 throughout: exp2 takes half the time of exp on a CPU.
+        torch.baddbmm(
+            batch.bias, q_rows[batch.blocks], gathered.mT, alpha=scale * LOG2_E, out=logits
+        )
         if batch.hidden is not None:
             logits[..., -batch.hidden.shape[-1] :].masked_fill_(batch.hidden, -torch.inf)
-        top = logits.amax(-1)
-        weights = torch.softmax(logits, -1, out=logits)
-        # The largest weight is exp(top - lse), which saves a second pass of exponentials.
-        total = top - weights.amax(-1).log_()
-        result = torch.bmm(weights, buffers.gather("rows", values, batch.runs))
-        if batch.hidden is not None:
-            blind = top == -torch.inf
-            total.masked_fill_(blind, -torch.inf)
-            result.masked_fill_(blind[..., None], 0)
-        out[batch.blocks] = result
-        lse[batch.blocks] = total
+        top = logits.amax(-1, keepdim=True)
+        # A row that sees nothing has top -inf; with 0 instead it gets weights 0 and lse -inf.
+        top.masked_fill_(top == -torch.inf, 0)
+        weights = logits.sub_(top).exp2_()
+        total = weights.sum(-1, keepdim=True)
+        lse[batch.blocks] = (top + total.log2()).mul_(1 / LOG2_E)[..., 0]
+        total.masked_fill_(total == 0, 1)
+        gathered = buffers.gather("rows", values, batch.runs)
+        out[batch.blocks] = torch.bmm(weights, gathered).div_(total)
     shape = (p.batch, p.heads, -1)
     out = out.view(*shape, p.head_dim)[:, :, : p.q_len].to(q.dtype)
     return out.contiguous(), lse.view(shape)[:, :, : p.q_len].contiguous()

@@ -5,6 +5,7 @@ level `l` is `8 // l` runs, so any mix of levels is a list of equal pieces, each
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from shared_specs.constants import LEVELS
 from shared_specs.pyramid import level_start, padded_length, pooled_counts, pyramid_rows
+
+LOG2_E = math.log2(math.e)
 
 RUNS_PER_BLOCK = 8
 """Runs of a block at level 1."""
@@ -81,7 +84,7 @@ class Columns(NamedTuple):
     """What every column of a product is, by run: `[runs of one head, rows of a run]`.
 
     Attributes:
-        bias: log of the keys that the pyramid row covers, -inf where it covers none.
+        bias: log2 of the keys that the pyramid row covers, -inf where it covers none.
         last_key: the last of these keys.
     """
 
@@ -93,7 +96,7 @@ class Columns(NamedTuple):
         counts = torch.from_numpy(pooled_counts(p.kv_len, p.block_n))
         padded = padded_length(p.kv_len, p.block_n)
         ends = torch.cat([torch.arange(level, padded + 1, level) for level in LEVELS])
-        bias, last_key = counts.to(p.dtype).log(), ends.clamp(max=p.kv_len) - 1
+        bias, last_key = counts.to(p.dtype).log2(), ends.clamp(max=p.kv_len) - 1
         return cls(*(x.view(-1, p.run_rows).to(p.device) for x in (bias, last_key)))
 
 
@@ -101,14 +104,15 @@ class Batch(NamedTuple):
     """`n` query blocks that visit about the same number of runs, padded in front to `r` of them.
 
     Attributes:
-        blocks: int64 `[n]`, ids of the query blocks counted over batch, head and block.
+        blocks: the `n` query blocks counted over batch, head and block: int64 `[n]`, or a slice
+            where they are neighbours, so that indexing with it copies nothing.
         runs: int64 `[n, r]`, runs to gather, counted over the key/value heads of all batches.
-        bias: `[n, 1, r * rows of a run]`, added to the logits; -inf in padding.
+        bias: `[n, 1, r * rows of a run]`, added to the base-2 logits; -inf in padding.
         hidden: bool `[n, block_m, c]`, what the causal rule hides in the last `c` columns; None
             where it hides nothing.
     """
 
-    blocks: Tensor
+    blocks: Tensor | slice
     runs: Tensor
     bias: Tensor
     hidden: Tensor | None
@@ -145,7 +149,7 @@ def _slab(p: Problem, columns: Columns, levels: Tensor, first: int) -> Iterator[
     ends = counts.cumsum(0)
 
     order = counts.argsort(descending=True, stable=True)
-    sorted_counts = counts[order].tolist()
+    sorted_counts, ids = counts[order].tolist(), blocks[order].tolist()
     for start, stop in _similar(sorted_counts):
         at, width = order[start:stop], sorted_counts[start]
         # Padding stands in front, and repeats the first run so that nothing else is read.
@@ -165,7 +169,8 @@ def _slab(p: Problem, columns: Columns, levels: Tensor, first: int) -> Iterator[
             hidden = None
             if last_key is not None and last_key.shape[-1]:
                 hidden = last_key[some] > positions[at[some], :, None]
-            yield Batch(blocks[at[some]], runs[some], bias[some], hidden)
+            neighbours = _as_slice(ids[start + i : min(start + i + n, stop)])
+            yield Batch(neighbours or blocks[at[some]], runs[some], bias[some], hidden)
 
 
 def _row_positions(p: Problem, blocks: Tensor) -> Tensor:
@@ -204,3 +209,9 @@ def _similar(counts: list[int]) -> Iterator[tuple[int, int]]:
             stop += 1
         yield start, stop
         start = stop
+
+
+def _as_slice(ids: list[int]) -> slice | None:
+    """Ascending neighbours as a slice, anything else as None."""
+    whole = range(ids[0], ids[0] + len(ids))
+    return slice(whole.start, whole.stop) if ids == list(whole) else None
