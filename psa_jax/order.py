@@ -15,7 +15,7 @@ from shared_specs.order import (
     gilbert_order,
     sta_order,
 )
-from shared_specs.order.kmeans import COLD_STEPS, WARM_STEPS, check_kmeans, evenly_spaced
+from shared_specs.order.clustering import COLD_STEPS, WARM_STEPS, check_kmeans, evenly_spaced
 
 __all__ = [
     "Centroids",

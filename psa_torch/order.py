@@ -17,7 +17,7 @@ from shared_specs.order import (
     gilbert_order,
     sta_order,
 )
-from shared_specs.order.kmeans import COLD_STEPS, WARM_STEPS, check_kmeans
+from shared_specs.order.clustering import COLD_STEPS, WARM_STEPS, check_kmeans
 
 __all__ = [
     "Centroids",

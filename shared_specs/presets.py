@@ -2,7 +2,7 @@
 
 import dataclasses
 import tomllib
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import resources
 
 from shared_specs.config import PSAConfig
@@ -68,7 +68,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml")))
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> Preset:
     """A preset by name.
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from shared_specs.order.checks import check_order_lengths
+from shared_specs.order.clustering import MAX_KEY_CENTROIDS, MAX_QUERY_CENTROIDS, centroid_count
 from shared_specs.order.gilbert import gilbert_order
-from shared_specs.order.kmeans import MAX_KEY_CENTROIDS, MAX_QUERY_CENTROIDS, centroid_count
 from shared_specs.order.sta import DEFAULT_TILE, sta_order
 
 Array = Any

@@ -3,7 +3,7 @@
 import numpy as np
 
 from shared_specs.order.base import Permutation, TokenOrderBase
-from shared_specs.order.kmeans import kmeans
+from shared_specs.order.clustering import kmeans
 
 
 class TokenOrder(TokenOrderBase):
