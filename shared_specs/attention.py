@@ -36,8 +36,8 @@ def sparse_attention(
         return_lse: also return the natural log of the sum of exponentials.
 
     Returns:
-        out float64 (long double for long double inputs) `[B, H, Lq, D]`, and lse `[B, H, Lq]` if asked. A row that sees
-        nothing has out 0 and lse -inf.
+        out `[B, H, Lq, D]` and, if asked, lse `[B, H, Lq]`, float64 (long double for long double
+        inputs). A row that sees nothing has out 0 and lse -inf.
     """
     q, k, v = (_wide(x) for x in (q, k, v))
     out = np.zeros_like(q)

@@ -111,7 +111,7 @@ def thresholdbound_ends(
     for level, share in config.ratio_ends:
         bound = math.floor(np.float32(share + 1e-6) * total)
         inside = int(np.count_nonzero(cumulative <= bound))
-        first_end = inside + 1 if inside > 0 else last  # the block that crosses is included
+        first_end = _past_bound(inside, last)
         if config.merge(level) > 1:
             end = _whole_tiles(max(first_end - last, 0), last, n, config.merge(level))
         else:
@@ -121,6 +121,11 @@ def thresholdbound_ends(
         last = max(end, last)
         ends.append((level, last))
     return ends
+
+
+def _past_bound(inside: int, last: int) -> int:
+    """End rank when `inside` ranks lie within the bound: the block that crosses it is included."""
+    return inside + 1 if inside > 0 else last
 
 
 def _whole_tiles(count: int, last: int, n: int, merge: int) -> int:
@@ -146,11 +151,16 @@ def _fixed_rules(levels, ranked, config: PSAConfig, q_len: int, kv_len: int) -> 
         # Some row of the query block sees some but not all keys of the key block.
         straddles = np.maximum(first[:, None], begin) <= np.minimum(last[:, None], final - 1)
         levels = np.where(hidden, 0, np.where(straddles, 1, levels))
+    return _fill_empty_rows(levels.astype(np.int32), ranked)
+
+
+def _fill_empty_rows(levels: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+    """Level 1 on the best block of every row that has no level at all."""
     best = ranked[..., :1]
     empty = (levels == 0).all(-1, keepdims=True)
     kept = np.take_along_axis(levels, best, -1)
-    np.put_along_axis(levels, best, np.where(empty, 1, kept).astype(np.int32), -1)
-    return levels.astype(np.int32)
+    np.put_along_axis(levels, best, np.where(empty, np.int32(1), kept), -1)
+    return levels
 
 
 def text_blocks(q_len: int, kv_len: int, config: PSAConfig) -> tuple[np.ndarray, np.ndarray]:
