@@ -1,0 +1,39 @@
+"""Time and peak memory of a call on the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall-clock time of `call()`."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def peak_resident_bytes(call: Callable[[], Any]) -> int | None:
+    """Highest resident memory during `call()` over what was resident before it.
+
+    Returns:
+        Bytes, or None where the kernel does not let a process reset its own high-water mark
+        (anything but Linux).
+    """
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        reset.write_text("5")
+    except OSError:
+        return None
+    before = _field(status, "VmRSS")
+    call()
+    return max(0, _field(status, "VmHWM") - before)
+
+
+def _field(status: Path, name: str) -> int:
+    for line in status.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise ValueError(f"{status} has no {name}")

@@ -1,0 +1,221 @@
+"""Tables and the figure, made from stored rows alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.session import BINARY, DENSE, GIVEN, PART, WHOLE
+from benchmarks.workloads import BACKWARD, BOTH, FORWARD
+from shared_specs.figures import LINE_COLOURS, LINE_MARKERS, require_pyplot, save_figure, style
+
+BEGIN, END = "<!-- benchmark rows: begin -->", "<!-- benchmark rows: end -->"
+FIGURE = Path("docs", "images", "benchmark.png")
+# The workloads of the figure's curve differ in length alone.
+_CURVE = "-h24-d128-default"
+
+Row = dict[str, Any]
+
+
+def load(paths: Iterable[Path]) -> list[Row]:
+    """All rows; a later row for the same workload, provider and pass replaces an earlier one.
+
+    Raises:
+        ValueError: a line is not a row.
+    """
+    rows: dict[tuple, Row] = {}
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                key = (row["workload"], row["provider"], row.get("pass"), row["machine"]["device"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}:{number} is not a benchmark row: {error}") from error
+            rows.pop(key, None)
+            rows[key] = row
+    return list(rows.values())
+
+
+def write(paths: Iterable[Path], readme: Path | None = None) -> str:
+    """Print the report; with `readme`, also put it between its markers and draw the figure.
+
+    Returns:
+        The report as Markdown.
+    """
+    rows = load(paths)
+    text = "\n\n".join(_section(rows, machine) for machine in _ordered(map(_machine, rows)))
+    curve = [row for row in rows if _CURVE in row["workload"] and row["status"] == "ok"]
+    if readme is not None:
+        if any(row["pass"] == FORWARD for row in curve if row["kind"] in (GIVEN, WHOLE)):
+            figure = readme.parent / FIGURE
+            figure.parent.mkdir(parents=True, exist_ok=True)
+            save_figure(_draw_curve(curve), figure)
+            text += f"\n\n![Speed-up over dense attention against length]({FIGURE})"
+        _replace(readme, text)
+    print(text)
+    return text
+
+
+def _section(rows: list[Row], machine: str) -> str:
+    rows = [row for row in rows if _machine(row) == machine]
+    parts = [f"**{machine}** ({_versions(rows[-1])})"]
+    for workload in _ordered(row["workload"] for row in rows):
+        mine = [row for row in rows if row["workload"] == workload]
+        parts.append(_table(workload, mine))
+        parts += filter(None, [_rooms(mine), _left_out(mine)])
+    return "\n\n".join(parts)
+
+
+def _table(workload: str, rows: list[Row]) -> str:
+    about = rows[0]
+    heads = str(about["heads"])
+    if about["kv_heads"] != about["heads"]:
+        heads += f" (key/value {about['kv_heads']})"
+    causal = ", causal" if about["causal"] else ""
+    title = (
+        f"`{workload}`: {about['length']:,} tokens, heads {heads}, head dimension "
+        f"{about['head_dim']}, {about['dtype']}{causal}"
+    )
+    passes = [which for which in (FORWARD, BACKWARD, BOTH) if _find(rows, which=which)]
+    header = ["provider", "density"]
+    for which in passes:
+        header += [f"{which} ms", "speed-up"]
+    header += ["TFLOP/s (forward)", "error against dense", "peak MiB"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for name in _ordered(row["provider"] for row in rows if row.get("kind") != PART):
+        timed = {which: _find(rows, name, which) for which in passes}
+        if timed.get(FORWARD) is None:
+            continue
+        first = timed[FORWARD]
+        cells = [f"{name} ({first['kind']})", f"{first['density']:.1%}"]
+        for which in passes:
+            cells += _time_cells(timed[which], rows, which)
+        last = next(timed[which] for which in reversed(passes) if timed[which] is not None)
+        peak = "-" if last["peak_bytes"] is None else f"{last['peak_bytes'] / 2**20:,.0f}"
+        error = "-" if first["kind"] == DENSE else f"{first['error_dense']:.3f}"
+        lines.append([*cells, f"{first['tflops_per_s']:.3g}", error, peak])
+    return title + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _time_cells(row: Row | None, rows: list[Row], which: str) -> list[str]:
+    if row is None:
+        return ["-", "-"]
+    spread = f"{_ms(row['ms_median'])} ({_ms(row['ms_p20'])}-{_ms(row['ms_p80'])})"
+    dense = fastest_dense(rows, row["framework"], which)
+    if dense is None:
+        return [spread, "-"]
+    return [spread, f"{dense['ms_median'] / row['ms_median']:.2f}x"]
+
+
+def fastest_dense(rows: list[Row], framework: str, which: str) -> Row | None:
+    """The framework's quickest dense row of a pass: what speed-ups are measured against."""
+    dense = [
+        row
+        for row in rows
+        if row.get("kind") == DENSE
+        and row["framework"] == framework
+        and row["pass"] == which
+        and row["status"] == "ok"
+    ]
+    return min(dense, key=lambda row: row["ms_median"], default=None)
+
+
+def _rooms(rows: list[Row]) -> str:
+    """The rooms of the forward call beside attention, one line per framework."""
+    lines = []
+    for framework in ("torch", "jax"):
+        rooms = [
+            f"{row['provider'].removeprefix(f'{framework}-part-')} {_ms(row['ms_median'])}"
+            for row in rows
+            if row.get("kind") == PART and row["framework"] == framework and row["status"] == "ok"
+        ]
+        if rooms:
+            lines.append(f"Parts of the {framework} call, ms: {', '.join(rooms)}.")
+    return "  \n".join(lines)
+
+
+def _left_out(rows: list[Row]) -> str:
+    reasons = {
+        row["provider"]: f"{row['status']}: {row['reason']}"
+        for row in rows
+        if row["status"] != "ok" and row.get("reason")
+    }
+    if not reasons:
+        return ""
+    return "Not in the table: " + "; ".join(f"{name} ({why})" for name, why in reasons.items())
+
+
+def _find(rows: list[Row], name: str | None = None, which: str = FORWARD) -> Row | None:
+    for row in rows:
+        named = name is None or row["provider"] == name
+        if named and row.get("pass") == which and row["status"] == "ok" and row["kind"] != PART:
+            return row
+    return None
+
+
+def _draw_curve(rows: list[Row]) -> Any:
+    plt = require_pyplot()
+    with style():
+        figure, ax = plt.subplots(figsize=(4.2, 3.0), layout="constrained")
+        names = _ordered(row["provider"] for row in rows if row["kind"] in (BINARY, GIVEN, WHOLE))
+        for index, name in enumerate(names):
+            points = []
+            for row in rows:
+                if row["provider"] != name or row["pass"] != FORWARD:
+                    continue
+                same = [other for other in rows if other["workload"] == row["workload"]]
+                dense = fastest_dense(same, row["framework"], FORWARD)
+                if dense is not None:
+                    points.append((row["length"], dense["ms_median"] / row["ms_median"]))
+            if points:
+                ax.plot(
+                    *zip(*sorted(points), strict=True),
+                    label=name,
+                    color=LINE_COLOURS[index % len(LINE_COLOURS)],
+                    marker=LINE_MARKERS[index % len(LINE_MARKERS)],
+                    markersize=3.5,
+                    linewidth=1.2,
+                )
+        ax.axhline(1.0, color="#888888", linewidth=0.8, linestyle="--", label="dense")
+        ax.set_xscale("log", base=2)
+        lengths = sorted({row["length"] for row in rows})
+        ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        ax.minorticks_off()
+        ax.set_xlabel("tokens")
+        ax.set_ylabel("speed-up over the fastest dense")
+        ax.set_ylim(bottom=0)
+        ax.grid(axis="y", linewidth=0.4, color="#dddddd")
+        ax.legend(frameon=False)
+    return figure
+
+
+def _replace(readme: Path, text: str) -> None:
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{readme} must hold the lines {BEGIN} and {END}")
+    scratch = readme.with_suffix(".tmp")
+    scratch.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    os.replace(scratch, readme)
+
+
+def _machine(row: Row) -> str:
+    about = row["machine"]
+    driver = f", driver {about['driver']}" if about.get("driver") else f", {about['cores']} cores"
+    return f"{about['device']}{driver}"
+
+
+def _versions(row: Row) -> str:
+    versions = {"Python": row["machine"]["python"], **row["machine"]["versions"]}
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
