@@ -1,0 +1,53 @@
+"""Sizes of the kernels by head dimension and block sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from psa_jax.attention.mosaic.geometry import ROWS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WalkConfig:
+    """How a kernel that walks the table (forward, dq) is cut up.
+
+    Attributes:
+        tile: pyramid rows per tile, a multiple of 32.
+        stages: tiles of K and of V in flight.
+        consumer_registers, producer_registers: registers per thread of the warpgroups that
+            multiply and of those that copy.
+        ping_pong: let the two consumers take turns at the tensor cores, one multiplying while
+            the other takes exponentials. Needs `block_m` 128, where both walk the same row.
+        blocks: thread blocks; None means one per multiprocessor, each taking many query tiles.
+    """
+
+    tile: int
+    stages: int
+    consumer_registers: int
+    producer_registers: int
+    ping_pong: bool = True
+    blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tile % 32 or not 32 <= self.tile <= 256:
+            raise ValueError(f"tile must be a multiple of 32 from 32 to 256, got {self.tile}")
+        if self.stages < 2:
+            raise ValueError(f"stages must be at least 2, got {self.stages}")
+
+
+def forward_config(head_dim: int, block_m: int) -> WalkConfig:
+    """The forward kernel's sizes."""
+    if block_m == ROWS:
+        return WalkConfig(
+            tile=64,
+            stages=2,
+            consumer_registers=216,
+            producer_registers=40,
+            ping_pong=False,
+        )
+    return WalkConfig(
+        tile=128,
+        stages=2 if head_dim == 128 else 4,
+        consumer_registers=224,
+        producer_registers=56,
+    )

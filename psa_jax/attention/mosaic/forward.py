@@ -1,0 +1,230 @@
+"""The forward kernel: one online softmax over the tiles of a table row (specification, section 4)."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from psa_jax.attention.mosaic import products
+from psa_jax.attention.mosaic.geometry import CONSUMERS, QUERY_TILE, ROWS
+from psa_jax.attention.mosaic.plan import ENDS, HALF, MASKED, TAIL, WalkPlan, unpack_covers
+from psa_jax.attention.mosaic.walk import (
+    Tiles,
+    Walk,
+    copy_row,
+    drain,
+    level_of_tile,
+    tile_scratch,
+)
+
+QUERY_SLOTS = 2
+"""Query tiles in shared memory: the next one arrives while the last one is finished."""
+
+
+def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpret):
+    """Run the kernel.
+
+    Args:
+        q: `[B * H, Lq, D]`; in the interpreter `Lq` is a whole number of query tiles.
+        k, v: `[B * Hk, P, D]`, pyramids laid out as `geometry` says.
+        scale: factor on q.k, not negative.
+
+    Returns:
+        out like `q`, and lse float32 `[B * H, padded_queries]`.
+    """
+    head_dim, dtype = q.shape[-1], q.dtype
+    slots = QUERY_SLOTS * CONSUMERS
+    scratch = {
+        "tiles": tile_scratch(walk, head_dim, dtype, products.operand),
+        "queries": products.operand((slots, ROWS, head_dim), dtype),
+        "output": products.operand((CONSUMERS, ROWS, head_dim), dtype),
+        "lse": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
+        "queries_full": plgpu.Barrier(num_barriers=slots),
+        "queries_empty": plgpu.Barrier(num_barriers=slots),
+        "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
+    }
+    lse = jax.ShapeDtypeStruct((q.shape[0], walk.geometry.padded_queries), jnp.float32)
+    arrays, tree = jax.tree.flatten((q, k, v, plan))
+
+    def body(*refs):
+        q_ref, k_ref, v_ref, plan_refs = tree.unflatten(refs[: len(arrays)])
+        _warpgroup(q_ref, k_ref, v_ref, plan_refs, *refs[len(arrays) :], walk=walk, scale=scale)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=(jax.ShapeDtypeStruct(q.shape, dtype), lse),
+        scratch_types=(scratch,),
+        grid=(walk.blocks,),
+        grid_names=("block",),
+        num_threads=CONSUMERS + walk.lanes,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            reduction_scratch_bytes=0,
+        ),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    return kernel(*arrays)
+
+
+def _warpgroup(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, scoped, *, walk: Walk, scale):
+    warpgroup = lax.axis_index("warpgroup")
+    tiles = Tiles(**scoped.pop("tiles"))
+    config = walk.config
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(config.consumer_registers, action="increase")
+        consumer = functools.partial(
+            _consume, plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup
+        )
+        if config.ping_pong:
+            pl.when(warpgroup == 1)(functools.partial(_take_turn, scoped["turn"]))
+        lax.fori_loop(0, walk.items_of_block(), consumer, jnp.int32(0))
+        if config.ping_pong:
+            pl.when(warpgroup == 0)(functools.partial(_take_turn, scoped["turn"]))
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup >= CONSUMERS)
+    def _():
+        plgpu.set_max_registers(config.producer_registers, action="decrease")
+        lane = 0 if walk.shared else warpgroup - CONSUMERS
+        consumers = range(CONSUMERS) if walk.shared else (lane,)
+
+        def produce(n, tiles_done):
+            place = walk.locate(n, lane)
+            for consumer in consumers:
+                slot = lax.rem(n, QUERY_SLOTS) * CONSUMERS + consumer
+                pl.when(n >= QUERY_SLOTS)(
+                    lambda slot=slot: plgpu.barrier_wait(scoped["queries_empty"].at[slot])
+                )
+                rows = pl.ds(place.first_query + consumer * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[place.head, rows],
+                    scoped["queries"].at[slot],
+                    scoped["queries_full"].at[slot],
+                )
+            return copy_row(walk, place, tiles_done, lane, k_ref, v_ref, plan, tiles)
+
+        items = walk.items_of_block()
+        tiles_done = lax.fori_loop(0, items, produce, jnp.int32(0))
+        drain(walk, tiles_done, lane, tiles)
+        for consumer in consumers:
+
+            def wait(n, _, consumer=consumer):
+                slot = lax.rem(n, QUERY_SLOTS) * CONSUMERS + consumer
+                plgpu.barrier_wait(scoped["queries_empty"].at[slot])
+
+            lax.fori_loop(jnp.maximum(items - QUERY_SLOTS, 0), items, wait, None)
+
+
+def _take_turn(turn) -> None:
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
+
+
+def _consume(plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup, n, first_tile):
+    """One query tile of one consumer; returns the number of tiles taken so far."""
+    geometry, interpreted = walk.geometry, walk.interpreted
+    lane = 0 if walk.shared else warpgroup
+    place = walk.locate(n, lane)
+    first_query = place.first_query + warpgroup * ROWS
+    spans = [plan.spans[place.row, i] for i in range(TAIL + 1)]
+    ends = spans[ENDS]
+    full_tiles = ends[-1]
+    all_tiles = full_tiles + spans[HALF] + spans[TAIL]
+
+    query_slot = lax.rem(n, QUERY_SLOTS) * CONSUMERS + warpgroup
+    queries = scoped["queries"].at[query_slot]
+    head_dim, dtype = queries.shape[-1], queries.dtype
+    to_log2 = scale * math.log2(math.e)
+    turn = functools.partial(_take_turn, scoped["turn"]) if walk.config.ping_pong else lambda: None
+
+    plgpu.barrier_wait(scoped["queries_full"].at[query_slot])
+
+    def wait_for_keys(t):
+        @pl.when(t < all_tiles)
+        def _():
+            plgpu.barrier_wait(tiles.keys_full.at[walk.slot(first_tile + t, lane)])
+
+    def step(t, carry, *, masked):
+        acc, top, total = carry
+        slot = walk.slot(first_tile + t, lane)
+        logits = products.rows_times_rows(
+            queries, tiles.keys.at[slot], interpreted=interpreted, meanwhile=turn
+        )
+        products.release(tiles.keys_empty.at[slot], interpreted=interpreted)
+        if masked:
+            plgpu.barrier_wait(tiles.covers_full.at[slot])
+            logits = _masked(logits * to_log2, tiles, slot, geometry, first_query)
+            new_top = jnp.maximum(top, logits.max(axis=1))
+            weights = jnp.exp2(logits - lax.broadcast_in_dim(new_top, logits.shape, [0]))
+        else:
+            bias = level_of_tile(t, ends).astype(jnp.float32)
+            new_top = jnp.maximum(top, logits.max(axis=1) * to_log2 + bias)
+            shift = lax.broadcast_in_dim(new_top - bias, logits.shape, [0])
+            weights = jnp.exp2(logits * to_log2 - shift)
+        rescale = jnp.exp2(top - new_top)
+        acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
+        total = total * rescale + weights.sum(axis=1)
+        narrow = weights.astype(dtype)
+        acc, total, new_top, narrow = lax.optimization_barrier((acc, total, new_top, narrow))
+        if walk.config.ping_pong:
+            plgpu.barrier_arrive(scoped["turn"])
+        plgpu.barrier_wait(tiles.values_full.at[slot])
+        if walk.config.ping_pong:
+            plgpu.barrier_wait(scoped["turn"])
+        acc = products.accumulate(
+            acc,
+            narrow,
+            tiles.values.at[slot],
+            interpreted=interpreted,
+            meanwhile=lambda: wait_for_keys(t + 1),
+        )
+        products.release(tiles.values_empty.at[slot], interpreted=interpreted)
+        return acc, new_top, total
+
+    wait_for_keys(0)
+    carry = (
+        jnp.zeros((ROWS, head_dim), jnp.float32),
+        jnp.full((ROWS,), MASKED, jnp.float32),
+        jnp.zeros((ROWS,), jnp.float32),
+    )
+    carry = lax.fori_loop(0, full_tiles, functools.partial(step, masked=False), carry)
+    carry = lax.fori_loop(full_tiles, all_tiles, functools.partial(step, masked=True), carry)
+    acc, top, total = carry
+    products.release(scoped["queries_empty"].at[query_slot], interpreted=interpreted)
+
+    # A row that saw only masked tokens has a sum too: of exp2(MASKED - MASKED).
+    sees = top > MASKED / 2
+    inverse = jnp.where(sees, 1.0 / jnp.where(sees, total, 1.0), 0.0)
+    lse = jnp.where(sees, top * math.log(2.0) + jnp.log(jnp.where(sees, total, 1.0)), -jnp.inf)
+    plgpu.wait_smem_to_gmem(0)  # the last item's output has left its buffer
+    scoped["output"][warpgroup] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
+    scoped["lse"][warpgroup] = lse
+    plgpu.commit_smem()
+    rows = pl.ds(first_query, ROWS)
+    plgpu.copy_smem_to_gmem(scoped["output"].at[warpgroup], out_ref.at[place.head, rows])
+    plgpu.copy_smem_to_gmem(scoped["lse"].at[warpgroup], lse_ref.at[place.head, rows])
+    return first_tile + all_tiles
+
+
+def _masked(logits, tiles, slot, geometry, first_query):
+    """Logits in log2 with the tile's bias, hidden ones pushed down to `MASKED`."""
+    count, last = unpack_covers(tiles.covers[slot])
+    bias = jnp.where(count > 0, jnp.log2(count.astype(jnp.float32)), MASKED)
+    logits += lax.broadcast_in_dim(bias, logits.shape, [1])
+    if not geometry.is_causal:
+        return logits
+    position = lax.broadcasted_iota(jnp.int32, logits.shape, 0) + (first_query + geometry.offset)
+    return jnp.where(lax.broadcast_in_dim(last, logits.shape, [1]) <= position, logits, MASKED)
+
+
+__all__ = ["QUERY_TILE", "forward_kernel"]

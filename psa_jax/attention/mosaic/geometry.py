@@ -1,0 +1,113 @@
+"""Where the kernels find things: pyramid rows, tiles and chunks, all fixed by the shapes.
+
+The kernels read keys and values from a pyramid whose blocks take a whole number of 8-row chunks
+at every level, because a TMA copy into swizzled shared memory moves whole chunks. That is the
+pyramid of the specification, section 2, except at level 8 of `block_n` 32: its blocks have 4
+rows and are stored 8 apart, the upper 4 rows unused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from shared_specs.constants import LEVELS
+
+CHUNK = 8
+"""Rows of one swizzle atom: the smallest copy, and the unit in which masked tiles are listed."""
+
+CONSUMERS = 2
+"""Warpgroups that multiply; each holds `ROWS` query rows."""
+
+ROWS = 64
+"""Rows of one wgmma, so query rows of one consumer warpgroup."""
+
+QUERY_TILE = CONSUMERS * ROWS
+"""Query rows of one thread block."""
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Static facts of one call.
+
+    Attributes:
+        q_len, kv_len, block_m, block_n: as in the specification, section 1.
+        is_causal: whether row `r` sees only pooled tokens that end at or before
+            `r + kv_len - q_len`.
+        tile: pyramid rows per tile of the walk.
+    """
+
+    q_len: int
+    kv_len: int
+    block_m: int
+    block_n: int
+    is_causal: bool
+    tile: int
+
+    @property
+    def key_blocks(self) -> int:
+        return cdiv(self.kv_len, self.block_n)
+
+    @property
+    def query_tiles(self) -> int:
+        return cdiv(self.q_len, QUERY_TILE)
+
+    @property
+    def query_blocks(self) -> int:
+        """Query blocks, rounded up to whole query tiles."""
+        return self.query_tiles * (QUERY_TILE // self.block_m)
+
+    @property
+    def padded_queries(self) -> int:
+        return self.query_tiles * QUERY_TILE
+
+    @property
+    def offset(self) -> int:
+        """Position of query row 0 among the keys, for the causal rule."""
+        return self.kv_len - self.q_len
+
+    @functools.cached_property
+    def rows(self) -> tuple[int, ...]:
+        """Pooled tokens per block, by level."""
+        return tuple(self.block_n // level for level in LEVELS)
+
+    @functools.cached_property
+    def pitch(self) -> tuple[int, ...]:
+        """Rows that a block takes in the kernels' pyramid, by level."""
+        return tuple(max(rows, CHUNK) for rows in self.rows)
+
+    @functools.cached_property
+    def start(self) -> tuple[int, ...]:
+        """First pyramid row, by level."""
+        padded = self.key_blocks * self.block_n
+        return tuple(2 * padded - 2 * padded // level for level in LEVELS)
+
+    @property
+    def pyramid_rows(self) -> int:
+        return self.start[-1] + self.key_blocks * self.pitch[-1]
+
+    @property
+    def dense_levels(self) -> tuple[int, ...]:
+        """Indices of the levels whose blocks fill their pitch."""
+        return tuple(g for g in range(len(LEVELS)) if self.rows[g] == self.pitch[g])
+
+    @property
+    def chunks(self) -> int:
+        """Chunks per tile."""
+        return self.tile // CHUNK
+
+    @property
+    def masked_chunk_capacity(self) -> int:
+        """Most chunks that the masked tail of a row can have, in whole tiles.
+
+        Remainders of the levels that do not fill a tile, and the blocks that need a mask: the
+        ragged last one and, when causal, those that straddle the diagonal of the query block.
+        """
+        remainders = len(LEVELS) * (self.chunks - 1)
+        straddling = (self.block_m - 1) // self.block_n + 2 if self.is_causal else 0
+        blocks = min(self.key_blocks, straddling + 1)
+        return cdiv(remainders + blocks * (self.block_n // CHUNK), self.chunks) * self.chunks

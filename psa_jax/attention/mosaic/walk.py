@@ -1,0 +1,202 @@
+"""The producer side that the forward and dq kernels share: walk a table row, copy its tiles.
+
+A thread block has two consumer warpgroups of 64 query rows. At `block_m` 128 both walk the same
+table row and share one stream of tiles ("lane") and one producer warpgroup; at `block_m` 64 each
+has its own row, lane and producer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from psa_jax.attention.mosaic.config import WalkConfig
+from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS, Geometry
+from psa_jax.attention.mosaic.plan import ENDS, FIRST, HALF, TAIL
+from shared_specs.constants import LEVELS
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """Static facts of one kernel that walks the table."""
+
+    geometry: Geometry
+    config: WalkConfig
+    heads: int
+    kv_heads: int
+    batch: int
+    blocks: int
+    interpreted: bool
+
+    @property
+    def shared(self) -> bool:
+        """Whether both consumers walk the same row."""
+        return self.geometry.block_m != ROWS
+
+    @property
+    def lanes(self) -> int:
+        return 1 if self.shared else CONSUMERS
+
+    @property
+    def items(self) -> int:
+        """Query tiles in all; each thread block takes every `blocks`-th."""
+        return self.batch * self.heads * self.geometry.query_tiles
+
+    def items_of_block(self) -> jax.Array:
+        return lax.div(self.items - lax.axis_index("block") + self.blocks - 1, self.blocks)
+
+    def locate(self, n: jax.Array, lane: jax.Array | int) -> Place:
+        """The `n`-th item of this thread block, as seen by a lane."""
+        tiles = self.geometry.query_tiles
+        item = lax.axis_index("block") + n * self.blocks
+        head = lax.div(item, tiles)
+        tile = lax.rem(item, tiles)
+        if self.geometry.is_causal:
+            tile = tiles - 1 - tile  # the longest rows first
+        row = head * self.geometry.query_blocks + tile * self.lanes + lane
+        group = self.heads // self.kv_heads
+        kv_head = lax.div(head, self.heads) * self.kv_heads + lax.div(
+            lax.rem(head, self.heads), group
+        )
+        return Place(head=head, kv_head=kv_head, row=row, first_query=tile * (CONSUMERS * ROWS))
+
+    def slot(self, tile: jax.Array, lane: jax.Array | int) -> jax.Array:
+        """Stage of the `tile`-th tile of a lane, counted from the start of the kernel."""
+        return lax.rem(tile, self.config.stages) + lane * self.config.stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One query tile: its head, its key/value head, its table row and its first query row."""
+
+    head: jax.Array
+    kv_head: jax.Array
+    row: jax.Array
+    first_query: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Buffers that the producer fills and the barriers that guard them, indexed by slot."""
+
+    keys: Any
+    values: Any
+    covers: Any
+    keys_full: Any
+    keys_empty: Any
+    values_full: Any
+    values_empty: Any
+    covers_full: Any
+
+
+def tile_scratch(walk: Walk, head_dim: int, dtype, operand) -> dict[str, Any]:
+    """Scratch types of `Tiles`, by its field names."""
+    slots = walk.lanes * walk.config.stages
+    tile, chunks = walk.geometry.tile, walk.geometry.chunks
+    readers = CONSUMERS // walk.lanes
+    return {
+        "keys": operand((slots, tile, head_dim), dtype),
+        "values": operand((slots, tile, head_dim), dtype),
+        "covers": plgpu.SMEM((slots, tile), jnp.int32),
+        "keys_full": plgpu.Barrier(num_arrivals=chunks, num_barriers=slots),
+        "keys_empty": plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
+        "values_full": plgpu.Barrier(num_arrivals=chunks, num_barriers=slots),
+        "values_empty": plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
+        "covers_full": plgpu.Barrier(num_barriers=slots),
+    }
+
+
+def level_of_tile(t: jax.Array, ends: list[jax.Array]) -> jax.Array:
+    """log2 of the level of the `t`-th full tile, from the running ends of the levels."""
+    return sum((t >= end).astype(jnp.int32) for end in ends[:-1])
+
+
+def copy_row(walk: Walk, place: Place, first_tile, lane, k_ref, v_ref, plan, tiles: Tiles):
+    """Copy every tile of one table row, in the order in which consumers take them.
+
+    Args:
+        first_tile: tiles that this lane has had before.
+
+    Returns:
+        The same count after this row.
+    """
+    geometry = walk.geometry
+    spans = [plan.spans[place.row, i] for i in range(TAIL + 1)]
+    ends, first = spans[ENDS], spans[FIRST]
+
+    def load(t, starts, rows, covers=None):
+        slot = walk.slot(t, lane)
+        reused = t >= walk.config.stages
+
+        def copies(source, target, full):
+            for c, start in enumerate(starts):
+                source_rows = pl.ds(pl.multiple_of(start, CHUNK), rows)
+                target_rows = pl.ds(c * rows, rows)
+                plgpu.copy_gmem_to_smem(
+                    source.at[place.kv_head, source_rows],
+                    target.at[slot, target_rows],
+                    full.at[slot],
+                )
+            for _ in range(geometry.chunks - len(starts)):
+                plgpu.barrier_arrive(full.at[slot])
+
+        pl.when(reused)(lambda: plgpu.barrier_wait(tiles.keys_empty.at[slot]))
+        copies(k_ref, tiles.keys, tiles.keys_full)
+        pl.when(reused)(lambda: plgpu.barrier_wait(tiles.values_empty.at[slot]))
+        if covers is not None:
+            plgpu.copy_gmem_to_smem(covers, tiles.covers.at[slot], tiles.covers_full.at[slot])
+        copies(v_ref, tiles.values, tiles.values_full)
+
+    def stream(g, tile):
+        """First rows and run length of the `tile`-th tile of level index `g`."""
+        pitch = geometry.pitch[g]
+        run = math.gcd(pitch, geometry.tile)
+        starts = []
+        for c in range(geometry.tile // run):
+            row = tile * geometry.tile + c * run
+            block = plan.entries[place.row, first[g] + lax.div(row, pitch)]
+            starts.append(geometry.start[g] + block * pitch + lax.rem(row, pitch))
+        return starts, run
+
+    for g in geometry.dense_levels:
+        begin = ends[g - 1] if g else jnp.int32(0)
+
+        def full_tile(t, _, g=g, begin=begin):
+            load(first_tile + t, *stream(g, t - begin))
+
+        lax.fori_loop(begin, ends[g], full_tile, None)
+
+    done = first_tile + ends[-1]
+    if plan.half_covers is not None:
+
+        def half_tile(t, _):
+            load(done + t, *stream(len(LEVELS) - 1, t), plan.half_covers.at[0, 0])
+
+        lax.fori_loop(0, spans[HALF], half_tile, None)
+        done = done + spans[HALF]
+
+    def tail_tile(t, _):
+        chunk = t * geometry.chunks
+        starts = [plan.tail_start[place.row, chunk + c] for c in range(geometry.chunks)]
+        load(done + t, starts, CHUNK, plan.tail_covers.at[place.row, t])
+
+    lax.fori_loop(0, spans[TAIL], tail_tile, None)
+    return done + spans[TAIL]
+
+
+def drain(walk: Walk, tiles_done, lane, tiles: Tiles) -> None:
+    """Wait until consumers have released every tile: no barrier may be left half way."""
+
+    def wait(t, _):
+        slot = walk.slot(t, lane)
+        plgpu.barrier_wait(tiles.keys_empty.at[slot])
+        plgpu.barrier_wait(tiles.values_empty.at[slot])
+
+    lax.fori_loop(jnp.maximum(tiles_done - walk.config.stages, 0), tiles_done, wait, None)
