@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 logger = logging.getLogger("psa_torch")
@@ -14,7 +15,12 @@ _forced = False
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether the Triton kernel of a room takes `x`: CUDA tensors, with Triton installed."""
+    """Whether the Triton kernel of a room takes `x`: CUDA tensors, with Triton installed.
+
+    float64 is there to check gradients with, and stays with plain torch.
+    """
+    if x.dtype == torch.float64:
+        return False
     return _forced or (x.is_cuda and _triton_installed())
 
 

@@ -4,11 +4,13 @@ Scores carry no gradient: levels are chosen, not learnt.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from psa_torch._config import parse_config
 from psa_torch._dispatch import use_kernels
 from psa_torch._vmap import register_batch_rule
 from psa_torch.pyramid import accumulator, group_means
@@ -31,102 +33,75 @@ def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
         float32 `[B, H, Nq, Nk]`, at least 0, comparable inside a row only; 0 where no sampled
         key is visible. Detached from the graph of q and k.
     """
-    return _block_scores(
-        q.detach(),
-        k.detach(),
-        config.importance,
-        config.block_m,
-        config.block_n,
-        config.scale,
-        config.causal,
-        config.importance_pool,
-        config.resolved_sample_m,
-        config.resolved_sample_n,
-        config.sample_seed,
-        config.antidiagonal_stride,
-    )
+    return _block_scores(q.detach(), k.detach(), config.to_json())
 
 
 @torch.library.custom_op("psa::block_scores", mutates_args=())
-def _block_scores(
-    q: Tensor,
-    k: Tensor,
-    importance: str,
-    block_m: int,
-    block_n: int,
-    scale: float | None,
-    is_causal: bool,
-    pool: int,
-    sample_m: int,
-    sample_n: int,
-    sample_seed: int,
-    stride: int,
-) -> Tensor:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    blocks = {"block_m": block_m, "block_n": block_n, "scale": scale, "is_causal": is_causal}
-    if importance == "pooled":
-        return pooled_scores(q, k, pool, **blocks)
-    if importance == "sampled":
-        plan_m = SamplePlan(block_m, sample_m, sample_seed)
-        plan_n = SamplePlan(block_n, sample_n, sample_seed + 1)
-        return sampled_scores(q, k, plan_m, plan_n, **blocks)
-    return antidiagonal_scores(q, k, stride, **blocks)
+def _block_scores(q: Tensor, k: Tensor, config: str) -> Tensor:
+    settings = parse_config(config)
+    if use_kernels(q):
+        from psa_torch.kernels import scores
+
+        return scores.block_scores(q, k, settings)
+    estimators = {
+        "pooled": pooled_scores,
+        "sampled": sampled_scores,
+        "antidiagonal": antidiagonal_scores,
+    }
+    # Autocast reaches into the body of an operator; logits stay float32 whatever it asks for.
+    with torch.autocast(q.device.type, enabled=False):
+        return estimators[settings.importance](q, k, settings)
 
 
 @_block_scores.register_fake
-def _(q, k, importance, block_m, block_n, *_):
-    n_q, n_k = -(-q.shape[2] // block_m), -(-k.shape[2] // block_n)
+def _(q, k, config):
+    settings = parse_config(config)
+    n_q, n_k = -(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n)
     return q.new_empty(q.shape[0], q.shape[1], n_q, n_k, dtype=torch.float32)
 
 
 register_batch_rule(_block_scores)
 
 
-def pooled_scores(
-    q: Tensor, k: Tensor, size: int, *, block_m: int, block_n: int, scale: float, is_causal: bool
-) -> Tensor:
-    """Rows and columns are means over groups of `size` adjacent tokens.
+def pooled_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
+    """Rows and columns are means over groups of `importance_pool` adjacent tokens.
 
     Under a causal mask a group of keys is visible when its first key is at or before the last
     query of the group.
     """
-    rows = _Side(group_means(q, size, _whole_groups(q, block_m, size)), *_spans(q, block_m, size))
-    cols = _Side(group_means(k, size, _whole_groups(k, block_n, size)), *_spans(k, block_n, size))
-    return _scores(rows, cols, q, k, block_m, block_n, scale, is_causal, _largest_ratio)
+    size = config.importance_pool
+    rows = _groups(q, config.block_m, size)
+    cols = _groups(k, config.block_n, size)
+    rows = _Side(group_means(q, size, rows), *_spans(q, rows, size))
+    cols = _Side(group_means(k, size, cols), *_spans(k, cols, size))
+    return _scores(rows, cols, q, k, config, _largest_ratio)
 
 
-def sampled_scores(
-    q: Tensor,
-    k: Tensor,
-    plan_m: SamplePlan,
-    plan_n: SamplePlan,
-    *,
-    scale: float,
-    is_causal: bool,
-    block_m: int,
-    block_n: int,
-) -> Tensor:
+def sampled_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     """Rows and columns are tokens at fixed offsets of each block.
 
     Offsets past the end of the sequence are clamped to its last token. Under a causal mask a key
     is visible when it is at or before the query.
     """
-    rows, cols = _sample(q, plan_m), _sample(k, plan_n)
-    return _scores(rows, cols, q, k, block_m, block_n, scale, is_causal, _largest_ratio)
+    seed = config.sample_seed
+    rows = _sample(q, SamplePlan(config.block_m, config.resolved_sample_m, seed))
+    cols = _sample(k, SamplePlan(config.block_n, config.resolved_sample_n, seed + 1))
+    return _scores(rows, cols, q, k, config, _largest_ratio)
 
 
-def antidiagonal_scores(
-    q: Tensor, k: Tensor, size: int, *, block_m: int, block_n: int, scale: float, is_causal: bool
-) -> Tensor:
+def antidiagonal_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     """Softmax over tiles of the q.k sums along each tile's antidiagonal, summed over a block.
 
-    A tile pairs `size` queries with `size` keys: query `i` meets key `size - 1 - i`. Tokens past
-    the end of the sequence add nothing. Under a causal mask a tile is visible when its first key
-    is at or before its last query.
+    A tile pairs `g = antidiagonal_stride` queries with `g` keys: query `i` meets key `g - 1 - i`.
+    Tokens past the end of the sequence add nothing. Under a causal mask a tile is visible when
+    its first key is at or before its last query.
     """
-    rows = _Side(_tiles(q, block_m, size).flatten(-2), *_spans(q, block_m, size))
-    cols = _Side(_tiles(k, block_n, size).flip(-2).flatten(-2), *_spans(k, block_n, size))
-    return _scores(rows, cols, q, k, block_m, block_n, scale, is_causal, _summed_softmax)
+    size = config.antidiagonal_stride
+    rows = _groups(q, config.block_m, size)
+    cols = _groups(k, config.block_n, size)
+    rows = _Side(_tiles(q, rows, size).flatten(-2), *_spans(q, rows, size))
+    cols = _Side(_tiles(k, cols, size).flip(-2).flatten(-2), *_spans(k, cols, size))
+    return _scores(rows, cols, q, k, config, _summed_softmax)
 
 
 class _Side(NamedTuple):
@@ -143,18 +118,19 @@ class _Side(NamedTuple):
     last: Tensor
 
 
-def _whole_groups(x: Tensor, block: int, size: int) -> int:
+def _groups(x: Tensor, block: int, size: int) -> int:
+    """Groups of `size` tokens in the whole blocks that hold `x`."""
     return -(-x.shape[2] // block) * (block // size)
 
 
-def _spans(x: Tensor, block: int, size: int) -> tuple[Tensor, Tensor]:
-    first = torch.arange(_whole_groups(x, block, size), device=x.device) * size
+def _spans(x: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor]:
+    """First and last real token of each group; the first again where none is real."""
+    first = torch.arange(groups, device=x.device) * size
     last = torch.where(first < x.shape[2], (first + size).clamp(max=x.shape[2]) - 1, first)
     return first, last
 
 
-def _tiles(x: Tensor, block: int, size: int) -> Tensor:
-    tiles = _whole_groups(x, block, size)
+def _tiles(x: Tensor, tiles: int, size: int) -> Tensor:
     padding = tiles * size - x.shape[2]
     padded = torch.nn.functional.pad(x.to(accumulator(x)), (0, 0, 0, padding))
     return padded.unflatten(-2, (tiles, size))
@@ -178,16 +154,15 @@ def _scores(
     cols: _Side,
     q: Tensor,
     k: Tensor,
-    block_m: int,
-    block_n: int,
-    scale: float,
-    is_causal: bool,
-    reduce,
+    config: PSAConfig,
+    reduce: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Block scores from rows and columns, in chunks of (batch and key head, query blocks)."""
-    (b, h, q_len, _), (_, h_kv, kv_len, _) = q.shape, k.shape
+    (b, h, q_len, head_dim), (_, h_kv, kv_len, _) = q.shape, k.shape
+    block_m, block_n, is_causal = config.block_m, config.block_n, config.causal
     n_q, n_k, group = -(-q_len // block_m), -(-kv_len // block_n), h // h_kv
     m, n, d = rows.tokens.shape[2] // n_q, cols.tokens.shape[2] // n_k, rows.tokens.shape[3]
+    scale = head_dim**-0.5 if config.scale is None else config.scale
     query = (rows.tokens * scale).reshape(b * h_kv, group, n_q, m, d)
     # Columns of one place in their block lie together, so that reductions over a block run
     # along an outer axis.

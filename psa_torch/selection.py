@@ -1,11 +1,11 @@
 """From scores to levels (specification, section 6). Every step is integer or exact."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from psa_torch._config import parse_config
 from psa_torch._dispatch import use_kernels
 from psa_torch._vmap import register_batch_rule
 from shared_specs.config import PSAConfig
@@ -50,55 +50,42 @@ def select_levels(
                 f"cap must be [{scores.shape[0]}, Hk, {n_k}] with Hk a divisor of "
                 f"{scores.shape[1]}, got {tuple(cap.shape)}"
             )
-    order = config.ratio_ends
-    return _select_levels(
-        scores.detach(),
-        cap,
-        q_len,
-        kv_len,
-        config.block_m,
-        config.block_n,
-        config.mask_mode == "thresholdbound",
-        [level for level, _ in order],
-        [end for _, end in order],
-        [config.merge(level) for level, _ in order],
-        config.min_full_ratio,
-        config.sink_blocks,
-        config.text_length,
-        config.text_position == "start",
-        config.causal,
-    )
+    return _select_levels(scores.detach(), cap, q_len, kv_len, config.to_json())
 
 
 @torch.library.custom_op("psa::select_levels", mutates_args=())
 def _select_levels(
-    scores: Tensor,
-    cap: Tensor | None,
-    q_len: int,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
-    by_score: bool,
-    levels: Sequence[int],
-    ends: Sequence[float],
-    merges: Sequence[int],
-    min_full_ratio: float,
-    sink_blocks: int,
-    text_length: int,
-    text_first: bool,
-    is_causal: bool,
+    scores: Tensor, cap: Tensor | None, q_len: int, kv_len: int, config: str
+) -> Tensor:
+    settings = parse_config(config)
+    if use_kernels(scores):
+        from psa_torch.kernels import select
+
+        return select.select_levels(scores, settings, q_len=q_len, kv_len=kv_len, cap=cap)
+    return _plain_select_levels(scores, cap, q_len, kv_len, settings)
+
+
+@_select_levels.register_fake
+def _(scores, cap, q_len, kv_len, config):
+    return scores.new_empty(scores.shape, dtype=torch.int32)
+
+
+register_batch_rule(_select_levels)
+
+
+def _plain_select_levels(
+    scores: Tensor, cap: Tensor | None, q_len: int, kv_len: int, config: PSAConfig
 ) -> Tensor:
     if scores.device.type == "cpu" and (scores < 0).any():
         raise ValueError(f"scores must be at least 0, got {scores.nan_to_num(nan=0.0).min()}")
     n_q, n_k = scores.shape[2:]
-    rows = _Rows(n_q, q_len, kv_len, block_m, is_causal, scores.device)
-    candidates = rows.candidates(n_k, block_n)
+    rows = _Rows(n_q, q_len, kv_len, config, scores.device)
+    candidates = rows.candidates(n_k)
     ranked, ranked_bits = _rank(scores, candidates)
-    shares = list(zip(levels, ends, merges, strict=True))
-    if by_score:
-        last_ranks = _thresholdbound_ends(ranked_bits, candidates, shares, min_full_ratio)
+    if config.mask_mode == "topk":
+        last_ranks = _topk_ends(candidates, config)
     else:
-        last_ranks = _topk_ends(candidates, shares)
+        last_ranks = _thresholdbound_ends(ranked_bits, candidates, config)
     rank = torch.arange(n_k, device=scores.device)
     by_rank = torch.zeros_like(ranked, dtype=torch.int32)
     # From the last range to the first, each overwriting the start of the one after it.
@@ -108,64 +95,51 @@ def _select_levels(
     if cap is not None:
         per_head = cap.repeat_interleave(scores.shape[1] // cap.shape[1], 1)
         chosen = torch.minimum(chosen, per_head[:, :, None, :].int())
-    text = _text_blocks(rows, n_k, kv_len, block_n, text_length, text_first)
-    chosen = torch.where(text | (rank < sink_blocks), 1, chosen)
-    if is_causal:
-        hidden, straddles = rows.causal_blocks(n_k, kv_len, block_n)
+    kept = _text_blocks(rows, n_k, kv_len, config) | (rank < config.sink_blocks)
+    chosen = torch.where(kept, 1, chosen)
+    if config.causal:
+        hidden, straddles = rows.causal_blocks(n_k, kv_len)
         chosen = torch.where(hidden, 0, torch.where(straddles, 1, chosen))
     empty = (chosen == 0).all(-1, keepdim=True)
     return torch.where(empty & (rank == ranked[..., :1]), 1, chosen).int().contiguous()
 
 
-@_select_levels.register_fake
-def _(scores, *_):
-    return scores.new_empty(scores.shape, dtype=torch.int32)
-
-
-register_batch_rule(_select_levels)
-
-
 class _Rows:
     """Positions of the query blocks, in tokens; among the keys when causal."""
 
-    def __init__(
-        self, n_q: int, q_len: int, kv_len: int, block_m: int, is_causal: bool, device
-    ) -> None:
-        offset = kv_len - q_len if is_causal else 0
-        begin = torch.arange(n_q, device=device) * block_m
-        self.is_causal = is_causal
+    def __init__(self, n_q: int, q_len: int, kv_len: int, config: PSAConfig, device) -> None:
+        offset = kv_len - q_len if config.causal else 0
+        begin = torch.arange(n_q, device=device) * config.block_m
+        self.config = config
         self.end = q_len + offset
         self.first = begin + offset
-        self.last = (begin + block_m).clamp(max=q_len) - 1 + offset
+        self.last = (begin + config.block_m).clamp(max=q_len) - 1 + offset
 
-    def candidates(self, n_k: int, block_n: int) -> Tensor:
+    def candidates(self, n_k: int) -> Tensor:
         """N, the leading key blocks that hold a key the query block can see, int64 `[Nq]`."""
-        if not self.is_causal:
+        if not self.config.causal:
             return torch.full_like(self.first, n_k)
-        return (self.last // block_n + 1).clamp(0, n_k)
+        return (self.last // self.config.block_n + 1).clamp(0, n_k)
 
-    def causal_blocks(self, n_k: int, kv_len: int, block_n: int) -> tuple[Tensor, Tensor]:
+    def causal_blocks(self, n_k: int, kv_len: int) -> tuple[Tensor, Tensor]:
         """Blocks with no visible key, and blocks of which some row sees a part, `[Nq, Nk]`."""
         first, last = self.first[:, None], self.last[:, None]
-        begin = torch.arange(n_k, device=first.device) * block_n
-        final = (begin + block_n).clamp(max=kv_len) - 1
+        begin = torch.arange(n_k, device=first.device) * self.config.block_n
+        final = (begin + self.config.block_n).clamp(max=kv_len) - 1
         straddles = torch.maximum(first, begin) <= torch.minimum(last, final - 1)
         return begin > last, straddles
 
 
-def _text_blocks(
-    rows: _Rows, n_k: int, kv_len: int, block_n: int, text_length: int, text_first: bool
-) -> Tensor:
+def _text_blocks(rows: _Rows, n_k: int, kv_len: int, config: PSAConfig) -> Tensor:
     """Blocks of which the query side or the key side holds a text token, bool `[Nq, Nk]`."""
-    key_begin = torch.arange(n_k, device=rows.first.device) * block_n
-    if text_first:
-        queries, keys = rows.first < text_length, key_begin < text_length
+    length = config.text_length
+    key_begin = torch.arange(n_k, device=rows.first.device) * config.block_n
+    if config.text_position == "start":
+        queries, keys = rows.first < length, key_begin < length
     else:
-        key_last = (key_begin + block_n).clamp(max=kv_len) - 1
-        queries = rows.last >= rows.end - text_length
-        keys = key_last >= kv_len - text_length
-    some = text_length > 0
-    return (queries[:, None] | keys) & some
+        key_last = (key_begin + config.block_n).clamp(max=kv_len) - 1
+        queries, keys = rows.last >= rows.end - length, key_last >= kv_len - length
+    return (queries[:, None] | keys) & (length > 0)
 
 
 def _rank(scores: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,10 +156,11 @@ def _rank(scores: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     return ranked, ranked_bits
 
 
-def _topk_ends(candidates: Tensor, shares) -> list[tuple[int, Tensor]]:
+def _topk_ends(candidates: Tensor, config: PSAConfig) -> list[tuple[int, Tensor]]:
     """(level, end rank `[Nq]`) in the order taken; shares of the number of candidates."""
     last, ends = torch.zeros_like(candidates), []
-    for level, share, merge in shares:
+    for level, share in config.ratio_ends:
+        merge = config.merge(level)
         end = torch.minimum(candidates, (candidates.double() * share).long())
         if merge > 1:
             whole = _whole_tiles(end - last, last, candidates, merge)
@@ -196,7 +171,7 @@ def _topk_ends(candidates: Tensor, shares) -> list[tuple[int, Tensor]]:
 
 
 def _thresholdbound_ends(
-    ranked_bits: Tensor, candidates: Tensor, shares, min_full_ratio: float
+    ranked_bits: Tensor, candidates: Tensor, config: PSAConfig
 ) -> list[tuple[int, Tensor]]:
     """(level, end rank `[B, H, Nq]`) in the order taken; shares of the cumulative score."""
     n_k = ranked_bits.shape[-1]
@@ -204,7 +179,8 @@ def _thresholdbound_ends(
     total = cumulative[..., -1].float()
     scored = torch.arange(n_k, device=ranked_bits.device) < candidates[:, None]
     last, ends = torch.zeros_like(total, dtype=torch.int64), []
-    for level, share, merge in shares:
+    for level, share in config.ratio_ends:
+        merge = config.merge(level)
         bound = (total * torch.tensor(share + 1e-6, dtype=torch.float32).item()).floor().long()
         inside = ((cumulative <= bound[..., None]) & scored).sum(-1)
         first_end = torch.where(inside > 0, inside + 1, last)
@@ -213,7 +189,7 @@ def _thresholdbound_ends(
         else:
             end = torch.maximum(torch.minimum(first_end, candidates), last)
             if level == 1:
-                least = (candidates.double() * min_full_ratio).long() + 1
+                least = (candidates.double() * config.min_full_ratio).long() + 1
                 end = torch.maximum(end, torch.minimum(candidates, least))
         last = torch.maximum(end, last)
         ends.append((level, last))

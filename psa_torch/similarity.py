@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from psa_torch._config import parse_config
 from psa_torch._vmap import register_batch_rule
 from shared_specs.config import PSAConfig
 
@@ -19,33 +20,30 @@ def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
     Returns:
         int32 `[B, Hk, Nk]` in {1, 2, 4, 8}. Carries no gradient.
     """
-    return _similarity_cap(
-        k.detach(),
-        config.block_n,
-        config.sim_2x_threshold,
-        config.sim_4x_threshold,
-        config.sim_8x_threshold,
-    )
+    return _similarity_cap(k.detach(), config.to_json())
 
 
 @torch.library.custom_op("psa::similarity_cap", mutates_args=())
-def _similarity_cap(
-    k: Tensor, block_n: int, threshold_2: float, threshold_4: float, threshold_8: float
-) -> Tensor:
-    cap = None
-    for level, threshold in ((2, threshold_2), (4, threshold_4), (8, threshold_8)):
-        similarity = block_similarity(k, block_n, level)
-        if cap is None:
-            cap = torch.ones_like(similarity, dtype=torch.int32)
+def _similarity_cap(k: Tensor, config: str) -> Tensor:
+    settings = parse_config(config)
+    thresholds = {
+        2: settings.sim_2x_threshold,
+        4: settings.sim_4x_threshold,
+        8: settings.sim_8x_threshold,
+    }
+    blocks = -(-k.shape[2] // settings.block_n)
+    cap = torch.ones(*k.shape[:2], blocks, dtype=torch.int32, device=k.device)
+    for level, threshold in thresholds.items():
         # The threshold as float32, which is what the similarity is.
         bound = torch.tensor(threshold, dtype=torch.float32).item()
-        cap = cap.masked_fill(similarity > bound, level)
+        cap.masked_fill_(block_similarity(k, settings.block_n, level) > bound, level)
     return cap
 
 
 @_similarity_cap.register_fake
-def _(k, block_n, *_):
-    return k.new_empty(k.shape[0], k.shape[1], -(-k.shape[2] // block_n), dtype=torch.int32)
+def _(k, config):
+    blocks = -(-k.shape[2] // parse_config(config).block_n)
+    return k.new_empty(k.shape[0], k.shape[1], blocks, dtype=torch.int32)
 
 
 register_batch_rule(_similarity_cap)

@@ -144,6 +144,8 @@ class PSAConfig:
         _choice("block_n", self.block_n, BLOCK_N)
         self._set("mask_ratios", _mask_ratios(self.mask_ratios))
         self._check_together()
+        # Kept so that compilers and operators, which take no objects, can take the text.
+        self._set("_json", json.dumps(self.to_dict(), indent=2))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -232,7 +234,7 @@ class PSAConfig:
 
     def to_json(self) -> str:
         """One JSON object with every field."""
-        return json.dumps(self.to_dict(), indent=2)
+        return self._json
 
     @classmethod
     def from_json(cls, text: str | bytes) -> PSAConfig:

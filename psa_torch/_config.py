@@ -1,0 +1,78 @@
+"""How a configuration passes through custom operators and `torch.compile`: as its JSON text.
+
+An operator takes numbers, strings and tensors, not a `PSAConfig`; and `torch.compile` with
+dynamic shapes makes symbols of the numbers it reads from an object. A string stays a constant,
+and so does what is computed from it.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+
+from shared_specs.config import PSAConfig
+
+
+class Settings(NamedTuple):
+    """The fields of a configuration that a call reads itself, and the whole of it as text.
+
+    Stands in for a `PSAConfig` wherever only these are needed.
+    """
+
+    block_m: int
+    block_n: int
+    attn_impl: str
+    use_sim_mask: bool
+    causal: bool
+    scale: float | None
+    rearrange_method: str | None
+    grid: tuple[int, int, int] | None
+    tile_size: tuple[int, int, int] | None
+    text_length: int
+    text_position: str
+    json: str
+
+    def to_json(self) -> str:
+        """The configuration in full, as operators take it."""
+        return self.json
+
+
+def settings_of(config: PSAConfig | None, overrides: dict) -> Settings:
+    """Settings of `config` (the default one if None) with `overrides` in place.
+
+    Raises:
+        TypeError: `config` is not a PSAConfig, or an override is not one of its fields.
+        ValueError: the result is not a valid configuration.
+    """
+    if config is None:
+        config = _DEFAULT
+    elif not isinstance(config, PSAConfig):
+        raise TypeError(f"config must be a PSAConfig or None, got {type(config).__name__}")
+    if not overrides:
+        return Settings(*_constants(config.to_json()))
+    return Settings(*_constants(_override(config.to_json(), tuple(overrides.items()))))
+
+
+@functools.lru_cache(maxsize=256)
+def parse_config(text: str) -> PSAConfig:
+    """The inverse of `config.to_json()`."""
+    return PSAConfig.from_json(text)
+
+
+_DEFAULT = PSAConfig()
+
+
+@torch.compiler.assume_constant_result
+def _constants(text: str) -> tuple:
+    config = parse_config(text)
+    return (*(getattr(config, name) for name in Settings._fields[:-1]), text)
+
+
+@torch.compiler.assume_constant_result
+def _override(text: str, overrides: tuple) -> str:
+    fields = [field.name for field in dataclasses.fields(PSAConfig)]
+    unknown = [name for name, _ in overrides if name not in fields]
+    if unknown:
+        raise TypeError(f"unknown arguments {unknown}; configuration fields: {', '.join(fields)}")
+    return dataclasses.replace(parse_config(text), **dict(overrides)).to_json()
