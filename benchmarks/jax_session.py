@@ -143,9 +143,11 @@ class JaxSession:
         )
 
     def _whole(self) -> Provider:
-        from psa_jax import psa_attention
+        def attend(q, k, v):
+            from psa_jax import psa_attention
 
-        attend = functools.partial(psa_attention, config=self.workload.config)
+            return psa_attention(q, k, v, config=self.workload.config)
+
         return Provider(
             name="jax-psa-whole",
             kind=WHOLE,

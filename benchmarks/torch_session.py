@@ -186,9 +186,11 @@ class TorchSession:
         )
 
     def _whole(self) -> Provider:
-        from psa_torch import psa_attention
+        def attend(q, k, v):
+            from psa_torch import psa_attention
 
-        attend = functools.partial(psa_attention, config=self.workload.config)
+            return psa_attention(q, k, v, config=self.workload.config)
+
         return Provider(
             name="torch-psa-whole",
             kind=WHOLE,
