@@ -11,13 +11,18 @@ def register_batch_rule(operator: torch.library.CustomOpDef) -> None:
 
     Right for operators that treat the entries of axis 0 of all their tensors independently.
     """
+    operator.register_vmap(batch_rule(operator))
+
+
+def batch_rule(function: Callable) -> Callable:
+    """The vmap rule of `register_batch_rule`, for any function over tensors with a batch axis."""
 
     def rule(info, in_dims, *arguments):
         size = info.batch_size
         folded = [_fold(x, dim, size) for x, dim in zip(arguments, in_dims, strict=True)]
-        return _each(operator(*folded), lambda x: x.unflatten(0, (size, -1)))
+        return _each(function(*folded), lambda x: x.unflatten(0, (size, -1)))
 
-    operator.register_vmap(rule)
+    return rule
 
 
 def _fold(x, dim: int | None, size: int):

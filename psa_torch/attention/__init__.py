@@ -1,0 +1,74 @@
+"""Attention over a pyramid at given levels (specification, section 4)."""
+
+from torch import Tensor
+
+from psa_torch._checks import autocast, describe
+from psa_torch.attention.functorch import attention
+from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
+from psa_torch.masks import from_segments
+from shared_specs import checks
+
+__all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float | None = None,
+    is_causal: bool = False,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every query over the pooled keys that its block's levels select.
+
+    Differentiable in q, k and v, through out and lse; levels get no gradient, and there are no
+    second derivatives. Inside `torch.autocast` q, k and v are cast as
+    `scaled_dot_product_attention` casts them.
+
+    Args:
+        q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.
+        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`; head h reads key/value head `h // (H // Hk)`.
+        levels: integers, `[B, H, Nq, Nk]` with values in {0, 1, 2, 4, 8}, or segments
+            `[B, H, Nq, Nk + 5]`. Values are checked on the CPU; on a GPU that would make the
+            host wait, and a block with a value outside the set is undefined.
+        block_m: queries per block, 64 or 128.
+        block_n: keys per block, 32, 64 or 128.
+        scale: factor on q.k; None means `D ** -0.5`.
+        is_causal: a pooled key is visible iff its last covered key is at or before
+            `row + Lk - Lq`.
+        implementation: a key of `IMPLEMENTATIONS`, or None for the best one that supports the
+            input (logged once through the logger `psa_torch`).
+        return_lse: also return the natural log of the sum of exponentials.
+
+    Returns:
+        out `[B, H, Lq, D]` in the dtype of q; and, if asked, lse `[B, H, Lq]`, float32 (float64
+        for float64). A row that sees nothing has out 0, lse -inf and passes no gradient.
+
+    Raises:
+        TypeError: an argument has a type or dtype that is not accepted.
+        ValueError: a shape, a device, a block size, a scale or a level does not fit, or the
+            implementation asked for cannot run on this input.
+    """
+    checks.check_blocks(block_m, block_n)
+    checks.check_scale(scale)
+    checks.check_flag("is_causal", is_causal)
+    checks.check_flag("return_lse", return_lse)
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    for name, x in (("q", q), ("k", k), ("v", v), ("levels", levels)):
+        describe(name, x)
+    q, k, v = autocast(q, k, v)
+    sizes = describe("q", q), describe("k", k), describe("v", v)
+    checks.check_qkv(*sizes)
+    form = checks.check_levels_shape(
+        describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
+    )
+    levels = levels.detach()
+    dense = from_segments(levels) if form == "segments" else levels
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, lse = attention(q, k, v, dense, implementation, block_m, block_n, scale, is_causal)
+    return (out, lse) if return_lse else out

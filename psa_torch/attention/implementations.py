@@ -1,0 +1,127 @@
+"""The implementations of attention by name, and which of them runs."""
+
+import importlib.util
+import logging
+from typing import Protocol
+
+from torch import Tensor
+
+from psa_torch.attention import gather
+from shared_specs.checks import check_implementation
+
+logger = logging.getLogger("psa_torch")
+
+
+class Implementation(Protocol):
+    """What an entry of `IMPLEMENTATIONS` provides; a module with these functions will do.
+
+    `levels` is dense int32 `[B, H, Nq, Nk]`; lse is float32 (float64 for float64), natural log,
+    -inf on rows that see nothing.
+    """
+
+    def unsupported(
+        self, q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int
+    ) -> str | None:
+        """Why it cannot run on this input, or None if it can."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        levels: Tensor,
+        *,
+        block_m: int,
+        block_n: int,
+        scale: float,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse, in fresh contiguous memory."""
+
+    def backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        levels: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        block_m: int,
+        block_n: int,
+        scale: float,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv, in fresh contiguous memory."""
+
+
+class _Triton:
+    """`psa_torch.attention.triton`, imported when it is first used: Triton may be absent."""
+
+    @staticmethod
+    def unsupported(q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install triton)"
+        from psa_torch.attention import triton
+
+        return triton.unsupported(q, k, v, block_m, block_n)
+
+    @staticmethod
+    def forward(*args, **kwargs) -> tuple[Tensor, Tensor]:
+        from psa_torch.attention import triton
+
+        return triton.forward(*args, **kwargs)
+
+    @staticmethod
+    def backward(*args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
+        from psa_torch.attention import triton
+
+        return triton.backward(*args, **kwargs)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {"gather": gather, "triton": _Triton()}
+
+_announced: set[tuple[str, str]] = set()
+
+
+def choose(
+    implementation: str | None, q: Tensor, k: Tensor, v: Tensor, *, block_m: int, block_n: int
+) -> str:
+    """Name of the implementation that runs.
+
+    Args:
+        implementation: a key of `IMPLEMENTATIONS`, used or refused; or None: `triton` for CUDA
+            tensors that it supports, else `gather`. That choice is logged once with its reason
+            (logger `psa_torch`, level info).
+
+    Raises:
+        ValueError: the name is unknown, or what was chosen cannot run on this input.
+    """
+    check_implementation(implementation, IMPLEMENTATIONS)
+
+    def reason_against(name: str) -> str | None:
+        return IMPLEMENTATIONS[name].unsupported(q, k, v, block_m, block_n)
+
+    if implementation is None:
+        against = reason_against("triton") if q.is_cuda else f"q is on {q.device.type}, not cuda"
+        if against is None:
+            _announce("triton", f"q is on {q.device.type}")
+            return "triton"
+        _announce("gather", f"triton cannot run: {against}")
+        implementation = "gather"
+    against = reason_against(implementation)
+    if against is not None:
+        raise ValueError(
+            f"implementation {implementation!r} cannot run on this input: {against}. "
+            f"implementation=None picks one that can, if any of "
+            f"{', '.join(map(repr, IMPLEMENTATIONS))} does"
+        )
+    return implementation
+
+
+def _announce(name: str, why: str) -> None:
+    if (name, why) not in _announced:
+        _announced.add((name, why))
+        logger.info("attention runs as %r: %s", name, why)

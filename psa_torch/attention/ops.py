@@ -1,0 +1,132 @@
+"""Attention as a pair of torch operators, over whichever implementation runs.
+
+`psa::attention_forward` and `psa::attention_backward` are opaque to `torch.compile` and
+`torch.export`: shapes come from the fakes below, and the implementation is chosen when the
+operator runs, on the tensors it then gets.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from psa_torch._vmap import register_batch_rule
+from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
+from psa_torch.masks import check_level_values
+
+NO_SECOND_DERIVATIVE = (
+    "psa_torch attention has no second derivatives: its gradients cannot be differentiated again "
+    "(gradient penalties, Hessians)"
+)
+
+
+@torch.library.custom_op("psa::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    implementation: str | None,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """out and lse; arguments as in `psa_torch.sparse_attention`, dense integer levels.
+
+    Raises:
+        ValueError: the implementation cannot run, or (CPU) levels holds a value outside the set.
+    """
+    name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
+    check_level_values(levels)
+    with _without_autocast(q.device.type):
+        return IMPLEMENTATIONS[name].forward(
+            q,
+            k,
+            v,
+            levels.int(),
+            block_m=block_m,
+            block_n=block_n,
+            scale=scale,
+            is_causal=is_causal,
+        )
+
+
+@attention_forward.register_fake
+def _(q, k, v, levels, implementation, block_m, block_n, scale, is_causal):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.custom_op("psa::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    implementation: str | None,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, from the gradients of out and lse (None for 0) and what forward returned."""
+    name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
+    with _without_autocast(q.device.type):
+        return IMPLEMENTATIONS[name].backward(
+            dout,
+            dlse,
+            q,
+            k,
+            v,
+            levels.int(),
+            out,
+            lse,
+            block_m=block_m,
+            block_n=block_n,
+            scale=scale,
+            is_causal=is_causal,
+        )
+
+
+@attention_backward.register_fake
+def _(dout, dlse, q, k, v, levels, out, lse, implementation, block_m, block_n, scale, is_causal):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, levels, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, levels, *output)
+    # Most callers use only out; None instead of a tensor of zeros then saves its pass.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    no_grad = (None,) * (1 + len(ctx.settings))
+    if dout is None and dlse is None:
+        return None, None, None, *no_grad
+    *inputs, out, lse = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    return *attention_backward(dout, dlse, *inputs, out, lse, *ctx.settings), *no_grad
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(NO_SECOND_DERIVATIVE)
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)
+attention_backward.register_autograd(_no_second_derivative)
+register_batch_rule(attention_forward)
+register_batch_rule(attention_backward)
+
+
+def _without_autocast(device_type: str):
+    """Implementations choose their own precision; autocast has already cast the inputs."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
