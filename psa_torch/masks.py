@@ -8,6 +8,7 @@ ignored; move a mask to the CPU to have it checked.
 import torch
 from torch import Tensor
 
+from psa_torch._vmap import register_batch_rule
 from shared_specs.constants import MASK_LEVELS
 from shared_specs.masks import SEPARATOR
 
@@ -63,6 +64,9 @@ def _(levels, scores):
     )
 
 
+register_batch_rule(_to_segments)
+
+
 def from_segments(segments: Tensor) -> Tensor:
     """`new_mask_type` to dense levels, int32 `[..., Nq, Nk]`.
 
@@ -99,6 +103,9 @@ def _(segments):
     return segments.new_empty(
         (*segments.shape[:-1], segments.shape[-1] - len(MASK_LEVELS)), dtype=torch.int32
     )
+
+
+register_batch_rule(_from_segments)
 
 
 def density(levels: Tensor, *, candidates: Tensor | None = None) -> float:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._dispatch import use_kernels
+from psa_torch._vmap import register_batch_rule
 from shared_specs.constants import LEVELS
 
 
@@ -59,3 +60,6 @@ def _(levels, transposed):
         levels.new_empty(b, h, rows, columns, dtype=torch.int32),
         levels.new_empty(b, h, rows, len(LEVELS), dtype=torch.int32),
     )
+
+
+register_batch_rule(_build_table)

@@ -1,0 +1,125 @@
+"""Pyramid sparse attention as a function: from q, k and v to the output."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psa_torch._checks import autocast, describe
+from psa_torch._config import Settings, settings_of
+from psa_torch.attention import IMPLEMENTATIONS, sparse_attention
+from psa_torch.importance import block_scores
+from psa_torch.masks import from_segments, to_segments
+from psa_torch.order import TokenOrder
+from psa_torch.selection import select_levels
+from psa_torch.similarity import similarity_cap
+from shared_specs import checks
+from shared_specs.config import PSAConfig
+
+
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: PSAConfig | None = None,
+    levels: Tensor | None = None,
+    return_lse: bool = False,
+    return_levels: bool = False,
+    implementation: str | None = None,
+    **overrides,
+) -> Tensor | tuple[Tensor, ...]:
+    """Pyramid sparse attention: choose a level for every block, attend over pooled keys.
+
+    Differentiable in q, k and v for the levels chosen; the choice itself has no gradient. Inside
+    `torch.autocast` it behaves as `scaled_dot_product_attention` does. On a GPU nothing between
+    q, k, v and the output makes the host wait.
+
+    Args:
+        q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.
+        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`; head h reads key/value head `h // (H // Hk)`.
+        config: a `PSAConfig`; None means the default one. With a `rearrange_method` the tokens
+            are reordered for attention (k-means starts cold in every call) and the output, lse
+            included, is put back.
+        levels: levels to use instead of choosing them: integers `[B, H, Nq, Nk]` with values in
+            {0, 1, 2, 4, 8}, or segments `[B, H, Nq, Nk + 5]`. They index blocks of the reordered
+            sequence if the configuration reorders it, as the levels that this function returns do.
+        return_lse: also return the log of the sum of exponentials, `[B, H, Lq]`, float32.
+        return_levels: also return the levels, in the serial form that `config.attn_impl` names:
+            segments for 'new_mask_type', dense for 'old_mask_type'.
+        implementation: a key of `psa_torch.attention.IMPLEMENTATIONS`, or None for the best one.
+        **overrides: fields of `PSAConfig` that replace those of `config`.
+
+    Returns:
+        out `[B, H, Lq, D]` in the dtype of q (of autocast inside it), then lse, then levels,
+        each if asked for.
+
+    Raises:
+        TypeError: an argument has a type or dtype that is not accepted, or is unknown.
+        ValueError: a value, a shape or a combination is not accepted; the message says what is.
+    """
+    settings = settings_of(config, overrides)
+    checks.check_flag("return_lse", return_lse)
+    checks.check_flag("return_levels", return_levels)
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        describe(name, x)
+    q, k, v = autocast(q, k, v)
+    sizes = describe("q", q), describe("k", k), describe("v", v)
+    checks.check_qkv(*sizes)
+    if levels is not None:
+        blocks = {"block_m": settings.block_m, "block_n": settings.block_n}
+        form = checks.check_levels_shape(describe("levels", levels), *sizes[:2], **blocks)
+    order = TokenOrder.from_config(settings, q.shape[2], k.shape[2])
+    q, k, v, state = order.apply(q, k, v)
+    if levels is None:
+        chosen = choose_levels(q, k, settings)
+    else:
+        dense = from_segments(levels) if form == "segments" else levels.detach()
+        chosen = Chosen(dense, None)
+    out, lse = sparse_attention(
+        q,
+        k,
+        v,
+        chosen.levels,
+        block_m=settings.block_m,
+        block_n=settings.block_n,
+        scale=settings.scale,
+        is_causal=settings.causal,
+        implementation=implementation,
+        return_lse=True,
+    )
+    results = [order.undo(out, state)]
+    if return_lse:
+        results.append(order.undo(lse, state))
+    if return_levels:
+        results.append(serial_levels(chosen, settings))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+class Chosen(NamedTuple):
+    """Levels and, where they were chosen here, the scores they were chosen by.
+
+    Attributes:
+        levels: int `[B, H, Nq, Nk]`.
+        scores: float32 `[B, H, Nq, Nk]` or None.
+    """
+
+    levels: Tensor
+    scores: Tensor | None
+
+
+@torch.no_grad()
+def choose_levels(q: Tensor, k: Tensor, config: PSAConfig | Settings) -> Chosen:
+    """Scores and levels of q and k as they stand, in whatever order their tokens are."""
+    scores = block_scores(q, k, config)
+    cap = similarity_cap(k, config) if config.use_sim_mask else None
+    levels = select_levels(scores, config, q_len=q.shape[2], kv_len=k.shape[2], cap=cap)
+    return Chosen(levels, scores)
+
+
+def serial_levels(chosen: Chosen, config: PSAConfig | Settings) -> Tensor:
+    """Levels in the form that `config.attn_impl` names, int32."""
+    if config.attn_impl == "old_mask_type":
+        return chosen.levels.int()
+    return to_segments(chosen.levels, chosen.scores)

@@ -1,0 +1,55 @@
+"""Pyramid sparse attention as a module."""
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from psa_torch.functional import psa_attention
+from shared_specs.config import PSAConfig
+
+
+class PSAAttention(nn.Module):
+    """Pyramid sparse attention with a fixed configuration; no parameters, no state.
+
+    Attributes:
+        config: the configuration; frozen, and replaceable between calls.
+    """
+
+    def __init__(self, config: PSAConfig | None = None) -> None:
+        super().__init__()
+        if config is not None and not isinstance(config, PSAConfig):
+            raise TypeError(f"config must be a PSAConfig or None, got {type(config).__name__}")
+        self.config = PSAConfig() if config is None else config
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        levels: Tensor | None = None,
+        return_lse: bool = False,
+        return_levels: bool = False,
+        implementation: str | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """`psa_torch.psa_attention` with this module's configuration; arguments as there."""
+        return psa_attention(
+            q,
+            k,
+            v,
+            config=self.config,
+            levels=levels,
+            return_lse=return_lse,
+            return_levels=return_levels,
+            implementation=implementation,
+        )
+
+    def extra_repr(self) -> str:
+        """The fields of the configuration that differ from the default."""
+        default = PSAConfig()
+        changed = {
+            field.name: getattr(self.config, field.name)
+            for field in dataclasses.fields(PSAConfig)
+            if getattr(self.config, field.name) != getattr(default, field.name)
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in changed.items())
