@@ -81,9 +81,7 @@ def _load(path: str) -> tuple[np.ndarray, np.ndarray]:
         with archive:
             q, k = archive["q"], archive["k"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} must be an .npz archive with arrays 'q' and 'k': {error}"
-        ) from error
+        raise ValueError(f"{path} must be an .npz archive with arrays 'q' and 'k'") from error
     for name, x in (("q", q), ("k", k)):
         if x.ndim != 4 or not np.issubdtype(x.dtype, np.floating) or x.size == 0:
             raise ValueError(
