@@ -1,0 +1,18 @@
+"""Attention in plain XLA: only the selected pyramid rows are gathered and multiplied.
+
+Runs on every device. The query blocks are taken a few at a time; for each, the selected rows pass
+through in tiles of fixed size, as many as the fullest of them needs, so that memory is bounded and
+the work follows the mask although the shapes do not.
+"""
+
+from jax import Array
+
+from psa_jax.attention.gather.backward import backward
+from psa_jax.attention.gather.forward import forward
+
+__all__ = ["backward", "forward", "unsupported"]
+
+
+def unsupported(q: Array, k: Array, v: Array, block_m: int, block_n: int) -> str | None:
+    """The reason it cannot run on this input or device: none, it always can."""
+    return None

@@ -1,0 +1,95 @@
+"""Online softmax over the visited rows (specification, section 4)."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from psa_jax.attention.gather.walk import (
+    Shape,
+    as_runs,
+    filled_like,
+    head_by_head,
+    hidden,
+    logits,
+    map_heads,
+    product,
+    take_tile,
+    walk,
+)
+from psa_jax.pyramid import accumulator, build_pyramid
+from psa_jax.table import Table, build_table
+
+
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Array, Array]:
+    """out `[B, H, Lq, D]` in the dtype of q and lse `[B, H, Lq]`, float32 (float64 for float64).
+
+    Args:
+        q: `[B, H, Lq, D]`.
+        k, v: `[B, Hk, Lk, D]`.
+        levels: int32 `[B, H, Nq, Nk]`.
+    """
+    shape = Shape.of(q, k, block_m=block_m, block_n=block_n, scale=scale, is_causal=is_causal)
+    arrays = (shape.group_heads(q), k, v, shape.group_heads(levels))
+    if head_by_head(shape):
+        one = shape.one_head()
+        out, lse = map_heads(lambda *head: _heads(*head, one), shape, arrays)
+    else:
+        out, lse = _heads(*arrays, shape)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+
+
+def _heads(q: Array, k: Array, v: Array, levels: Array, shape: Shape) -> tuple[Array, Array]:
+    """The same for grouped q `[B, Hk, G, Lq, D]` and levels, all heads at a time."""
+    pyramid = build_pyramid(k, v, shape.block_n)
+    keys, values = as_runs(pyramid.k, shape), as_runs(pyramid.v, shape)
+    table = build_table(levels)
+    dtype = accumulator(q.dtype)
+
+    def chunk(of_chunk):
+        query, entries, counts, position = of_chunk
+        tiles = walk(Table(entries, counts), shape, dtype)
+
+        def add_tile(tile, carry):
+            acc, top, total = carry
+            s = logits(query, take_tile(keys, tiles, tile, shape), tiles, tile, position, shape)
+            # The tile has its own maximum, so that its logits and weights are one pass for XLA;
+            # both sides are then brought to the common maximum.
+            tile_top = s.max(-1)
+            weights = jnp.exp(s - tile_top[..., None])
+            rows = take_tile(values, tiles, tile, shape)
+            tile_acc = product("bhgcmt,bhgctd->bhgcmd", weights.astype(rows.dtype), rows)
+            new_top = jnp.maximum(top, tile_top)
+            old, new = jnp.exp(top - new_top), jnp.exp(tile_top - new_top)
+            acc = acc * old[..., None] + tile_acc * new[..., None]
+            return acc, new_top, total * old + weights.sum(-1) * new
+
+        empty = (
+            filled_like(query, 0, dtype),
+            filled_like(query[..., 0], hidden(dtype), dtype),
+            filled_like(query[..., 0], 0, dtype),
+        )
+        acc, top, total = lax.fori_loop(0, tiles.tiles, add_tile, empty)
+        seen = top > hidden(dtype) / 2
+        total = jnp.where(seen, total, 1)
+        out = jnp.where(seen[..., None], acc / total[..., None], 0)
+        return out.astype(query.dtype), jnp.where(seen, top + jnp.log(total), -jnp.inf)
+
+    out, lse = lax.map(
+        chunk,
+        (
+            shape.split_rows(q),
+            shape.split_blocks(table.entries),
+            shape.split_blocks(table.counts),
+            shape.positions(),
+        ),
+    )
+    return shape.join_rows(out), shape.join_rows(lse)

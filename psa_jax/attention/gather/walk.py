@@ -1,0 +1,298 @@
+"""Which pyramid rows each query block visits, tile by tile.
+
+The unit is a run: `block_n // 8` adjacent rows of the pyramid, what one block has at level 8. A
+block at level `l` is `8 // l` runs, and every level starts on a run, so a pyramid of `P` rows is
+an array of `P // run` runs and a row of the mask is a list of run ids.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from psa_jax.pyramid import accumulator
+from psa_jax.table import Table
+from shared_specs.constants import LEVELS
+from shared_specs.pyramid import level_start, pyramid_rows
+
+TILE_ROWS = 256
+"""Pyramid rows of one tile: little waste on a part-full last tile, enough for fast products."""
+
+CPU_BLOCKS, OTHER_BLOCKS = 8, 128
+"""Query blocks (over batch and heads) taken at a time: a cache full, or enough for many cores."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static side of one call, for grouped queries `[B, Hk, G, Lq, D]`."""
+
+    batch: int
+    kv_heads: int
+    group: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    block_m: int
+    block_n: int
+    scale: float
+    is_causal: bool
+
+    @classmethod
+    def of(cls, q, k, *, block_m: int, block_n: int, scale: float, is_causal: bool) -> "Shape":
+        """From q `[B, H, Lq, D]` and k `[B, Hk, Lk, D]`."""
+        (b, h, q_len, d), (_, h_kv, kv_len, _) = q.shape, k.shape
+        return cls(b, h_kv, h // h_kv, q_len, kv_len, d, block_m, block_n, scale, is_causal)
+
+    def one_head(self) -> "Shape":
+        """The same call for one batch entry and key head."""
+        return dataclasses.replace(self, batch=1, kv_heads=1)
+
+    @property
+    def run(self) -> int:
+        """Rows of a run."""
+        return self.block_n // LEVELS[-1]
+
+    @property
+    def runs(self) -> int:
+        """Runs of the pyramid."""
+        return pyramid_rows(self.kv_len, self.block_n) // self.run
+
+    @property
+    def n_q(self) -> int:
+        return -(-self.q_len // self.block_m)
+
+    @property
+    def n_k(self) -> int:
+        return -(-self.kv_len // self.block_n)
+
+    @property
+    def tile_runs(self) -> int:
+        """Runs of a tile; no more than a query block can have."""
+        return min(TILE_ROWS // self.run, LEVELS[-1] * self.n_k)
+
+    @property
+    def tile_rows(self) -> int:
+        return self.tile_runs * self.run
+
+    @property
+    def tiles(self) -> int:
+        """Most tiles that a query block can have."""
+        return -(-LEVELS[-1] * self.n_k // self.tile_runs)
+
+    @property
+    def chunk(self) -> int:
+        """Query blocks of each head that are taken at a time."""
+        wanted = CPU_BLOCKS if jax.default_backend() == "cpu" else OTHER_BLOCKS
+        return min(self.n_q, max(1, wanted // (self.batch * self.kv_heads * self.group)))
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.n_q // self.chunk)
+
+    def group_heads(self, x: Array) -> Array:
+        """`[B, H, ...]` to `[B, Hk, G, ...]`."""
+        return x.reshape(self.batch, self.kv_heads, self.group, *x.shape[2:])
+
+    def split_rows(self, x: Array) -> Array:
+        """`[B, Hk, G, Lq, ...]` to `[chunks, B, Hk, G, chunk, block_m, ...]`, zeros at the end."""
+        rows = self.chunks * self.chunk * self.block_m
+        x = _pad(x, 3, rows)
+        x = x.reshape(*x.shape[:3], self.chunks, self.chunk, self.block_m, *x.shape[4:])
+        return jnp.moveaxis(x, 3, 0)
+
+    def join_rows(self, x: Array) -> Array:
+        """The inverse of `split_rows`."""
+        x = jnp.moveaxis(x, 0, 3)
+        return x.reshape(*x.shape[:3], -1, *x.shape[6:])[:, :, :, : self.q_len]
+
+    def split_blocks(self, x: Array) -> Array:
+        """`[B, Hk, G, Nq, ...]` to `[chunks, B, Hk, G, chunk, ...]`, zeros past the end."""
+        x = _pad(x, 3, self.chunks * self.chunk)
+        x = x.reshape(*x.shape[:3], self.chunks, self.chunk, *x.shape[4:])
+        return jnp.moveaxis(x, 3, 0)
+
+    def positions(self) -> Array:
+        """Key position of every query, int32 `[chunks, chunk, block_m]`, for a causal mask."""
+        rows = np.arange(self.chunks * self.chunk * self.block_m, dtype=np.int32)
+        rows = rows.reshape(self.chunks, self.chunk, self.block_m)
+        return jnp.asarray(rows + np.int32(self.kv_len - self.q_len))
+
+
+class Walk(NamedTuple):
+    """The tiles of one chunk of query blocks.
+
+    Attributes:
+        runs: int32 `[tiles, B, Hk, G, chunk, tile_runs]`, run ids; 0 in unused places.
+        bias: `[tiles, B, Hk, G, chunk, tile_rows]`, log of the keys a row stands for; the
+            dtype's `hidden` in unused places and on rows that cover no key.
+        last_key: int32, like bias, last key a row covers; None when not causal.
+        tiles: int32, tiles that the fullest query block has.
+    """
+
+    runs: Array
+    bias: Array
+    last_key: Array | None
+    tiles: Array
+
+
+def hidden(dtype) -> float:
+    """Logit of a row that is not there: beaten by any real one, and far from overflow."""
+    return float(jnp.finfo(dtype).min) / 2
+
+
+def walk(table: Table, shape: Shape, dtype) -> Walk:
+    """The tiles of a chunk.
+
+    Args:
+        table: entries `[B, Hk, G, chunk, Nk]` and counts `[B, Hk, G, chunk, 4]`.
+        shape: the call.
+        dtype: of the bias.
+    """
+    per_block = np.array([LEVELS[-1] // level for level in LEVELS], np.int32)
+    # [..., 4, 1], to meet the places of the list on the last axis.
+    run_end = jnp.cumsum(table.counts * per_block, -1, dtype=jnp.int32)[..., None]
+    run_begin = run_end - (table.counts * per_block)[..., None]
+    entry_begin = (jnp.cumsum(table.counts, -1, dtype=jnp.int32) - table.counts)[..., None]
+    place = jnp.arange(shape.tiles * shape.tile_runs, dtype=jnp.int32)
+    level = (place >= run_end[..., :-1, :]).sum(-2, dtype=jnp.int32)  # as its logarithm
+    used = place < run_end[..., -1, :]
+
+    def of_level(per_level):
+        """Each place's own value out of four, without a gather."""
+        return sum(jnp.where(level == g, per_level[..., g, :], 0) for g in range(len(LEVELS)))
+
+    within = place - of_level(run_begin)
+    entry = jnp.clip(of_level(entry_begin) + (within >> (3 - level)), 0, shape.n_k - 1)
+    block = jnp.take_along_axis(table.entries, entry, -1, mode="promise_in_bounds")
+    # Run of its level, then of the pyramid.
+    run_of_level = (block << (3 - level)) + (within & ((8 >> level) - 1))
+    starts = [level_start(shape.kv_len, shape.block_n, x) // shape.run for x in LEVELS]
+    run = jnp.where(used, run_of_level + jnp.asarray(starts, jnp.int32)[level], 0)
+
+    token = run_of_level[..., None] * shape.run + jnp.arange(shape.run, dtype=jnp.int32)
+    first_key = token << level[..., None]
+    size = (1 << level)[..., None]
+    covered = jnp.clip(shape.kv_len - first_key, 0, size)
+    real = used[..., None] & (covered > 0)
+    bias = jnp.where(real, jnp.log(jnp.maximum(covered, 1).astype(dtype)), hidden(dtype))
+    last_key = None
+    if shape.is_causal:
+        last_key = _tiled(jnp.minimum(first_key + size, shape.kv_len) - 1, shape)
+    tiles = (run_end[..., -1, :].max() + shape.tile_runs - 1) // shape.tile_runs
+    return Walk(_tiled(run[..., None], shape), _tiled(bias, shape), last_key, tiles)
+
+
+def logits(
+    query: Array, keys: Array, walk: Walk, tile: Array, position: Array, shape: Shape
+) -> Array:
+    """`[B, Hk, G, chunk, block_m, tile_rows]`: scaled products plus bias, `hidden` where unseen.
+
+    Args:
+        query: `[B, Hk, G, chunk, block_m, D]`.
+        keys: `[B, Hk, G, chunk, tile_rows, D]`.
+        tile: which tile of the walk.
+        position: int32 `[chunk, block_m]`, key position of each query.
+    """
+    bias = _at(walk.bias, tile)[..., None, :]
+    s = product("bhgcmd,bhgctd->bhgcmt", query, keys) * shape.scale + bias
+    if shape.is_causal:
+        seen = _at(walk.last_key, tile)[..., None, :] <= position[..., None]
+        s = jnp.where(seen, s, hidden(s.dtype))
+    return s
+
+
+def product(pattern: str, a: Array, b: Array) -> Array:
+    """Products of two input-dtype arrays summed in float32 (float64), never in tf32."""
+    exact = jnp.dtype(a.dtype).itemsize >= 4
+    return jnp.einsum(
+        pattern,
+        a,
+        b,
+        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+        preferred_element_type=accumulator(a.dtype),
+    )
+
+
+def as_runs(rows: Array, shape: Shape) -> Array:
+    """Pyramid rows `[B, Hk, P, D]` as runs `[B, Hk, P // run, run * D]`."""
+    return rows.reshape(*rows.shape[:2], shape.runs, shape.run * shape.head_dim)
+
+
+def take_tile(runs: Array, walk: Walk, tile: Array, shape: Shape) -> Array:
+    """Rows of a tile, `[B, Hk, G, chunk, tile_rows, D]`, out of runs `[B, Hk, P // run, ...]`."""
+
+    def take(of_head, index):
+        return of_head.at[index].get(mode="promise_in_bounds")
+
+    taken = jax.vmap(jax.vmap(take))(runs, _flat_runs(walk, tile))
+    return taken.reshape(*walk.runs.shape[1:-1], shape.tile_rows, shape.head_dim)
+
+
+def add_tile(runs: Array, walk: Walk, tile: Array, rows: Array) -> Array:
+    """`runs` with the rows `[B, Hk, G, chunk, tile_rows, D]` of a tile added; takes' transpose."""
+
+    def add(of_head, index, values):
+        return of_head.at[index].add(values, mode="promise_in_bounds")
+
+    index = _flat_runs(walk, tile)
+    return jax.vmap(jax.vmap(add))(runs, index, rows.reshape(*index.shape, -1))
+
+
+def head_by_head(shape: Shape) -> bool:
+    """Whether to loop over heads rather than take them all together.
+
+    Apart, a head with a sparse mask does not wait for one with a dense mask, and its pyramid
+    stays in the cache. Together, the heads of an array that is sharded over devices stay where
+    they are; a loop over them would first bring every head to every device. Other devices than
+    CPUs need the heads' parallelism as well.
+    """
+    if jax.default_backend() != "cpu" or shape.batch * shape.kv_heads == 1:
+        return False
+    return jax.device_count() == 1 or _inside_shard_map()
+
+
+def filled_like(x: Array, value: float, dtype) -> Array:
+    """An array of the shape of `x`, all `value`, for the start of a loop.
+
+    It depends on `x` in name only, so that it is split over devices as `x` is, and inside
+    `shard_map` is marked as differing between shards, as what the loop makes of it will be.
+    """
+    return jnp.where(False, x.astype(dtype), jnp.asarray(value, dtype))
+
+
+def map_heads(one_head: Callable, shape: Shape, arrays: tuple) -> tuple[Array, ...]:
+    """`one_head` over every batch entry and key head in turn: arrays `[B, Hk, ...]` in and out."""
+    apart = tuple(x.reshape(-1, 1, 1, *x.shape[2:]) for x in arrays)
+    results = lax.map(lambda head: one_head(*head), apart)
+    return tuple(x.reshape(shape.batch, shape.kv_heads, *x.shape[3:]) for x in results)
+
+
+def _inside_shard_map() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+
+
+def _flat_runs(walk: Walk, tile: Array) -> Array:
+    runs = _at(walk.runs, tile)
+    return runs.reshape(*runs.shape[:2], math.prod(runs.shape[2:]))
+
+
+def _at(x: Array, tile: Array) -> Array:
+    return lax.dynamic_index_in_dim(x, tile, 0, keepdims=False)
+
+
+def _tiled(x: Array, shape: Shape) -> Array:
+    """`[..., places, rows per place]` to `[tiles, ..., rows of a tile]`."""
+    x = x.reshape(*x.shape[:-2], shape.tiles, -1)
+    return jnp.moveaxis(x, -2, 0)
+
+
+def _pad(x: Array, axis: int, size: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
