@@ -1,0 +1,276 @@
+"""Block scores `antidiagonal` (specification, section 5).
+
+The sums along the antidiagonals of g x g tiles are one product of `[ceil(Lq / g), g * D]` rows
+with `[ceil(Lk / g), g * D]` columns whose tokens are reversed inside each tile. Both are read in
+place: step a of a product takes token `a` of each row's tile and token `g - 1 - a` of each
+column's. The softmax streams: a program keeps, per row and key block, the logarithm of the block's
+sum of exponentials in a slab of float32 scratch, and the row's running maximum and sum in
+registers; then it walks its slab once, turns logarithms into shares and sums them per query block.
+
+Counts at 75,600 tokens, 24 heads, D = 128, stride 8 (9,450 rows and columns, 1,024 deep):
+
+    product     4.39 TFLOP, 7.3 ms at 600 TFLOP/s (half of it under causality), so it runs once
+    operands    128 x 128 tiles: 512 KB per 33.6 MFLOP from L2, 69 GB in all
+    slab        1.1 GB written and read back by the processor that wrote it; 264 programs hold
+                160 MB
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psa_torch.kernels._launch import (
+    on_device_of,
+    padded_head_dim,
+    require_dtype,
+    resident_programs,
+    sum_inner,
+)
+
+_LOG2_E = 1.4426950408889634
+_PER_PROCESSOR = 2
+
+
+def antidiagonal_scores(
+    q: Tensor, k: Tensor, size: int, *, block_m: int, block_n: int, scale: float, is_causal: bool
+) -> Tensor:
+    """Softmax over tiles of the sums along their antidiagonals, summed over a block.
+
+    Args:
+        q: `[B, H, Lq, D]`, float16, bfloat16 or float32, any strides.
+        k: `[B, Hk, Lk, D]`, same dtype, `H % Hk == 0`.
+        size: side of a tile in tokens, a power of two that divides both blocks.
+        block_m, block_n, scale, is_causal: as everywhere.
+
+    Returns:
+        float32 `[B, H, Nq, Nk]`, at least 0.
+
+    Raises:
+        TypeError: dtype other than the three.
+    """
+    require_dtype("q", q, (torch.float16, torch.bfloat16, torch.float32))
+    require_dtype("k", k, (q.dtype,))
+    batch, heads, q_len, head_dim = q.shape
+    kv_len = k.shape[2]
+    nq, nk = triton.cdiv(q_len, block_m), triton.cdiv(kv_len, block_n)
+    scores = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
+    exact = q.dtype == torch.float32
+    side = 64 if exact else 128
+    q_count, k_count = block_m // size, block_n // size
+    rows, columns = max(side, q_count), max(side, k_count)
+    row_tiles = triton.cdiv(nq, rows // q_count)
+    items = row_tiles * batch * heads
+    programs = min(items, resident_programs(q, _PER_PROCESSOR))
+    sweep = max(64, columns // k_count)
+    width = triton.cdiv(nk, sweep) * sweep
+    slab = torch.empty(programs, rows, width, dtype=torch.float32, device=q.device)
+    block_d = padded_head_dim(head_dim)
+    with on_device_of(q):
+        _antidiagonal_kernel[(programs,)](
+            q,
+            k,
+            slab,
+            scores,
+            *q.stride(),
+            *k.stride(),
+            scale * _LOG2_E,
+            heads,
+            heads // k.shape[1],
+            q_len,
+            kv_len,
+            nq,
+            nk,
+            row_tiles,
+            items,
+            width,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            DEPTH=min(block_d, 64),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            STRIDE=size,
+            ROWS=rows,
+            COLUMNS=columns,
+            SWEEP=sweep,
+            CAUSAL=is_causal,
+            PRECISION="ieee" if exact else "tf32",
+            STAGES=3,
+            num_warps=8,
+        )
+    return scores
+
+
+@triton.jit
+def _antidiagonal_kernel(
+    Q,
+    K,
+    SLAB,
+    SCORES,
+    q_stride_b,
+    q_stride_h,
+    q_stride_l,
+    q_stride_d,
+    k_stride_b,
+    k_stride_h,
+    k_stride_l,
+    k_stride_d,
+    logit_factor,
+    heads,
+    group_heads,
+    q_len,
+    kv_len,
+    q_blocks,
+    k_blocks,
+    row_tiles,
+    items,
+    width,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SWEEP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: any number of programs; item = (batch * heads, run of ROWS rows)."""
+    Q_COUNT: tl.constexpr = BLOCK_M // STRIDE
+    K_COUNT: tl.constexpr = BLOCK_N // STRIDE
+    Q_BLOCKS: tl.constexpr = ROWS // Q_COUNT
+    K_BLOCKS: tl.constexpr = COLUMNS // K_COUNT
+    row_in_item = tl.arange(0, ROWS)
+    column_in_tile = tl.arange(0, COLUMNS)
+    tile_block = tl.arange(0, K_BLOCKS)
+    swept = tl.arange(0, SWEEP)
+    item_block = tl.arange(0, Q_BLOCKS)
+    SLAB += tl.program_id(0).to(tl.int64) * ROWS * width
+    slab_row = SLAB + row_in_item[:, None] * width.to(tl.int64)
+    column_tiles = tl.cdiv(k_blocks, K_BLOCKS)
+    columns = tl.cdiv(kv_len, STRIDE)
+
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        # Under causality the last rows see most: they come first.
+        block = (row_tiles - 1 - item % row_tiles) * Q_BLOCKS
+        bh = (item // row_tiles).to(tl.int64)
+        q_head = Q + (bh // heads) * q_stride_b + (bh % heads) * q_stride_h
+        k_head = K + (bh // heads) * k_stride_b + ((bh % heads) // group_heads) * k_stride_h
+        row = block * Q_COUNT + row_in_item
+        row_position = tl.minimum(row * STRIDE + STRIDE, q_len) - 1 + kv_len - q_len
+        row_max = tl.full([ROWS], float("-inf"), tl.float32)
+        row_sum = tl.zeros([ROWS], tl.float32)
+        seen_tiles = column_tiles
+        if CAUSAL:
+            last_position = tl.minimum((block + Q_BLOCKS) * BLOCK_M, q_len) - 1 + kv_len - q_len
+            seen_tiles = tl.minimum(
+                tl.cdiv(tl.maximum(last_position + 1, 0), K_BLOCKS * BLOCK_N), column_tiles
+            )
+        for tile in range(0, seen_tiles):
+            column = tile * COLUMNS + column_in_tile
+            s = _antidiagonal_sums(
+                q_head,
+                k_head,
+                row,
+                column,
+                q_stride_l,
+                q_stride_d,
+                k_stride_l,
+                k_stride_d,
+                q_len,
+                kv_len,
+                HEAD_DIM,
+                BLOCK_D,
+                DEPTH,
+                STRIDE,
+                ROWS,
+                COLUMNS,
+                PRECISION,
+                STAGES,
+            )
+            # One compare covers both ends: columns past the last tile lie behind every limit.
+            limit = tl.full([ROWS], 0, tl.int32) + (columns - 1) * STRIDE
+            if CAUSAL:
+                limit = tl.minimum(limit, row_position)
+            visible = (column * STRIDE)[None, :] <= limit[:, None]
+            s = tl.where(visible, s * logit_factor, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+            base = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2(s - base[:, None])
+            if K_COUNT == 1:
+                block_sum = p
+            else:
+                block_sum = tl.sum(tl.reshape(p, (ROWS, K_BLOCKS, K_COUNT)), 2)
+            row_sum = row_sum * tl.exp2(row_max - base) + tl.sum(p, 1)
+            row_max = new_max
+            tl.store(
+                slab_row + (tile * K_BLOCKS + tile_block)[None, :],
+                base[:, None] + tl.log2(block_sum),
+            )
+
+        # The slab was written by other threads of this program.
+        tl.debug_barrier()
+        # Rows that see nothing hold -inf everywhere; rows past the end must add nothing.
+        total = tl.where(row_sum > 0, row_max + tl.log2(row_sum), 0.0)
+        total = tl.where(row * STRIDE < q_len, total, float("inf"))
+        seen_blocks = tl.minimum(seen_tiles * K_BLOCKS, k_blocks)
+        out = bh * q_blocks + (block + item_block).to(tl.int64)
+        for start in range(0, k_blocks, SWEEP):
+            at = start + swept
+            part = tl.load(
+                slab_row + at[None, :], mask=(at < seen_blocks)[None, :], other=float("-inf")
+            )
+            share = tl.exp2(part - total[:, None])
+            tl.store(
+                SCORES + out[:, None] * k_blocks + at[None, :],
+                sum_inner(share, Q_BLOCKS, Q_COUNT, SWEEP),
+                mask=(block + item_block < q_blocks)[:, None] & (at < k_blocks)[None, :],
+            )
+        # The next item overwrites the slab.
+        tl.debug_barrier()
+
+
+@triton.jit
+def _antidiagonal_sums(
+    Q,
+    K,
+    row,
+    column,
+    q_stride_l,
+    q_stride_d,
+    k_stride_l,
+    k_stride_d,
+    q_len,
+    kv_len,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Sum over a of q[row * STRIDE + a] . k[column * STRIDE + STRIDE - 1 - a]."""
+    CHUNKS: tl.constexpr = BLOCK_D // DEPTH
+    s = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in tl.range(0, STRIDE * CHUNKS, num_stages=STAGES):
+        a = step // CHUNKS
+        d = (step % CHUNKS) * DEPTH + tl.arange(0, DEPTH)
+        q_at = row * STRIDE + a
+        k_at = column * STRIDE + (STRIDE - 1 - a)
+        q = tl.load(
+            Q + q_at.to(tl.int64)[:, None] * q_stride_l + d.to(tl.int64)[None, :] * q_stride_d,
+            mask=(q_at < q_len)[:, None] & (d < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        k = tl.load(
+            K + k_at.to(tl.int64)[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d,
+            mask=(k_at < kv_len)[:, None] & (d < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        s = tl.dot(q, tl.trans(k), acc=s, input_precision=PRECISION)
+    return s

@@ -1,0 +1,97 @@
+"""Means over groups of adjacent tokens, for the `pooled` scores (specification, section 5).
+
+Every input element is read once: at 75,600 tokens, 24 heads, D = 128, bfloat16, 0.46 GB read and
+0.12 GB written at groups of 4, 0.12 ms at 4.8 TB/s.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psa_torch.kernels._launch import on_device_of
+
+
+def pool_blocks(x: Tensor, block: int, size: int) -> tuple[Tensor, Tensor | None]:
+    """Means over groups of `size` tokens, real tokens only, summed in float32.
+
+    Args:
+        x: `[B, H, L, D]`, any strides; float16, bfloat16 or float32.
+        block: tokens per block, a multiple of `size`.
+        size: tokens per group.
+
+    Returns:
+        (rows, scale): rows `[B, H, ceil(L / size), D]`, the means. float32 inputs: float32, scale
+        None. 16-bit inputs: float16, to be multiplied by scale, float32 `[B, H, ceil(L / block)]`,
+        a power of two per block that brings its largest element near 1.
+    """
+    batch, heads, length, head_dim = x.shape
+    groups, blocks = triton.cdiv(length, size), triton.cdiv(length, block)
+    narrow = x.dtype != torch.float32
+    rows = x.new_empty(
+        batch, heads, groups, head_dim, dtype=torch.float16 if narrow else torch.float32
+    )
+    scale = x.new_empty(batch, heads, blocks, dtype=torch.float32) if narrow else None
+    with on_device_of(x):
+        _pool_kernel[(blocks * batch * heads,)](
+            x,
+            rows,
+            scale,
+            *x.stride(),
+            heads,
+            length,
+            blocks,
+            groups,
+            HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK=block,
+            SIZE=size,
+            num_warps=4,
+        )
+    return rows, scale
+
+
+@triton.jit
+def _pool_kernel(
+    X,
+    ROWS,
+    SCALE,
+    stride_b,
+    stride_h,
+    stride_l,
+    stride_d,
+    heads,
+    length,
+    blocks,
+    groups,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Grid: blocks * batch * heads."""
+    pid = tl.program_id(0)
+    block = pid % blocks
+    bh = (pid // blocks).to(tl.int64)
+    group = block * (BLOCK // SIZE) + tl.arange(0, BLOCK // SIZE)
+    d = tl.arange(0, BLOCK_D)
+    X += (bh // heads) * stride_b + (bh % heads) * stride_h
+    total = tl.zeros((BLOCK // SIZE, BLOCK_D), tl.float32)
+    # Token 0 of every group, then token 1, ...: sums without a reduction across threads.
+    for one in tl.static_range(SIZE):
+        token = group * SIZE + one
+        at = token.to(tl.int64)[:, None] * stride_l + d.to(tl.int64)[None, :] * stride_d
+        real = (token < length)[:, None] & (d < HEAD_DIM)[None, :]
+        total += tl.load(X + at, mask=real, other=0.0).to(tl.float32)
+    covered = tl.minimum(tl.maximum(length - group * SIZE, 1), SIZE)
+    mean = total / covered.to(tl.float32)[:, None]
+    if SCALE is not None:
+        # Exponent field of the largest element, kept where its inverse is a normal number too.
+        top = tl.max(tl.max(tl.abs(mean), 1), 0)
+        exponent = (top.to(tl.int32, bitcast=True) >> 23) & 0xFF
+        exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+        tl.store(SCALE + pid, (exponent << 23).to(tl.float32, bitcast=True))
+        mean = mean * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    at = (bh * groups + group)[:, None] * HEAD_DIM + d[None, :]
+    inside = (group < groups)[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(ROWS + at, mean.to(ROWS.dtype.element_ty), mask=inside)

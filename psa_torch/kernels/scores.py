@@ -1,0 +1,407 @@
+"""Block scores `pooled` and `sampled` (specification, section 5).
+
+    scores[i, j] = max over rows of exp(block_max[row, j] - row_max[row])
+
+Rows are grouped means or sampled tokens. A program takes ROWS of them, walks all columns once
+with one product per tile, keeps the maximum over each key block in a slab of float32 scratch and
+the running row maximum in registers; then it walks its slab once. The exponential is monotone, so
+only the largest difference of a (query block, key block) pair is exponentiated.
+
+Counts at 75,600 tokens, 24 heads, D = 128, `importance_pool` 4 (18,900 rows and columns), for the
+choice between storing block maxima and computing the products twice:
+
+    product                 2.19 TFLOP a pass; 3.7 ms at 600 TFLOP/s, so one pass only
+    slab                    2.1 GB written and read back, by the processor that wrote it; a program
+                            reuses its slab for every item, so 264 programs hold 160 MB instead of
+                            2.1 GB and much of it stays in L2: 0.9 ms of memory time at the worst,
+                            beside another program's products
+    columns                 128 rows a program: 17 GB from L2, 4.8 MB a head from memory
+    pooling q and k         0.93 GB read, 0.23 GB written: 0.24 ms
+    scores                  67 MB written
+
+Means of 16-bit inputs are kept in float16 scaled by a power of two per block, at the speed of
+bfloat16 with eight times its precision: rounded to bfloat16 they would move about one block in
+three hundred across a boundary between levels. Scaling keeps any finite input inside float16's
+range, and being exact it costs one product per block maximum.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psa_torch.kernels._launch import (
+    capability,
+    max_inner,
+    on_device_of,
+    padded_head_dim,
+    require_dtype,
+    resident_programs,
+)
+from psa_torch.kernels.antidiagonal import antidiagonal_scores
+from psa_torch.kernels.pool import pool_blocks
+from shared_specs.config import PSAConfig
+from shared_specs.sampling import SamplePlan
+
+_LOG2_E = 1.4426950408889634
+# Smallest factor on a logit difference: scale 0 must not turn a hidden block's -inf into NaN.
+_LEAST_SCALE = 1e-30
+
+
+class ScoreConfig(NamedTuple):
+    """Tile of the score kernels: `rows` by `columns`, and how they are pipelined."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    per_processor: int
+
+
+def choose_config(major: int, head_dim: int, dtype: torch.dtype) -> ScoreConfig:
+    """Tile sizes by compute capability, head dimension and operand dtype."""
+    if dtype == torch.float32:
+        return ScoreConfig(rows=64, columns=64, warps=8, stages=2, per_processor=1)
+    if major == 9 or major == 10:
+        wide = head_dim > 128
+        return ScoreConfig(128, 64 if wide else 128, 8, 2, 1 if wide else 2)
+    return ScoreConfig(rows=128, columns=64, warps=8, stages=2, per_processor=1)
+
+
+def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
+    """Scores of every (query block, key block) pair by `config.importance`.
+
+    Args:
+        q: `[B, H, Lq, D]`, float16, bfloat16 or float32, any strides.
+        k: `[B, Hk, Lk, D]`, same dtype, `H % Hk == 0`.
+        config: block sizes, estimator and its parameters, `causal`, `scale`.
+
+    Returns:
+        float32 `[B, H, Nq, Nk]`, at least 0; 0 where no row sees a column.
+
+    Raises:
+        TypeError: dtype other than the three.
+    """
+    q, k = q.detach(), k.detach()
+    options = {
+        "block_m": config.block_m,
+        "block_n": config.block_n,
+        "scale": q.shape[-1] ** -0.5 if config.scale is None else config.scale,
+        "is_causal": config.causal,
+    }
+    if config.importance == "pooled":
+        return pooled_scores(q, k, config.importance_pool, **options)
+    if config.importance == "sampled":
+        plan_m = SamplePlan(config.block_m, config.resolved_sample_m, config.sample_seed)
+        plan_n = SamplePlan(config.block_n, config.resolved_sample_n, config.sample_seed + 1)
+        return sampled_scores(q, k, plan_m, plan_n, **options)
+    return antidiagonal_scores(q, k, config.antidiagonal_stride, **options)
+
+
+def pooled_scores(
+    q: Tensor, k: Tensor, size: int, *, block_m: int, block_n: int, scale: float, is_causal: bool
+) -> Tensor:
+    """Rows and columns are means over groups of `size` adjacent tokens; see `block_scores`."""
+    _require_dtypes(q, k)
+    rows, row_scale = pool_blocks(q, block_m, size)
+    columns, column_scale = pool_blocks(k, block_n, size)
+    return _peak_scores(
+        _Samples(rows, q.shape[2], block_m, size, row_scale, None, block_m // size),
+        _Samples(columns, k.shape[2], block_n, size, column_scale, None, block_n // size),
+        scale,
+        is_causal,
+    )
+
+
+def sampled_scores(
+    q: Tensor,
+    k: Tensor,
+    plan_m: SamplePlan,
+    plan_n: SamplePlan,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    """Rows and columns are tokens at fixed offsets of each block; see `block_scores`."""
+    _require_dtypes(q, k)
+
+    def samples(x, block, plan):
+        offsets = _offsets(plan, x.device)
+        return _Samples(x, x.shape[2], block, 1, None, offsets, offsets.shape[0])
+
+    return _peak_scores(samples(q, block_m, plan_m), samples(k, block_n, plan_n), scale, is_causal)
+
+
+def _require_dtypes(q: Tensor, k: Tensor) -> None:
+    require_dtype("q", q, (torch.float16, torch.bfloat16, torch.float32))
+    require_dtype("k", k, (q.dtype,))
+
+
+@functools.lru_cache(maxsize=64)
+def _offsets(plan: SamplePlan, device: torch.device) -> Tensor:
+    """Sampling offsets on the device, the last one repeated up to a power of two.
+
+    A repeated sample changes no maximum. Kept per device: a copy is made once, not per call.
+    """
+    offsets = torch.tensor(plan.offsets.tolist(), dtype=torch.int32)
+    missing = triton.next_power_of_2(plan.count) - plan.count
+    return torch.cat([offsets, offsets[-1:].expand(missing)]).to(device)
+
+
+class _Samples(NamedTuple):
+    """What stands for the queries, or the keys, of each block.
+
+    Attributes:
+        values: `[B, heads, rows, D]`: means (rows are groups) or the tokens themselves.
+        length: tokens of the sequence.
+        block: tokens per block.
+        size: tokens per row.
+        scale: float32 `[B, heads, blocks]`, factor on the rows of a block, or None for 1.
+        offsets: int32 `[count]`, sampled rows of a block, or None for all.
+        count: rows per block that count, a power of two.
+    """
+
+    values: Tensor
+    length: int
+    block: int
+    size: int
+    scale: Tensor | None
+    offsets: Tensor | None
+    count: int
+
+
+def _peak_scores(q: _Samples, k: _Samples, scale: float, is_causal: bool) -> Tensor:
+    batch, heads, q_rows, head_dim = q.values.shape
+    nq, nk = triton.cdiv(q.length, q.block), triton.cdiv(k.length, k.block)
+    scores = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.values.device)
+    tile = choose_config(capability(q.values)[0], head_dim, q.values.dtype)
+    rows, columns = max(tile.rows, q.count), max(tile.columns, k.count)
+    row_tiles = triton.cdiv(nq, rows // q.count)
+    items = row_tiles * batch * heads
+    programs = min(items, resident_programs(q.values, tile.per_processor))
+    column_blocks = columns // k.count
+    sweep = max(64, column_blocks)
+    width = triton.cdiv(nk, sweep) * sweep
+    slab = torch.empty(programs, rows, width, dtype=torch.float32, device=q.values.device)
+    with on_device_of(q.values):
+        _peak_kernel[(programs,)](
+            q.values,
+            k.values,
+            q.scale,
+            k.scale,
+            q.offsets,
+            k.offsets,
+            slab,
+            scores,
+            *q.values.stride(),
+            *k.values.stride(),
+            max(abs(scale), _LEAST_SCALE) * _LOG2_E,
+            heads,
+            heads // k.values.shape[1],
+            q_rows,
+            k.values.shape[2],
+            q.length,
+            k.length,
+            nq,
+            nk,
+            row_tiles,
+            items,
+            width,
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_M=q.block,
+            BLOCK_N=k.block,
+            SIZE=q.size,
+            Q_COUNT=q.count,
+            K_COUNT=k.count,
+            ROWS=rows,
+            COLUMNS=columns,
+            SWEEP=sweep,
+            CAUSAL=is_causal,
+            NEGATIVE=scale < 0,
+            PRECISION="ieee" if q.values.dtype == torch.float32 else "tf32",
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+    return scores
+
+
+@triton.jit
+def _peak_kernel(
+    Q,
+    K,
+    Q_SCALE,
+    K_SCALE,
+    Q_OFFSETS,
+    K_OFFSETS,
+    SLAB,
+    SCORES,
+    q_stride_b,
+    q_stride_h,
+    q_stride_l,
+    q_stride_d,
+    k_stride_b,
+    k_stride_h,
+    k_stride_l,
+    k_stride_d,
+    logit_factor,
+    heads,
+    group_heads,
+    q_rows,
+    k_rows,
+    q_len,
+    kv_len,
+    q_blocks,
+    k_blocks,
+    row_tiles,
+    items,
+    width,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SIZE: tl.constexpr,
+    Q_COUNT: tl.constexpr,
+    K_COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SWEEP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: any number of programs; item = (batch * heads, tile of ROWS rows).
+
+    Row and column indices past the last real one are clamped to it: repeats change no maximum, so
+    nothing but causality needs a mask.
+    """
+    Q_BLOCKS: tl.constexpr = ROWS // Q_COUNT  # query blocks per item
+    K_BLOCKS: tl.constexpr = COLUMNS // K_COUNT  # key blocks per tile of columns
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    tile_block = tl.arange(0, K_BLOCKS)
+    swept = tl.arange(0, SWEEP)
+    item_block = tl.arange(0, Q_BLOCKS)
+    d = tl.arange(0, BLOCK_D)
+    row_in_item = (row // Q_COUNT) * (BLOCK_M // SIZE) + _in_block(Q_OFFSETS, row, Q_COUNT)
+    column_in_tile = (column // K_COUNT) * (BLOCK_N // SIZE) + _in_block(K_OFFSETS, column, K_COUNT)
+    SLAB += tl.program_id(0).to(tl.int64) * ROWS * width
+    slab_row = SLAB + row[:, None] * width.to(tl.int64)
+    column_tiles = tl.cdiv(k_blocks, K_BLOCKS)
+
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        # Under causality the last rows see most: they come first.
+        block = (row_tiles - 1 - item % row_tiles) * Q_BLOCKS
+        bh = (item // row_tiles).to(tl.int64)
+        kv_bh = (bh // heads) * (heads // group_heads) + (bh % heads) // group_heads
+        q_head = Q + (bh // heads) * q_stride_b + (bh % heads) * q_stride_h
+        k_head = K + (bh // heads) * k_stride_b + ((bh % heads) // group_heads) * k_stride_h
+        q_index = tl.minimum(block * (BLOCK_M // SIZE) + row_in_item, q_rows - 1)
+        q = _load_rows(q_head, q_index, d, q_stride_l, q_stride_d, HEAD_DIM, BLOCK_D)
+        row_max = tl.full([ROWS], float("-inf"), tl.float32)
+        row_position = tl.minimum(q_index * SIZE + SIZE, q_len) - 1 + kv_len - q_len
+
+        open_tiles = column_tiles  # tiles of columns that every row sees whole
+        seen_tiles = column_tiles  # tiles of which some row sees a column
+        if CAUSAL:
+            first_position = block * BLOCK_M + kv_len - q_len
+            last_position = tl.minimum((block + Q_BLOCKS) * BLOCK_M, q_len) - 1 + kv_len - q_len
+            tile_keys: tl.constexpr = K_BLOCKS * BLOCK_N
+            open_tiles = tl.minimum(tl.maximum(first_position + 1, 0) // tile_keys, column_tiles)
+            seen_tiles = tl.minimum(
+                tl.cdiv(tl.maximum(last_position + 1, 0), tile_keys), column_tiles
+            )
+        for tile in tl.range(0, open_tiles, num_stages=STAGES):
+            index = tl.minimum(tile * (K_BLOCKS * (BLOCK_N // SIZE)) + column_in_tile, k_rows - 1)
+            factor = _block_factor(K_SCALE, kv_bh, tile * K_BLOCKS + tile_block, k_blocks)
+            k = _load_rows(k_head, index, d, k_stride_l, k_stride_d, HEAD_DIM, BLOCK_D)
+            s = _products(q, k, NEGATIVE, PRECISION)
+            peak = _block_peaks(s, ROWS, K_BLOCKS, K_COUNT)
+            if factor is not None:
+                peak = peak * factor[None, :]
+            row_max = tl.maximum(row_max, tl.max(peak, 1))
+            tl.store(slab_row + (tile * K_BLOCKS + tile_block)[None, :], peak)
+        if CAUSAL:
+            for tile in tl.range(open_tiles, seen_tiles, num_stages=1):
+                index = tl.minimum(
+                    tile * (K_BLOCKS * (BLOCK_N // SIZE)) + column_in_tile, k_rows - 1
+                )
+                factor = _block_factor(K_SCALE, kv_bh, tile * K_BLOCKS + tile_block, k_blocks)
+                k = _load_rows(k_head, index, d, k_stride_l, k_stride_d, HEAD_DIM, BLOCK_D)
+                s = _products(q, k, NEGATIVE, PRECISION)
+                visible = (index * SIZE)[None, :] <= row_position[:, None]
+                peak = _block_peaks(tl.where(visible, s, float("-inf")), ROWS, K_BLOCKS, K_COUNT)
+                if factor is not None:
+                    peak = peak * factor[None, :]
+                row_max = tl.maximum(row_max, tl.max(peak, 1))
+                tl.store(slab_row + (tile * K_BLOCKS + tile_block)[None, :], peak)
+
+        # The slab was written by other threads of this program.
+        tl.debug_barrier()
+        if CAUSAL:  # a row that sees nothing: its -inf minus 0 gives a score of 0
+            row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+        row_factor = tl.full([ROWS], 0.0, tl.float32) + logit_factor
+        if Q_SCALE is not None:
+            row_block = tl.minimum(block + row // Q_COUNT, q_blocks - 1)
+            row_factor = row_factor * tl.load(Q_SCALE + bh * q_blocks + row_block)
+        seen_blocks = tl.minimum(seen_tiles * K_BLOCKS, k_blocks)
+        out = bh * q_blocks + (block + item_block).to(tl.int64)
+        for start in range(0, k_blocks, SWEEP):
+            at = start + swept
+            peak = tl.load(
+                slab_row + at[None, :], mask=(at < seen_blocks)[None, :], other=float("-inf")
+            )
+            below = (peak - row_max[:, None]) * row_factor[:, None]
+            score = tl.exp2(max_inner(below, Q_BLOCKS, Q_COUNT, SWEEP))
+            tl.store(
+                SCORES + out[:, None] * k_blocks + at[None, :],
+                score,
+                mask=(block + item_block < q_blocks)[:, None] & (at < k_blocks)[None, :],
+            )
+        # The next item overwrites the slab.
+        tl.debug_barrier()
+
+
+@triton.jit
+def _in_block(OFFSETS, index, COUNT: tl.constexpr):
+    """Row inside its block of each sample."""
+    if OFFSETS is None:
+        return index % COUNT
+    return tl.load(OFFSETS + index % COUNT)
+
+
+@triton.jit
+def _load_rows(X, index, d, stride_l, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    at = X + index.to(tl.int64)[:, None] * stride_l + d.to(tl.int64)[None, :] * stride_d
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(at)
+    return tl.load(at, mask=(d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _block_factor(SCALE, bh, block, blocks):
+    if SCALE is None:
+        return None
+    return tl.load(SCALE + bh * blocks + tl.minimum(block, blocks - 1))
+
+
+@triton.jit
+def _products(q, k, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr):
+    """q.k for every pair; its sign turned where the scale is negative, so that maxima stay so."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if NEGATIVE:
+        s = -s
+    return s
+
+
+@triton.jit
+def _block_peaks(s, ROWS: tl.constexpr, BLOCKS: tl.constexpr, COUNT: tl.constexpr):
+    if COUNT == 1:
+        return s
+    return tl.max(tl.reshape(s, (ROWS, BLOCKS, COUNT)), 2)

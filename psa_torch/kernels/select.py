@@ -1,0 +1,391 @@
+"""Scores to levels, and to the table, in one kernel per row (specification, section 6).
+
+A program holds one row of scores as ordered integers and never sorts it. Selection only asks
+which blocks stand before a few end ranks, and each end rank is found by bisection: 32 counts of
+the keys at or above a candidate value. `thresholdbound` first finds how many ranks lie inside
+each bound, by bisection on the integer scores `u` with sums instead of counts: blocks of equal `u`
+add equal amounts, so a tie is resolved by one division. Ties at an end rank go to the lower index
+by a running count.
+
+Counts at 591 x 1,182 blocks, 24 heads (14,184 rows held as 2,048 keys): a bisection step is
+64 compares and adds per lane plus a warp reduction, about 175 instructions; four ends take 22,000
+warp instructions a row, 0.35 ms on 132 processors; `thresholdbound` adds 15,000. A bitonic sort of
+2,048 (score, index) pairs is 66 exchange stages of 64-bit shuffles, about 40,000, and needs
+twice the registers. Bytes: scores 67 MB read, levels 67 MB and table 68 MB written: 0.04 ms. A row
+of up to 2,048 blocks lives in one warp, so its reductions need no barrier.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psa_torch.kernels._launch import on_device_of, require_dtype
+from psa_torch.kernels.table import plan_of_blocks, store_table_row, warps_for_row
+from shared_specs.config import PSAConfig
+
+
+def select_levels(
+    scores: Tensor,
+    config: PSAConfig,
+    *,
+    q_len: int,
+    kv_len: int,
+    cap: Tensor | None = None,
+) -> Tensor:
+    """Levels of every (query block, key block) pair.
+
+    Args:
+        scores: float32 `[B, H, Nq, Nk]`, any strides, at least 0; a negative score counts as 0,
+            NaN ranks last.
+        config: ratios, mode, and the text, sink and causal rules.
+        q_len, kv_len: tokens; `Nq = ceil(q_len / block_m)`, `Nk = ceil(kv_len / block_n)`.
+        cap: int32 `[B, Hk, Nk]` from `similarity_cap`, `H % Hk == 0`, or None.
+
+    Returns:
+        int32 `[B, H, Nq, Nk]`, contiguous, values in {0, 1, 2, 4, 8}, at least one above 0 in
+        every row.
+
+    Raises:
+        TypeError: scores are not float32.
+        ValueError: shapes do not fit the lengths.
+    """
+    levels, _, _, _ = select(scores, cap, *_rules(config, q_len, kv_len))
+    return levels
+
+
+def select_levels_and_table(
+    scores: Tensor,
+    config: PSAConfig,
+    *,
+    q_len: int,
+    kv_len: int,
+    cap: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`select_levels` and `table.build_plan` of its result, in one kernel.
+
+    Returns:
+        (levels, entries, counts, full) as those two functions return them.
+    """
+    return select(scores, cap, *_rules(config, q_len, kv_len), with_table=True)
+
+
+def _rules(config: PSAConfig, q_len: int, kv_len: int) -> tuple:
+    order = config.ratio_ends
+    return (
+        q_len,
+        kv_len,
+        config.block_m,
+        config.block_n,
+        config.mask_mode == "thresholdbound",
+        [level for level, _ in order],
+        [end for _, end in order],
+        [config.merge(level) for level, _ in order],
+        config.min_full_ratio,
+        config.sink_blocks,
+        config.text_length,
+        config.text_position == "start",
+        config.causal,
+    )
+
+
+def select(
+    scores: Tensor,
+    cap: Tensor | None,
+    q_len: int,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    by_score: bool,
+    levels: Sequence[int],
+    ends: Sequence[float],
+    merges: Sequence[int],
+    min_full_ratio: float,
+    sink_blocks: int,
+    text_length: int,
+    text_first: bool,
+    is_causal: bool,
+    *,
+    with_table: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`select_levels_and_table` on the plain values of a configuration.
+
+    Args:
+        by_score: whether the mode is `thresholdbound`.
+        levels, ends, merges: level, end ratio and blocks per tile of each step, in the order
+            taken.
+        with_table: whether to write the table; without it the last three results are None.
+    """
+    require_dtype("scores", scores, (torch.float32,))
+    nq, nk = triton.cdiv(q_len, block_m), triton.cdiv(kv_len, block_n)
+    if scores.ndim != 4 or tuple(scores.shape[2:]) != (nq, nk):
+        raise ValueError(
+            f"scores must be [B, H, {nq}, {nk}] for q_len={q_len}, kv_len={kv_len}, "
+            f"got {tuple(scores.shape)}"
+        )
+    batch, heads = scores.shape[:2]
+    if cap is not None:
+        if cap.ndim != 3 or (cap.shape[0], cap.shape[2]) != (batch, nk) or heads % cap.shape[1]:
+            raise ValueError(
+                f"cap must be [{batch}, Hk, {nk}] with {heads} % Hk == 0, got {tuple(cap.shape)}"
+            )
+        cap = cap.contiguous()
+    chosen, entries = (
+        scores.new_empty(batch, heads, nq, nk, dtype=torch.int32) if wanted else None
+        for wanted in (True, with_table)
+    )
+    counts, full = (
+        scores.new_empty(batch, heads, nq, 4, dtype=torch.int32) if with_table else None
+        for _ in range(2)
+    )
+    steps = list(zip(levels, ends, merges, strict=True))
+    while steps and steps[-1][0] == 0:  # what is left over is skipped anyway
+        steps.pop()
+    width = max(32, triton.next_power_of_2(nk))
+    with on_device_of(scores):
+        _select_kernel[(batch * heads * nq,)](
+            scores,
+            cap,
+            chosen,
+            entries,
+            counts,
+            full,
+            *scores.stride(),
+            heads,
+            1 if cap is None else heads // cap.shape[1],
+            nq,
+            nk,
+            q_len,
+            kv_len,
+            text_length,
+            sink_blocks,
+            TAKEN=tuple(level for level, _, _ in steps),
+            SHARES=tuple(end for _, end, _ in steps),
+            BOUNDS=tuple(float(np.float32(end + 1e-6)) for _, end, _ in steps),
+            MERGES=tuple(merge for _, _, merge in steps),
+            MIN_FULL=min_full_ratio,
+            THRESHOLD=by_score,
+            SHIFT=30 - (nk - 1).bit_length(),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            CAUSAL=is_causal,
+            TEXT=text_length > 0,
+            TEXT_FIRST=text_first,
+            WIDTH=width,
+            num_warps=warps_for_row(width),
+        )
+    return chosen, entries, counts, full
+
+
+@triton.jit
+def _select_kernel(
+    SCORES,
+    CAP,
+    LEVELS,
+    ENTRIES,
+    COUNTS,
+    FULL,
+    stride_b,
+    stride_h,
+    stride_row,
+    stride_column,
+    heads,
+    group_heads,
+    q_blocks,
+    k_blocks,
+    q_len,
+    kv_len,
+    text_length,
+    sink_blocks,
+    TAKEN: tl.constexpr,
+    SHARES: tl.constexpr,
+    BOUNDS: tl.constexpr,
+    MERGES: tl.constexpr,
+    MIN_FULL: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TEXT: tl.constexpr,
+    TEXT_FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Grid: batch * heads * query blocks.
+
+    TAKEN, SHARES, BOUNDS, MERGES: level, end ratio, float32 bound and blocks per tile of each
+    step, in the order taken.
+    """
+    pid = tl.program_id(0)
+    row = pid % q_blocks
+    bh = (pid // q_blocks).to(tl.int64)
+    b = bh // heads
+    h = bh % heads
+    column = tl.arange(0, WIDTH)
+    inside = column < k_blocks
+    # First and last query of the row; under causality their positions among the keys.
+    first = row * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, q_len) - 1
+    n = tl.full([], 0, tl.int32) + k_blocks
+    if CAUSAL:
+        first += kv_len - q_len
+        last += kv_len - q_len
+        n = tl.minimum(tl.cdiv(tl.maximum(last + 1, 0), BLOCK_N), n)
+
+    SCORES += b * stride_b + h * stride_h + row.to(tl.int64) * stride_row
+    score = tl.load(SCORES + column.to(tl.int64) * stride_column, mask=inside, other=0.0)
+    # The bits of floats that are not negative order like the floats. NaN stands behind every
+    # score, blocks that cannot be seen behind NaN.
+    key = tl.where(score > 0, score, 0.0).to(tl.int32, bitcast=True)
+    key = tl.where(score != score, -1, key)
+    key = tl.where(column < n, key, -2)
+
+    u = key
+    total = n
+    if THRESHOLD:
+        u = _integer_scores(key, SHIFT)
+        total = tl.sum(u, 0)
+    level = tl.full([WIDTH], -1, tl.int32)
+    end = n * 0
+    for step in tl.static_range(len(TAKEN)):
+        if THRESHOLD:
+            end = _threshold_end(
+                u, total, n, end, BOUNDS[step], MERGES[step], TAKEN[step] == 1, MIN_FULL, SHIFT
+            )
+        else:
+            end = _topk_end(n, end, SHARES[step], MERGES[step])
+        level = tl.where((level < 0) & _leading_ranks(key, end), TAKEN[step], level)
+    level = tl.maximum(level, 0)
+
+    if CAP is not None:
+        at = (b * (heads // group_heads) + h // group_heads) * k_blocks + column
+        level = tl.minimum(level, tl.load(CAP + at, mask=inside, other=0))
+    first_key = column * BLOCK_N
+    last_key = tl.minimum(first_key + BLOCK_N, kv_len) - 1
+    if TEXT:
+        if TEXT_FIRST:
+            text = (first < text_length) | (first_key < text_length)
+        else:
+            text_from = (kv_len if CAUSAL else q_len) - text_length
+            text = (last >= text_from) | (last_key >= kv_len - text_length)
+        level = tl.where(text, 1, level)
+    level = tl.where(column < sink_blocks, 1, level)
+    if CAUSAL:
+        # Some row sees some but not all keys of the block.
+        straddles = tl.maximum(first, first_key) <= tl.minimum(last, last_key - 1)
+        level = tl.where(straddles, 1, level)
+        level = tl.where(first_key > last, 0, level)
+    level = tl.where(inside, level, 0)
+    if tl.max(level, 0) == 0:
+        best = tl.min(tl.where(key == tl.max(key, 0), column, WIDTH), 0)
+        level = tl.where(column == best, 1, level)
+
+    tl.store(LEVELS + pid.to(tl.int64) * k_blocks + column, level, mask=inside)
+    if ENTRIES is not None:
+        whole, level = plan_of_blocks(
+            level, row, column, q_len, kv_len, BLOCK_M, BLOCK_N, CAUSAL, False
+        )
+        store_table_row(level, whole, column, k_blocks, pid, ENTRIES, COUNTS, FULL)
+
+
+@triton.jit
+def _leading_ranks(key, end):
+    """Whether each block is among the first `end` by descending key, ties by ascending index.
+
+    Args:
+        key: int32 `[WIDTH]`, at least -2; `end` blocks at most are above -2.
+        end: scalar.
+    """
+    # Bit by bit, the largest value that at least `end` keys reach.
+    value = end * 0
+    for step in range(31):
+        candidate = value | (1 << (30 - step))
+        reached = tl.sum((key >= candidate).to(tl.int32), 0)
+        value = tl.where(reached >= end, candidate, value)
+    value = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= end, value, -1)
+    above = key > value
+    tied = key == value
+    tied_int = tied.to(tl.int32)
+    wanted = end - tl.sum(above.to(tl.int32), 0)
+    return above | (tied & (tl.cumsum(tied_int, 0) <= wanted))
+
+
+@triton.jit
+def _integer_scores(key, SHIFT: tl.constexpr):
+    """floor(score * 2^(SHIFT - x)), 2^x the smallest power of two that no score exceeds.
+
+    From the bits of the scores, by shifts of their mantissas. NaN and unseen blocks give 0, an
+    infinite score counts as the largest finite one.
+    """
+    bits = tl.minimum(tl.maximum(key, 0), 0x7F7FFFFF)
+    largest = tl.max(bits, 0)
+    # value = mantissa * 2^exponent with an integer mantissa
+    exponent = tl.maximum(bits >> 23, 1) - 150
+    mantissa = (bits & 0x7FFFFF) | tl.where(bits >> 23 > 0, 1 << 23, 0)
+    top_exponent = tl.maximum(largest >> 23, 1) - 150
+    top_mantissa = (largest & 0x7FFFFF) | tl.where(largest >> 23 > 0, 1 << 23, 0)
+    # Integers below 2^24 are exact in float32: its exponent field is the integer's bit length.
+    as_float = top_mantissa.to(tl.float32).to(tl.int32, bitcast=True)
+    x = top_exponent + (as_float >> 23) - 127 + ((as_float & 0x7FFFFF) != 0).to(tl.int32)
+    left = exponent + SHIFT - x
+    right = tl.minimum(tl.maximum(-left, 0), 31)
+    left = tl.minimum(tl.maximum(left, 0), 30)
+    return tl.where(mantissa == 0, 0, (mantissa << left) >> right)
+
+
+@triton.jit
+def _topk_end(n, last, SHARE: tl.constexpr, MERGE: tl.constexpr):
+    """End rank from a share of the number of candidates, in float64 as the rule says."""
+    end = tl.minimum(n, (n.to(tl.float64) * SHARE).to(tl.int32))
+    if MERGE > 1:
+        end = tl.where(end > last, _whole_tiles(end - last, last, n, MERGE), end)
+    return tl.maximum(end, last)
+
+
+@triton.jit
+def _threshold_end(
+    u,
+    total,
+    n,
+    last,
+    BOUND: tl.constexpr,
+    MERGE: tl.constexpr,
+    FINEST: tl.constexpr,
+    MIN_FULL: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """End rank from a share of the row's cumulative integer score."""
+    bound = tl.floor(total.to(tl.float32) * BOUND).to(tl.int32)
+    inside = tl.where(total <= bound, n, _ranks_within(u, bound, SHIFT))
+    end = tl.where(inside > 0, inside + 1, last)  # the block that crosses is included
+    if MERGE > 1:
+        return tl.maximum(_whole_tiles(tl.maximum(end - last, 0), last, n, MERGE), last)
+    end = tl.maximum(tl.minimum(end, n), last)
+    if FINEST:
+        end = tl.maximum(end, tl.minimum(n, (n.to(tl.float64) * MIN_FULL).to(tl.int32) + 1))
+    return end
+
+
+@triton.jit
+def _ranks_within(u, bound, SHIFT: tl.constexpr):
+    """How many leading ranks have a cumulative `u` of at most `bound`, given sum(u) > bound."""
+    # Bit by bit, the largest value whose blocks at or above it sum to more than the bound.
+    value = bound * 0
+    for step in range(SHIFT + 1):
+        candidate = value | (1 << (SHIFT - step))
+        reached = tl.sum(tl.where(u >= candidate, u, 0), 0)
+        value = tl.where(reached > bound, candidate, value)
+    above = u > value
+    room = bound - tl.sum(tl.where(above, u, 0), 0)
+    # Blocks of this value add `value` each. It is 0 only where the caller ignores the answer.
+    return tl.sum(above.to(tl.int32), 0) + room // tl.maximum(value, 1)
+
+
+@triton.jit
+def _whole_tiles(count, last, n, MERGE: tl.constexpr):
+    """End rank when `count` blocks are rounded up to whole tiles; down where they pass `n`."""
+    end = tl.minimum(last + tl.cdiv(count, MERGE) * MERGE, n)
+    return tl.where(end == n, last + (n - last) // MERGE * MERGE, end)
