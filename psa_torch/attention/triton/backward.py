@@ -206,13 +206,13 @@ def _add_queries(
     dout_base,
     lse2_base,
     delta_base,
-    q_stride_m,
-    dout_stride_m,
     first,
     scale,
     last,
     q_len,
     kv_len,
+    Q_STRIDE_M: tl.constexpr,
+    DOUT_STRIDE_M: tl.constexpr,
     G: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
@@ -225,10 +225,10 @@ def _add_queries(
     real = (first + m < q_len)[:, None]
     first64 = tl.cast(first, tl.int64)
     q = tl.load(
-        q_base + first64 * q_stride_m + (m[:, None] * q_stride_m + d[None, :]), mask=real, other=0.0
+        q_base + first64 * Q_STRIDE_M + (m[:, None] * Q_STRIDE_M + d[None, :]), mask=real, other=0.0
     )
     dout = tl.load(
-        dout_base + first64 * dout_stride_m + (m[:, None] * dout_stride_m + d[None, :]),
+        dout_base + first64 * DOUT_STRIDE_M + (m[:, None] * DOUT_STRIDE_M + d[None, :]),
         mask=real,
         other=0.0,
     )
@@ -237,18 +237,20 @@ def _add_queries(
     position = first + m + (kv_len - q_len)
     if KEYS_FIRST:
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
-        p = tl.math.exp2(s * (scale * LOG2E) + shift[None, :])
+        s = s * (scale * LOG2E) + shift[None, :]
         if MASKED:
-            p = tl.where(last[:, None] <= position[None, :], p, 0.0)
+            s = tl.where(last[:, None] <= position[None, :], s, float("-inf"))
+        p = tl.math.exp2(s)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     else:
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p = tl.math.exp2(s * (scale * LOG2E) + shift[:, None])
+        s = s * (scale * LOG2E) + shift[:, None]
         if MASKED:
-            p = tl.where(last[None, :] <= position[:, None], p, 0.0)
+            s = tl.where(last[None, :] <= position[:, None], s, float("-inf"))
+        p = tl.math.exp2(s)
         dv = tl.dot(tl.trans(dout), p.to(dout.dtype), dv, input_precision="ieee")
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
@@ -273,10 +275,8 @@ def key_gradient(
     dv_pointer,
     q_stride_b,
     q_stride_h,
-    q_stride_m,
     dout_stride_b,
     dout_stride_h,
-    dout_stride_m,
     scale,
     kv_heads,
     group,
@@ -285,6 +285,8 @@ def key_gradient(
     padded_len,
     q_blocks,
     k_blocks,
+    Q_STRIDE_M: tl.constexpr,
+    DOUT_STRIDE_M: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     LOG_BLOCK_N: tl.constexpr,
@@ -296,7 +298,8 @@ def key_gradient(
     """Gradients of the rows of one key block at level `2**G`, from all heads of its group.
 
     dk_pooled, dv_pooled: float32 `[B, Hk, P - Lk', D]`, what each pooled row owes to every key
-    that it covers, coarser levels included. Level 1 writes dk, dv `[B, Hk, Lk, D]` instead.
+    that it covers (dk before the factor `scale`), coarser levels included. Level 1 writes dk, dv `[B, Hk, Lk, D]` instead.
+    The row strides are compile-time constants because the loop has no registers to spare.
     """
     block = tl.program_id(0)
     batch_kv_head = tl.program_id(1)
@@ -315,7 +318,24 @@ def key_gradient(
     k = tl.load(k_pointer + pyramid + (rows[:, None] * D + d[None, :]))
     v = tl.load(v_pointer + pyramid + (rows[:, None] * D + d[None, :]))
     last = tl.minimum((run + 1) << G, kv_len) - 1
+    pooled = batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * D
+    dk_pooled += pooled
+    dv_pooled += pooled
     if KEYS_FIRST:
+        column = d[None, :]
+        run = run[:, None]
+        live = (lane < RUN)[:, None]
+    else:
+        column = d[:, None]
+        run = run[None, :]
+        live = (lane < RUN)[None, :]
+    # The exponent below carries +G, for the range of float16, so sums are 2**G times what a
+    # key is owed. They start from what the level above owes, before the loop needs registers.
+    if G < 3:
+        above = (level_start(padded_len, G + 1) - padded_len + (run >> 1)) * D + column
+        dk = tl.load(dk_pooled + above) * (1 << G)
+        dv = tl.load(dv_pooled + above) * (1 << G)
+    elif KEYS_FIRST:
         dk = tl.zeros([KEYS, D], tl.float32)
         dv = tl.zeros([KEYS, D], tl.float32)
     else:
@@ -340,7 +360,11 @@ def key_gradient(
         masked = 0
         if IS_CAUSAL:
             masked = count - tl.load(full_counts + table_row.to(tl.int64) * 4 + G)
-            for t in tl.range(0, masked * PARTS, num_stages=STAGES):
+        # The query blocks that straddle the diagonal come first in the list.
+        for MASKED in tl.static_range(1 if IS_CAUSAL else 0, -1, -1):
+            begin = 0 if MASKED else masked
+            end = masked if MASKED else count
+            for t in tl.range(begin * PARTS, end * PARTS, num_stages=STAGES):
                 first = tl.load(level_entries + t // PARTS) * BLOCK_M + t % PARTS * ROWS
                 dk, dv = _add_queries(
                     k,
@@ -351,70 +375,29 @@ def key_gradient(
                     dout_base,
                     lse2_pointer + statistics,
                     delta_pointer + statistics,
-                    q_stride_m,
-                    dout_stride_m,
                     first,
                     scale,
                     last,
                     q_len,
                     kv_len,
+                    Q_STRIDE_M,
+                    DOUT_STRIDE_M,
                     G,
                     ROWS,
                     D,
                     KEYS_FIRST,
-                    True,
+                    MASKED,
                 )
-        for t in tl.range(masked * PARTS, count * PARTS, num_stages=STAGES):
-            first = tl.load(level_entries + t // PARTS) * BLOCK_M + t % PARTS * ROWS
-            dk, dv = _add_queries(
-                k,
-                v,
-                dk,
-                dv,
-                q_base,
-                dout_base,
-                lse2_pointer + statistics,
-                delta_pointer + statistics,
-                q_stride_m,
-                dout_stride_m,
-                first,
-                scale,
-                last,
-                q_len,
-                kv_len,
-                G,
-                ROWS,
-                D,
-                KEYS_FIRST,
-                False,
-            )
 
-    # The exponent carried +G for the range of float16: p was 2**G times what a key is owed.
-    share = 1.0 / (1 << G)
-    dk *= scale * share
-    dv *= share
-    pooled = batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * D
-    if KEYS_FIRST:
-        column = d[None, :]
-        run = run[:, None]
-        live = (lane < RUN)[:, None]
-    else:
-        column = d[:, None]
-        run = run[None, :]
-        live = (lane < RUN)[None, :]
-    if G < 3:
-        above = (level_start(padded_len, G + 1) - padded_len + (run >> 1)) * D + column
-        dk += tl.load(dk_pooled + pooled + above)
-        dv += tl.load(dv_pooled + pooled + above)
     if G > 0:
         here = (level_start(padded_len, G) - padded_len + run) * D + column
-        tl.store(dk_pooled + pooled + here, dk, mask=live)
-        tl.store(dv_pooled + pooled + here, dv, mask=live)
+        tl.store(dk_pooled + here, dk * (1.0 / (1 << G)), mask=live)
+        tl.store(dv_pooled + here, dv * (1.0 / (1 << G)), mask=live)
     else:
         keys = batch_kv_head.to(tl.int64) * kv_len * D
         here = run * D + column
         live = live & (run < kv_len)
-        tl.store(dk_pointer + keys + here, dk.to(dk_pointer.dtype.element_ty), mask=live)
+        tl.store(dk_pointer + keys + here, (dk * scale).to(dk_pointer.dtype.element_ty), mask=live)
         tl.store(dv_pointer + keys + here, dv.to(dv_pointer.dtype.element_ty), mask=live)
 
 
@@ -615,8 +598,8 @@ def _key_gradients(
             pooled[1],
             dk,
             dv,
-            *q.stride()[:3],
-            *dout.stride()[:3],
+            *q.stride()[:2],
+            *dout.stride()[:2],
             scale,
             kv_heads,
             heads // kv_heads,
@@ -625,6 +608,8 @@ def _key_gradients(
             padded_len,
             plan.entries.shape[3],
             plan.entries.shape[2],
+            Q_STRIDE_M=q.stride(2),
+            DOUT_STRIDE_M=dout.stride(2),
             D=head_dim,
             BLOCK_M=block_m,
             LOG_BLOCK_N=block_n.bit_length() - 1,
