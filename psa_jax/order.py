@@ -3,6 +3,8 @@
 The rules, names and checks are `shared_specs.order`'s; this module only moves and clusters arrays.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -99,9 +101,19 @@ def evenly_spaced_tokens(tokens: Array, count: int) -> Array:
 
 def lloyd(tokens: Array, centroids: Array, steps: int | Array) -> tuple[Array, Array]:
     """Labels and centroids after `steps` Lloyd steps; `steps` may be a traced scalar."""
-    b, h, n, d = tokens.shape
+    b, h, n, _ = tokens.shape
     count = centroids.shape[2]
     chunk = min(n, max(1, DISTANCE_ELEMENTS // (b * h * count)))
+    return _lloyd(tokens, centroids, steps, chunk=chunk)
+
+
+# Compiled once per shape, also for callers outside `jit`.
+@functools.partial(jax.jit, static_argnames="chunk")
+def _lloyd(
+    tokens: Array, centroids: Array, steps: int | Array, *, chunk: int
+) -> tuple[Array, Array]:
+    b, h, n, d = tokens.shape
+    count = centroids.shape[2]
     chunks = -(-n // chunk)
     padded = jnp.pad(tokens, ((0, 0), (0, 0), (0, chunks * chunk - n), (0, 0)))
     parts = padded.reshape(b, h, chunks, chunk, d).transpose(2, 0, 1, 3, 4)

@@ -9,6 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
+from psa_torch._vmap import _fold, register_batch_rule
 from shared_specs.order import (
     Centroids,
     OrderState,
@@ -53,8 +54,7 @@ class TokenOrder(TokenOrderBase):
         by_cluster = torch.argsort(labels, dim=-1, stable=True) + start
         place = torch.arange(self.length, device=tokens.device).expand(tokens.shape[:-1])
         order = torch.cat([place[..., :start], by_cluster, place[..., stop:]], -1)
-        inverse = torch.empty_like(order).scatter_(-1, order, place)
-        return Permutation(order.int(), inverse.int()), centroids
+        return Permutation(order.int(), order.argsort(-1).int()), centroids
 
     def _take(self, x: Tensor, permutation: Permutation) -> Tensor:
         return permute(x, permutation.order, permutation.inverse)
@@ -90,6 +90,15 @@ def _permute_backward(ctx, grad):
 permute.register_autograd(_permute_backward, setup_context=_save_permutation)
 
 
+@permute.register_vmap
+def _(info, in_dims, x, order, inverse):
+    size = info.batch_size
+    x = _fold(x, in_dims[0], size)
+    if order.ndim > 1:  # an order per head; one for all heads is never mapped
+        order, inverse = _fold(order, in_dims[1], size), _fold(inverse, in_dims[2], size)
+    return permute(x, order, inverse).unflatten(0, (size, -1)), 0
+
+
 @functools.lru_cache(maxsize=64)
 def _fixed_on(order: TokenOrder, device: torch.device) -> tuple[Tensor, Tensor]:
     order, inverse = order.fixed_permutation()
@@ -119,6 +128,11 @@ def _fixed_order(
 @_fixed_order.register_fake
 def _(like, method, length, grid, tile, text_length, text_position):
     return tuple(like.new_empty(length, dtype=torch.int32) for _ in range(2))
+
+
+@_fixed_order.register_vmap
+def _(info, in_dims, like, *arguments):
+    return _fixed_order(like, *arguments), (None, None)
 
 
 def kmeans(tokens: Tensor, count: int, *, centroids: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -162,6 +176,9 @@ def _(tokens, count, centroids):
     b, h, n, d = tokens.shape
     labels = tokens.new_empty(b, h, n, dtype=torch.int32)
     return labels, tokens.new_empty(b, h, count, d, dtype=torch.float32)
+
+
+register_batch_rule(_kmeans)
 
 
 def _lloyd_step(tokens: Tensor, centroids: Tensor, *, move: bool) -> tuple[Tensor, Tensor]:
