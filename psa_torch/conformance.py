@@ -82,13 +82,14 @@ class TorchAdapter(Adapter):
         made = order.gilbert_order(grid) if method == "Gilbert" else order.sta_order(grid, tile)
         return np.asarray(made)
 
-    def dense(self, q, k, v, *, scale, is_causal, dtype) -> np.ndarray:
-        """`scaled_dot_product_attention` in the same precision, the yardstick of `psa parity`."""
-        q, k, v = (self._tensor(x, dtype) for x in (q, k, v))
+    def dense(self, q, k, v, dout, *, scale, is_causal, dtype) -> tuple[np.ndarray, ...]:
+        """out, dq, dk, dv of `scaled_dot_product_attention`, the yardstick of `psa parity`."""
+        q, k, v = (self._tensor(x, dtype).requires_grad_() for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, scale=scale, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out.double().cpu().numpy()
+        grads = torch.autograd.grad(out, (q, k, v), self._tensor(dout, dtype))
+        return tuple(x.detach().double().cpu().numpy() for x in (out, *grads))
 
     def _refuse(self, q, k, v, call) -> None:
         """What an implementation says it cannot run is a skip, not a failure."""
