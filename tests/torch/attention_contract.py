@@ -1,0 +1,281 @@
+"""What every torch implementation of attention must satisfy: subclass `AttentionContract`.
+
+Everything is compared with the float64 oracle of `shared_specs.attention`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from psa_torch import sparse_attention
+from shared_specs import attention as oracle
+from shared_specs.constants import LEVELS, MASK_LEVELS
+from shared_specs.masks import to_segments
+from shared_specs.pyramid import build_pyramid, pooled_counts
+
+FLOAT32_TOLERANCE = 2e-6
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    levels: Tensor
+    dout: Tensor
+    dlse: Tensor
+
+
+class Results(NamedTuple):
+    out: np.ndarray
+    lse: np.ndarray
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem; `level` is a level for every block, or 'mixed', or 'empty' (mixed, with query
+    blocks that have no key block at all)."""
+
+    q_len: int = 200
+    kv_len: int = 200
+    head_dim: int = 32
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int = 2
+    block_m: int = 64
+    block_n: int = 64
+    level: int | str = "mixed"
+    is_causal: bool = False
+    scale: float | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self):
+        default = Case()
+        changed = {f: v for f, v in vars(self).items() if v != getattr(default, f)}
+        return ",".join(f"{f}={v}".replace("torch.", "") for f, v in changed.items()) or "default"
+
+    def settings(self) -> dict:
+        names = ("block_m", "block_n", "scale", "is_causal")
+        return {name: getattr(self, name) for name in names}
+
+    def inputs(self, rng: np.random.Generator, device: str = "cpu") -> Inputs:
+        q_shape = (self.batch, self.heads, self.q_len, self.head_dim)
+        kv_shape = (self.batch, self.kv_heads, self.kv_len, self.head_dim)
+
+        def normal(shape):
+            return torch.from_numpy(rng.standard_normal(shape)).to(device, self.dtype)
+
+        q, k, v, dout = (normal(shape) for shape in (q_shape, kv_shape, kv_shape, q_shape))
+        dlse = normal(q_shape[:3]).to(lse_dtype(self.dtype))
+        return Inputs(q, k, v, self.levels(rng).to(device), dout, dlse)
+
+    def levels(self, rng: np.random.Generator) -> Tensor:
+        n_q, n_k = -(-self.q_len // self.block_m), -(-self.kv_len // self.block_n)
+        levels = rng.choice(MASK_LEVELS, size=(self.batch, self.heads, n_q, n_k))
+        if isinstance(self.level, int):
+            levels[:] = self.level
+        elif self.level == "empty":
+            levels[:, 0, ::2] = 0
+            levels[-1, -1] = 0
+        return torch.from_numpy(levels.astype(np.int32))
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    return x.detach().double().cpu().numpy()
+
+
+def run(inputs: Inputs, implementation: str | None, **settings) -> Results:
+    """Forward and backward through the public function."""
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    out, lse = sparse_attention(
+        *leaves, inputs.levels, implementation=implementation, return_lse=True, **settings
+    )
+    grads = torch.autograd.grad((out, lse), leaves, (inputs.dout, inputs.dlse))
+    assert out.shape == inputs.q.shape and out.dtype == inputs.q.dtype
+    assert lse.shape == inputs.q.shape[:3] and lse.dtype == lse_dtype(inputs.q.dtype)
+    for grad, x in zip(grads, leaves, strict=True):
+        assert grad.shape == x.shape and grad.dtype == x.dtype
+    return Results(*(to_numpy(x) for x in (out, lse, *grads)))
+
+
+def expected(inputs: Inputs, **settings) -> Results:
+    """The oracle's answer to the same inputs, in float64."""
+    q, k, v, dout, dlse = (to_numpy(x) for x in (*inputs[:3], *inputs[4:]))
+    levels = inputs.levels.cpu().numpy()
+    out, lse = oracle.sparse_attention(q, k, v, levels, return_lse=True, **settings)
+    grads = oracle.sparse_attention_grad(q, k, v, levels, dout, dlse=dlse, **settings)
+    return Results(out, lse, *grads)
+
+
+def relative_errors(got: Results, want: Results) -> dict[str, float]:
+    """Norm of the difference over the norm of the answer; rows with lse -inf must agree exactly."""
+    blind = np.isneginf(want.lse)
+    np.testing.assert_array_equal(np.isneginf(got.lse), blind)
+    assert (got.out[blind] == 0).all() and (got.dq[blind] == 0).all()
+    errors = {}
+    for name, x, y in zip(Results._fields, got, want, strict=True):
+        if name == "lse":
+            x, y = x[~blind], y[~blind]
+        assert np.isfinite(x).all(), f"{name} is not finite"
+        # An answer that is all zeros (only empty rows) has to be met exactly.
+        errors[name] = float(np.linalg.norm(x - y) / (np.linalg.norm(y) or 1e-30))
+    return errors
+
+
+def assert_close(got: Results, want: Results, tolerance: float) -> None:
+    errors = relative_errors(got, want)
+    assert max(errors.values()) <= tolerance, errors
+
+
+def plain_attention(inputs: Inputs, *, block_m, block_n, scale, is_causal) -> Results:
+    """Dense attention in the dtype of the inputs over the whole pyramid, masked: the yardstick of
+    what that dtype can be asked for."""
+    assert not is_causal and scale is None
+    q, k, v, levels = inputs[:4]
+    dtype, kv_len = q.dtype, k.shape[2]
+    counts = torch.from_numpy(pooled_counts(kv_len, block_n))
+    pool = torch.from_numpy(
+        build_pyramid(np.eye(kv_len)[None, None], np.eye(kv_len)[None, None], block_n).k[0, 0]
+    )
+    of_block = torch.cat(
+        [torch.arange(levels.shape[-1]).repeat_interleave(block_n // level) for level in LEVELS]
+    )
+    n_blocks = levels.shape[-1]
+    of_level = torch.cat([torch.full((n_blocks * block_n // level,), level) for level in LEVELS])
+    bias = torch.where(levels[..., of_block] == of_level, counts.double().log(), -torch.inf)
+    bias = bias.repeat_interleave(block_m, -2)[:, :, : q.shape[2]].to(dtype)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    q, k, v = leaves
+    k, v = ((pool @ x.double()).to(dtype) for x in (k, v))
+    logits = (q @ k.mT) * q.shape[-1] ** -0.5 + bias
+    lse = logits.float().logsumexp(-1)
+    out = logits.softmax(-1) @ v
+    grads = torch.autograd.grad((out, lse), leaves, (inputs.dout, inputs.dlse))
+    return Results(*(to_numpy(x) for x in (out, lse, *grads)))
+
+
+SHAPES = [
+    Case(block_m=m, block_n=n, q_len=lq, kv_len=lk)
+    for m in (64, 128)
+    for n in (32, 64, 128)
+    for lq, lk in ((256, 256), (200, 333))
+]
+LENGTHS = [Case(q_len=lq, kv_len=lk) for lq in (1, 65, 130) for lk in (1, 3, 63, 129)]
+ALONE = [Case(level=level, kv_len=n) for level in MASK_LEVELS for n in (192, 193, 199, 201)]
+CAUSAL = [
+    Case(is_causal=True, block_n=n, q_len=lq, kv_len=lk)
+    for n in (32, 64, 128)
+    for lq, lk in ((256, 256), (77, 300), (300, 77), (1, 130), (200, 201))
+]
+GROUPED = [
+    Case(heads=h, kv_heads=hk, is_causal=causal)
+    for h, hk in ((4, 2), (6, 2), (3, 1))
+    for causal in (False, True)
+]
+OTHERS = [
+    Case(level="empty"),
+    Case(level="empty", is_causal=True, block_n=32),
+    Case(scale=0.37),
+    Case(scale=-1.5, is_causal=True),
+    Case(head_dim=64),
+    Case(head_dim=128),
+]
+
+
+class AttentionContract:
+    """Tests of one implementation; a subclass names it and the float32 tolerance if wider."""
+
+    implementation: str
+    tolerance = FLOAT32_TOLERANCE
+
+    def check(self, case: Case, rng) -> None:
+        inputs = case.inputs(rng)
+        got = run(inputs, self.implementation, **case.settings())
+        assert_close(got, expected(inputs, **case.settings()), self.tolerance)
+
+    @pytest.mark.parametrize("case", SHAPES, ids=str)
+    def test_block_sizes(self, case, rng):
+        self.check(case, rng)
+
+    @pytest.mark.parametrize("case", LENGTHS, ids=str)
+    def test_any_length(self, case, rng):
+        self.check(case, rng)
+
+    @pytest.mark.parametrize("case", ALONE, ids=str)
+    def test_one_level_alone_with_every_tail(self, case, rng):
+        self.check(case, rng)
+
+    @pytest.mark.parametrize("case", CAUSAL, ids=str)
+    def test_causal_with_offset(self, case, rng):
+        self.check(case, rng)
+
+    @pytest.mark.parametrize("case", GROUPED, ids=str)
+    def test_grouped_heads(self, case, rng):
+        self.check(case, rng)
+
+    @pytest.mark.parametrize("case", OTHERS, ids=str)
+    def test_empty_rows_scales_and_head_dimensions(self, case, rng):
+        self.check(case, rng)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("block_n", [32, 128])
+    def test_low_precision_is_within_twice_the_plain_error(self, dtype, block_n, rng):
+        case = Case(block_n=block_n, dtype=dtype)
+        inputs = case.inputs(rng)
+        inputs.levels[..., 0] = 1  # the yardstick has no rule for rows that see nothing
+        want = expected(inputs, **case.settings())
+        errors = relative_errors(run(inputs, self.implementation, **case.settings()), want)
+        plain = relative_errors(plain_attention(inputs, **case.settings()), want)
+        assert all(errors[name] <= 2 * plain[name] for name in plain), (errors, plain)
+
+    def test_segments_are_the_same_mask(self, rng):
+        case = Case(block_n=32)
+        inputs = case.inputs(rng)
+        segments = torch.from_numpy(to_segments(inputs.levels.numpy()))
+        for x, y in zip(
+            run(inputs, self.implementation, **case.settings()),
+            run(inputs._replace(levels=segments), self.implementation, **case.settings()),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(x, y)
+
+    def test_non_contiguous_inputs(self, rng):
+        case = Case(heads=4, kv_heads=2)
+        inputs = case.inputs(rng)
+
+        def strided(x):
+            return x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim == 4 else x
+
+        views = Inputs(*(strided(x) for x in inputs))
+        assert not any(x.is_contiguous() for x in views[:5])
+        assert_close(
+            run(views, self.implementation, **case.settings()),
+            expected(inputs, **case.settings()),
+            self.tolerance,
+        )
+
+    def test_same_bits_on_every_run(self, rng):
+        case = Case(heads=4, kv_heads=1, q_len=300, kv_len=300)
+        inputs = case.inputs(rng)
+        first = run(inputs, self.implementation, **case.settings())
+        for _ in range(3):
+            again = run(inputs, self.implementation, **case.settings())
+            for x, y in zip(first, again, strict=True):
+                np.testing.assert_array_equal(x, y)
+
+    def test_large_logits_stay_finite(self, rng):
+        case = Case(scale=40.0, is_causal=True)
+        inputs = case.inputs(rng)
+        want = expected(inputs, **case.settings())
+        # Rounding of logits near 1000 is what float32 leaves, hence the wider bound.
+        assert_close(run(inputs, self.implementation, **case.settings()), want, 2e-3)
