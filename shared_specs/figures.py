@@ -187,6 +187,45 @@ def _level_axes(plt: Any, ax: Any, panels: np.ndarray) -> list[Any]:
     return axes
 
 
+def plot_parity(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """Errors of every implementation as multiples of their limit, one panel per dtype.
+
+    Args:
+        results: from `conformance.parity.run_parity`.
+
+    Returns:
+        The figure: a row per implementation, a column per output; each cell is the worst error
+        over the workloads divided by what is accepted, on a logarithmic scale.
+    """
+    plt = require_pyplot()
+    rows = [row for row in results["errors"] if "relative" in row]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    outputs = list(dict.fromkeys(row["output"] for row in rows))
+    with style():
+        figure, axes = plt.subplots(
+            1,
+            len(dtypes),
+            figsize=(3.0 * len(dtypes) + 0.8, 0.5 * len(names) + 1.4),
+            squeeze=False,
+            layout="constrained",
+        )
+        for ax, dtype in zip(axes[0], dtypes, strict=True):
+            share = np.full((len(names), len(outputs)), np.nan)
+            for row in rows:
+                if row["dtype"] == dtype:
+                    at = names.index(row["implementation"]), outputs.index(row["output"])
+                    share[at] = np.fmax(share[at], row["relative"] / row["limit"])
+            image = ax.imshow(np.log10(share), cmap="RdYlBu_r", vmin=-2, vmax=2, aspect="auto")
+            for at in np.argwhere(np.isfinite(share)):
+                ax.text(at[1], at[0], f"{share[tuple(at)]:.2g}", ha="center", va="center")
+            ax.set_title(dtype)
+            ax.set_xticks(range(len(outputs)), outputs)
+            ax.set_yticks(range(len(names)), names if ax is axes[0][0] else [""] * len(names))
+        figure.colorbar(image, ax=list(axes[0]), label="log10(error / accepted)")
+    return figure
+
+
 def _draw_levels(mask: np.ndarray, ax: Any) -> None:
     from matplotlib.colors import ListedColormap
 
