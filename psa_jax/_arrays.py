@@ -29,3 +29,13 @@ def is_known(x: Any) -> bool:
     if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
         return False
     return all(device.platform == "cpu" for device in x.devices())
+
+
+def platform_of(x: Any) -> str:
+    """'cpu', 'gpu' or 'tpu': where `x` is, or inside `jit` where the default device is."""
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        return next(iter(x.devices())).platform
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform

@@ -1,0 +1,80 @@
+"""Attention over a pyramid at given levels (specification, section 4)."""
+
+import numpy as np
+from jax import Array, lax
+
+from psa_jax._arrays import describe
+from psa_jax._sharding import per_shard
+from psa_jax.attention.differentiable import Call, attention, attention_with_lse
+from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
+from psa_jax.masks import check_level_values, from_segments
+from shared_specs import checks
+
+__all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
+
+
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float | None = None,
+    is_causal: bool = False,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Attention of every query over the pooled keys that its block's levels select.
+
+    Differentiable (reverse mode, once) in q, k and v, through out and lse; levels get no
+    gradient. Works under `jit`, `vmap`, `jax.checkpoint`, `lax.scan`, `jax.export` and
+    `jax.shard_map`; arrays sharded over batch and heads stay where they are.
+
+    Args:
+        q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.
+        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`; head h reads key/value head `h // (H // Hk)`.
+        levels: integers, `[B, H, Nq, Nk]` with values in {0, 1, 2, 4, 8}, or segments
+            `[B, H, Nq, Nk + 5]`. Values are checked where they are known: concrete arrays on the
+            CPU. Elsewhere a block with a value outside the set is skipped.
+        block_m: queries per block, 64 or 128.
+        block_n: keys per block, 32, 64 or 128.
+        scale: factor on q.k; None means `D ** -0.5`. A Python number: it is static under `jit`.
+        is_causal: a pooled key is visible iff its last covered key is at or before
+            `row + Lk - Lq`.
+        implementation: a key of `IMPLEMENTATIONS`, or None for the best one that supports the
+            input (logged once through the logger `psa_jax`).
+        return_lse: also return the natural log of the sum of exponentials.
+
+    Returns:
+        out `[B, H, Lq, D]` in the dtype of q; and, if asked, lse `[B, H, Lq]`, float32 (float64
+        for float64). A row that sees nothing has out 0, lse -inf and passes no gradient.
+
+    Raises:
+        TypeError: an argument has a type or dtype that is not accepted.
+        ValueError: a shape, a block size, a scale, a sharding or a level does not fit, or the
+            implementation asked for cannot run on this input.
+    """
+    checks.check_blocks(block_m, block_n)
+    checks.check_scale(scale)
+    checks.check_flag("is_causal", is_causal)
+    checks.check_flag("return_lse", return_lse)
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    sizes = describe("q", q), describe("k", k), describe("v", v)
+    checks.check_qkv(*sizes)
+    form = checks.check_levels_shape(
+        describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
+    )
+    if form == "dense":
+        check_level_values(levels)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+    def of_shard(q, k, v, levels):
+        dense = from_segments(levels) if form == "segments" else levels.astype(np.int32)
+        name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
+        call = Call(name, block_m, block_n, scale, is_causal)
+        run = attention_with_lse if return_lse else attention
+        return run(call, q, k, v, dense)
+
+    return per_shard(of_shard, q, k, v, lax.stop_gradient(levels))

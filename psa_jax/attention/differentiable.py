@@ -1,0 +1,99 @@
+"""How an implementation meets JAX's transformations: reverse-mode gradients and `vmap`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_batching import custom_vmap
+
+from psa_jax.attention.implementations import IMPLEMENTATIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Everything about a call that is not an array."""
+
+    implementation: str
+    block_m: int
+    block_n: int
+    scale: float
+    is_causal: bool
+
+    def _options(self) -> dict:
+        return {
+            "block_m": self.block_m,
+            "block_n": self.block_n,
+            "scale": self.scale,
+            "is_causal": self.is_causal,
+        }
+
+    def forward(self, *arrays: Array) -> tuple[Array, Array]:
+        """out and lse of q, k, v and levels."""
+        run = functools.partial(IMPLEMENTATIONS[self.implementation].forward, **self._options())
+        return _vmap_as_batch(run)(*arrays)
+
+    def backward(self, dout: Array, dlse: Array | None, *arrays: Array) -> tuple[Array, ...]:
+        """dq, dk and dv; arrays are q, k, v, levels, out and lse."""
+        run = functools.partial(IMPLEMENTATIONS[self.implementation].backward, **self._options())
+        if dlse is None:
+            return _vmap_as_batch(lambda dout, *rest: run(dout, None, *rest))(dout, *arrays)
+        return _vmap_as_batch(run)(dout, dlse, *arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention_with_lse(call: Call, q: Array, k: Array, v: Array, levels: Array):
+    """(out, lse), with gradients through both."""
+    return call.forward(q, k, v, levels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention(call: Call, q: Array, k: Array, v: Array, levels: Array) -> Array:
+    """out alone: its backward pass need not carry a gradient of lse."""
+    return call.forward(q, k, v, levels)[0]
+
+
+def _forward_with_lse(call: Call, *arrays: Array):
+    out, lse = call.forward(*arrays)
+    return (out, lse), (*arrays, out, lse)
+
+
+def _forward(call: Call, *arrays: Array):
+    (out, _), saved = _forward_with_lse(call, *arrays)
+    return out, saved
+
+
+def _backward_with_lse(call: Call, saved: tuple, gradients: tuple):
+    dout, dlse = gradients
+    return *call.backward(dout, dlse, *saved), None
+
+
+def _backward(call: Call, saved: tuple, dout: Array):
+    return *call.backward(dout, None, *saved), None
+
+
+attention_with_lse.defvjp(_forward_with_lse, _backward_with_lse)
+attention.defvjp(_forward, _backward)
+
+
+def _vmap_as_batch(run: Callable) -> Callable:
+    """`run`, whose arrays all lead with a batch axis, so that `vmap` makes that axis longer.
+
+    Mapping the implementation itself would run every loop of it as long as the busiest entry
+    needs, and a kernel may have no rule for it at all.
+    """
+    run = custom_vmap(run)
+
+    @run.def_vmap
+    def longer_batch(axis_size: int, in_batched: list[bool], *arrays: Array):
+        mapped = [
+            x if is_mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for x, is_mapped in zip(arrays, in_batched, strict=True)
+        ]
+        results = run(*(x.reshape(-1, *x.shape[2:]) for x in mapped))
+        results = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in results)
+        return results, (True,) * len(results)
+
+    return run

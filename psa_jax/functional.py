@@ -1,0 +1,146 @@
+"""Pyramid sparse attention as a function: from q, k and v to the output."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from jax import Array, lax
+
+from psa_jax._arrays import describe
+from psa_jax._sharding import per_shard
+from psa_jax.attention import IMPLEMENTATIONS, sparse_attention
+from psa_jax.importance import block_scores
+from psa_jax.masks import check_level_values, from_segments, to_segments
+from psa_jax.order import TokenOrder
+from psa_jax.selection import select_levels
+from psa_jax.similarity import similarity_cap
+from shared_specs import checks
+from shared_specs.config import PSAConfig
+
+
+def psa_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    config: PSAConfig | None = None,
+    levels: Array | None = None,
+    return_lse: bool = False,
+    return_levels: bool = False,
+    implementation: str | None = None,
+    **overrides,
+) -> Array | tuple[Array, ...]:
+    """Pyramid sparse attention: choose a level for every block, attend over pooled keys.
+
+    Differentiable in q, k and v for the levels chosen; the choice itself has no gradient. Works
+    under `jit` (the configuration is static), `vmap`, `jax.checkpoint`, `lax.scan`, `jax.export`
+    and `jax.shard_map`; nothing between q, k, v and the output makes the host wait.
+
+    Args:
+        q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.
+        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`; head h reads key/value head `h // (H // Hk)`.
+        config: a `PSAConfig`; None means the default one. With a `rearrange_method` the tokens
+            are reordered for attention (k-means starts cold in every call) and the output, lse
+            included, is put back.
+        levels: levels to use instead of choosing them: integers `[B, H, Nq, Nk]` with values in
+            {0, 1, 2, 4, 8}, or segments `[B, H, Nq, Nk + 5]`. They index blocks of the reordered
+            sequence if the configuration reorders it, as the levels that this function returns do.
+        return_lse: also return the log of the sum of exponentials, `[B, H, Lq]`, float32.
+        return_levels: also return the levels, in the serial form that `config.attn_impl` names:
+            segments for 'new_mask_type', dense for 'old_mask_type'.
+        implementation: a key of `psa_jax.attention.IMPLEMENTATIONS`, or None for the best one.
+        **overrides: fields of `PSAConfig` that replace those of `config`.
+
+    Returns:
+        out `[B, H, Lq, D]` in the dtype of q, then lse, then levels, each if asked for.
+
+    Raises:
+        TypeError: an argument has a type or dtype that is not accepted, or is unknown.
+        ValueError: a value, a shape or a combination is not accepted; the message says what is.
+    """
+    config = resolve_config(config, overrides)
+    checks.check_flag("return_lse", return_lse)
+    checks.check_flag("return_levels", return_levels)
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    sizes = describe("q", q), describe("k", k), describe("v", v)
+    checks.check_qkv(*sizes)
+    order = TokenOrder.from_config(config, q.shape[2], k.shape[2])
+    given = ()
+    if levels is not None:
+        blocks = {"block_m": config.block_m, "block_n": config.block_n}
+        form = checks.check_levels_shape(describe("levels", levels), *sizes[:2], **blocks)
+        if form == "dense":
+            check_level_values(levels)
+        given = (lax.stop_gradient(levels),)
+
+    def of_shard(q, k, v, *given):
+        q, k, v, state = order.apply(q, k, v)
+        if given:
+            dense = from_segments(*given) if form == "segments" else given[0].astype(np.int32)
+            chosen = Chosen(dense, None)
+        else:
+            chosen = choose_levels(q, k, config)
+        attended = sparse_attention(
+            q,
+            k,
+            v,
+            chosen.levels,
+            block_m=config.block_m,
+            block_n=config.block_n,
+            scale=config.scale,
+            is_causal=config.causal,
+            implementation=implementation,
+            return_lse=return_lse,
+        )
+        results = [order.undo(x, state) for x in (attended if return_lse else (attended,))]
+        if return_levels:
+            results.append(serial_levels(chosen, config))
+        return tuple(results)
+
+    results = per_shard(of_shard, q, k, v, *given)
+    return results[0] if len(results) == 1 else results
+
+
+class Chosen(NamedTuple):
+    """Levels and, where they were chosen here, the scores they were chosen by.
+
+    Attributes:
+        levels: int32 `[B, H, Nq, Nk]`.
+        scores: float32 `[B, H, Nq, Nk]` or None.
+    """
+
+    levels: Array
+    scores: Array | None
+
+
+def choose_levels(q: Array, k: Array, config: PSAConfig) -> Chosen:
+    """Scores and levels of q and k as they stand, in whatever order their tokens are."""
+    scores = block_scores(q, k, config)
+    cap = similarity_cap(k, config) if config.use_sim_mask else None
+    levels = select_levels(scores, config, q_len=q.shape[2], kv_len=k.shape[2], cap=cap)
+    return Chosen(levels, scores)
+
+
+def serial_levels(chosen: Chosen, config: PSAConfig) -> Array:
+    """Levels in the form that `config.attn_impl` names, int32."""
+    if config.attn_impl == "old_mask_type":
+        return chosen.levels
+    return to_segments(chosen.levels, chosen.scores)
+
+
+def resolve_config(config: PSAConfig | None, overrides: dict) -> PSAConfig:
+    """`config` (the default one if None) with `overrides` in place.
+
+    Raises:
+        TypeError: `config` is not a PSAConfig, or an override is not one of its fields.
+        ValueError: the result is not a valid configuration.
+    """
+    if config is None:
+        config = PSAConfig()
+    elif not isinstance(config, PSAConfig):
+        raise TypeError(f"config must be a PSAConfig or None, got {type(config).__name__}")
+    fields = [field.name for field in dataclasses.fields(PSAConfig)]
+    unknown = [name for name in overrides if name not in fields]
+    if unknown:
+        raise TypeError(f"unknown arguments {unknown}; configuration fields: {', '.join(fields)}")
+    return dataclasses.replace(config, **overrides) if overrides else config
