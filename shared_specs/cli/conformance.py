@@ -21,7 +21,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser("run", help="run an adapter and report; exit status 1 on a failure")
     check.add_argument(
-        "adapter", metavar="MODULE[:OBJECT]", help="OBJECT is `adapter` when left out"
+        "adapter",
+        metavar="MODULE[:OBJECT]",
+        help="or FILE.py[:OBJECT]; OBJECT is `adapter` when left out",
     )
     check.add_argument("--tier", action="append", choices=TIERS, help="only these; repeatable")
     check.add_argument(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,25 +99,40 @@ class Adapter:
 
 
 def load_adapter(target: str) -> Adapter:
-    """The adapter that `MODULE[:OBJECT]` names; OBJECT is `adapter` when left out.
+    """The adapter that `MODULE[:OBJECT]` or `FILE.py[:OBJECT]` names.
 
-    A class is called without arguments.
+    OBJECT is `adapter` when left out; it may be dotted and may end in `[KEY]`. A class is called
+    without arguments.
 
     Raises:
         ImportError: the module cannot be imported.
         ValueError: the object is missing or offers none of the five methods.
     """
-    module_name, _, attribute = target.partition(":")
+    source, _, attribute = target.partition(":")
     attribute = attribute or "adapter"
-    if not module_name:
-        raise ValueError(f"adapter must be MODULE[:OBJECT], got {target!r}")
-    module = importlib.import_module(module_name)
-    found = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{module_name} has no {attribute!r}; name it as MODULE:OBJECT")
-        found = getattr(found, part)
+    if not source:
+        raise ValueError(f"adapter must be MODULE[:OBJECT] or FILE.py[:OBJECT], got {target!r}")
+    found = _module(source)
+    path, _, key = attribute.removesuffix("]").partition("[")
+    try:
+        for part in path.split("."):
+            found = getattr(found, part)
+        found = found[key] if key else found
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} has no {attribute!r}; name it as MODULE:OBJECT") from error
     found = found() if isinstance(found, type) else found
     if not any(callable(getattr(found, tier, None)) for tier in TIERS):
         raise ValueError(f"{target} must have at least one of {', '.join(TIERS)}, got {found!r}")
     return found
+
+
+def _module(source: str) -> Any:
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError as error:
+        raise ValueError(f"no adapter file {source!r}") from error
+    return module

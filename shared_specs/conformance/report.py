@@ -40,7 +40,7 @@ def as_text(adapter_name: str, cases: Sequence[Case], results: Sequence[Result])
 def _diagnosis(likely: Sequence[str]) -> list[str]:
     if not likely:
         return ["no single known mistake explains these failures"]
-    lines = ["mistakes that fail every case run that catches them, the widest first:"]
+    lines = ["mistakes that would explain this, the likeliest first:"]
     return lines + [f"  {FLAGS[flag]}" for flag in likely]
 
 

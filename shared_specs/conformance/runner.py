@@ -21,6 +21,7 @@ OUTPUTS = {
     "order": ("order",),
 }
 ERROR_MAP_SIDE = 64
+MOST_MISTAKES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +185,10 @@ def _error_map(errors: np.ndarray) -> np.ndarray:
 
 
 def likely_mistakes(cases: Iterable[Case], results: Iterable[Result]) -> list[str]:
-    """Flags whose mistake would explain failures: every case run that catches it has failed.
+    """Flags whose mistake would explain the failures.
 
-    The one that explains the most failures comes first; a mistake of which a wider one's failures
-    are a part is left in, since two mistakes can be made at once.
+    Those that fail exactly the cases that failed; where there is none, since two mistakes can be
+    made at once, the widest of those that fail nothing but cases that failed.
     """
     flags_of = {case.id: case.flags for case in cases}
     ran: dict[str, set[str]] = {}
@@ -199,5 +200,8 @@ def likely_mistakes(cases: Iterable[Case], results: Iterable[Result]) -> list[st
             failed.add(result.case)
         for flag in flags_of[result.case]:
             ran.setdefault(flag, set()).add(result.case)
+    exact = [flag for flag, ids in ran.items() if ids == failed]
+    if exact:
+        return exact
     explained = [flag for flag, ids in ran.items() if ids <= failed]
-    return sorted(explained, key=lambda flag: -len(ran[flag]))
+    return sorted(explained, key=lambda flag: -len(ran[flag]))[:MOST_MISTAKES]
