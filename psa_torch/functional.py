@@ -7,7 +7,7 @@ from torch import Tensor
 
 from psa_torch._checks import autocast, describe
 from psa_torch._config import Settings, settings_of
-from psa_torch.attention import IMPLEMENTATIONS, sparse_attention
+from psa_torch.attention import IMPLEMENTATIONS, choose, sparse_attention
 from psa_torch.importance import block_scores
 from psa_torch.masks import from_segments, to_segments
 from psa_torch.order import TokenOrder
@@ -67,9 +67,11 @@ def psa_attention(
     q, k, v = autocast(q, k, v)
     sizes = describe("q", q), describe("k", k), describe("v", v)
     checks.check_qkv(*sizes)
+    blocks = {"block_m": settings.block_m, "block_n": settings.block_n}
     if levels is not None:
-        blocks = {"block_m": settings.block_m, "block_n": settings.block_n}
         form = checks.check_levels_shape(describe("levels", levels), *sizes[:2], **blocks)
+    if implementation is not None and not torch.compiler.is_compiling():
+        choose(implementation, q, k, v, **blocks)  # refuses before any work
     order = TokenOrder.from_config(settings, q.shape[2], k.shape[2])
     q, k, v, state = order.apply(q, k, v)
     if levels is None:
@@ -82,8 +84,7 @@ def psa_attention(
         k,
         v,
         chosen.levels,
-        block_m=settings.block_m,
-        block_n=settings.block_n,
+        **blocks,
         scale=settings.scale,
         is_causal=settings.causal,
         implementation=implementation,
