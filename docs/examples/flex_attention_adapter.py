@@ -4,7 +4,7 @@ psa conformance run docs/examples/flex_attention_adapter.py
 """
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from shared_specs.conformance import Adapter
 
@@ -31,10 +31,16 @@ class FlexAttentionAdapter(Adapter):
 
         mask = create_block_mask(mask_mod, *q.shape[:3], k.shape[2], device="cpu")
         grouped = q.shape[1] != k.shape[1]
-        out, lse = flex_attention(
-            q, k, v, block_mask=mask, scale=scale, return_lse=True, enable_gqa=grouped
+        out, aux = flex_attention(
+            q,
+            k,
+            v,
+            block_mask=mask,
+            scale=scale,
+            enable_gqa=grouped,
+            return_aux=AuxRequest(lse=True),
         )
-        return out.double().numpy(), lse.double().numpy()
+        return out.double().numpy(), aux.lse.double().numpy()
 
 
 adapter = FlexAttentionAdapter()
