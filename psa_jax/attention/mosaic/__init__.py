@@ -1,5 +1,30 @@
-"""Pyramid sparse attention in Pallas on Mosaic GPU, for Hopper."""
+"""Pyramid sparse attention in Pallas on Mosaic GPU, for Hopper: wgmma fed by TMA.
 
-from psa_jax.attention.mosaic.api import forward
+Kernels: `forward`, `backward_queries` (dq) and `backward_keys` (dk, dv). Each walks arrays that
+`plan` or `key_plan` makes from the level mask on the device.
+"""
 
-__all__ = ["forward"]
+from jax import Array
+
+from psa_jax.attention.mosaic.api import backward, forward
+from psa_jax.attention.mosaic.device import device_reason, interpreted
+
+__all__ = ["backward", "forward", "interpreted", "unsupported"]
+
+HEAD_DIMS = (64, 128)
+DTYPES = ("float16", "bfloat16")
+BLOCK_M = (64, 128)
+BLOCK_N = (32, 64, 128)
+
+
+def unsupported(q: Array, k: Array, v: Array, block_m: int, block_n: int) -> str | None:
+    """Why these kernels cannot run on this input or device, or None."""
+    if str(q.dtype) == "float32":
+        return "takes float16 and bfloat16: wgmma has no true float32 product"
+    if str(q.dtype) not in DTYPES:
+        return f"takes float16 and bfloat16, got {q.dtype}"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"takes head dimensions 64 and 128, got {q.shape[-1]}"
+    if block_m not in BLOCK_M or block_n not in BLOCK_N:
+        return f"takes block_m 64 or 128 and block_n 32, 64 or 128, got {block_m} and {block_n}"
+    return device_reason()

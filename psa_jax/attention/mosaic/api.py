@@ -1,43 +1,186 @@
-"""What the rest of the package calls: shapes in, kernels, shapes out."""
+"""What the rest of the package calls: arrays in, kernels, arrays out."""
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
+import dataclasses
+import math
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
-from psa_jax.attention.mosaic.config import WalkConfig, forward_config
+from psa_jax.attention.mosaic.backward_keys import KeyWalk, key_gradient_kernel
+from psa_jax.attention.mosaic.backward_queries import query_gradient_kernel
+from psa_jax.attention.mosaic.config import Config, KeyConfig, WalkConfig, default_config
+from psa_jax.attention.mosaic.device import interpreter, multiprocessors
 from psa_jax.attention.mosaic.forward import forward_kernel
-from psa_jax.attention.mosaic.geometry import Geometry
-from psa_jax.attention.mosaic.plan import kernel_pyramid, walk_plan
+from psa_jax.attention.mosaic.geometry import CHUNK, Geometry, cdiv
+from psa_jax.attention.mosaic.key_plan import KeyTiles, key_plan, unpool
+from psa_jax.attention.mosaic.plan import MASKED, kernel_pyramid, walk_plan
 from psa_jax.attention.mosaic.walk import Walk
 from psa_jax.pyramid import build_pyramid
 
 
 def forward(
-    q, k, v, levels, *, block_m, block_n, scale, is_causal, config: WalkConfig | None = None, interpret=None
-):
-    config = config or forward_config(q.shape[-1], block_m)
-    geometry = Geometry(q.shape[2], k.shape[2], block_m, block_n, is_causal, config.tile)
-    batch, heads, q_len, head_dim = q.shape
-    walk = Walk(geometry, config, heads, k.shape[1], batch, blocks=min(config.blocks or 132, batch*heads*geometry.query_tiles), interpreted=interpret is not None)
-    if scale < 0:
-        q, scale = -q, -scale
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+    config: Config | None = None,
+) -> tuple[Array, Array]:
+    """Attention over the pyramid at the given levels (specification, section 4).
+
+    Args:
+        q: `[B, H, Lq, D]`, float16 or bfloat16, D 64 or 128.
+        k, v: `[B, Hk, Lk, D]`, same dtype.
+        levels: int32 `[B, H, Nq, Nk]`, values in {0, 1, 2, 4, 8}.
+        block_m, block_n: queries and keys per block.
+        scale: factor on q.k.
+        is_causal: whether a row sees only pooled tokens that end at or before it.
+        config: sizes of the kernels instead of those of `config.default_config`.
+
+    Returns:
+        out like `q`, and lse float32 `[B, H, Lq]` (natural log, -inf on rows without keys).
+    """
+    call = _Call(q, k, block_m, block_n, is_causal, config)
+    walk = call.walk(call.config.forward)
+    q, scale = (-q, -scale) if scale < 0 else (q, scale)
     pyramid = build_pyramid(k, v, block_n)
-    rows = q.reshape(-1, q_len, head_dim)
-    pad = (geometry.padded_queries if interpret is not None else -(-q_len//8)*8) - q_len
-    if pad:
-        rows = jnp.pad(rows, [(0, 0), (0, pad), (0, 0)])
     out, lse = forward_kernel(
-        rows,
-        kernel_pyramid(pyramid.k, geometry),
-        kernel_pyramid(pyramid.v, geometry),
-        walk_plan(levels, geometry),
+        call.query_rows(q),
+        kernel_pyramid(pyramid.k, walk.geometry),
+        kernel_pyramid(pyramid.v, walk.geometry),
+        walk_plan(levels, walk.geometry),
         walk,
         scale=scale,
-        interpret=interpret,
+        interpret=call.interpret,
     )
-    out = out[:, :q_len].reshape(q.shape)
-    return out, lse[:, :q_len].reshape(q.shape[:3])
+    q_len = q.shape[2]
+    return out[:, :q_len].reshape(q.shape), lse[:, :q_len].reshape(q.shape[:3])
+
+
+def backward(
+    dout: Array,
+    dlse: Array | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    out: Array,
+    lse: Array,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+    config: Config | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of `sum(out * dout) + sum(lse * dlse)` with the levels held fixed.
+
+    Args:
+        dout: `[B, H, Lq, D]`.
+        dlse: float32 `[B, H, Lq]`, or None for 0; ignored on rows without keys.
+        out, lse: what `forward` returned.
+
+    Returns:
+        dq, dk, dv in the dtypes and shapes of q, k and v.
+    """
+    call = _Call(q, k, block_m, block_n, is_causal, config)
+    sign = -1.0 if scale < 0 else 1.0
+    pyramid = build_pyramid(k, v, block_n)
+    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    empty = jnp.isneginf(lse)
+    lse2 = jnp.where(empty, -MASKED, lse * math.log2(math.e))
+    walk = call.walk(call.config.query_gradient)
+    keys, values = (kernel_pyramid(rows, walk.geometry) for rows in pyramid)
+    inputs = (
+        call.query_rows(q * sign),
+        keys,
+        values,
+        call.query_rows(dout.astype(q.dtype)),
+        call.query_numbers(lse2, -MASKED),
+        call.query_numbers(jnp.where(empty, 0.0, delta), 0.0),
+    )
+    options = {"scale": abs(scale), "interpret": call.interpret}
+    dq = query_gradient_kernel(*inputs, walk_plan(levels, walk.geometry), walk, **options)
+    dq = dq[:, : q.shape[2]].reshape(q.shape) * sign
+    key_walk = call.key_walk()
+    gradients = key_gradient_kernel(
+        *inputs, key_plan(levels, key_walk.tiles.geometry), key_walk, **options
+    )
+    dk, dv = (unpool(rows, key_walk.tiles, k.shape) for rows in gradients)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+@dataclasses.dataclass
+class _Call:
+    """Shapes of one call and what follows from them."""
+
+    q: Array
+    k: Array
+    block_m: int
+    block_n: int
+    is_causal: bool
+    config: Config | None
+
+    def __post_init__(self) -> None:
+        self.config = self.config or default_config(self.q.shape[-1], self.block_m)
+        self.interpret = interpreter()
+
+    def geometry(self, tile: int) -> Geometry:
+        lengths = self.q.shape[2], self.k.shape[2]
+        return Geometry(*lengths, self.block_m, self.block_n, self.is_causal, tile)
+
+    def walk(self, config: WalkConfig) -> Walk:
+        geometry = self.geometry(config.tile)
+        batch, heads = self.q.shape[:2]
+        return Walk(
+            geometry=geometry,
+            config=config,
+            heads=heads,
+            kv_heads=self.k.shape[1],
+            batch=batch,
+            blocks=self._blocks(config, batch * heads * geometry.query_tiles),
+            interpreted=self.interpret is not None,
+        )
+
+    def key_walk(self) -> KeyWalk:
+        config = self.config.key_gradient
+        tiles = KeyTiles(self.geometry(self.config.query_gradient.tile))
+        batch, kv_heads = self.k.shape[:2]
+        return KeyWalk(
+            tiles=tiles,
+            config=config,
+            heads=self.q.shape[1],
+            kv_heads=kv_heads,
+            batch=batch,
+            blocks=self._blocks(config, batch * kv_heads * tiles.total),
+            interpreted=self.interpret is not None,
+        )
+
+    @staticmethod
+    def _blocks(config: WalkConfig | KeyConfig, items: int) -> int:
+        return min(config.blocks or multiprocessors(), items)
+
+    def query_rows(self, x: Array) -> Array:
+        """`[B, H, Lq, D]` as `[B * H, Lq', D]`, zeros past the end.
+
+        A copy past the end of an array brings zeros and writes nothing, but only whole chunks
+        can be addressed, and the interpreter has no such copies.
+        """
+        whole = CHUNK if self.interpret is None else self.geometry(CHUNK).padded_queries
+        missing = cdiv(x.shape[2], whole) * whole - x.shape[2]
+        rows = x.reshape(-1, *x.shape[2:])
+        return jnp.pad(rows, [(0, 0), (0, missing), (0, 0)]) if missing else rows
+
+    def query_numbers(self, x: Array, fill: float) -> Array:
+        """`[B, H, Lq]` as float32 `[B * H, padded_queries]`."""
+        missing = self.geometry(CHUNK).padded_queries - x.shape[2]
+        rows = x.astype(jnp.float32).reshape(-1, x.shape[2])
+        return jnp.pad(rows, [(0, 0), (0, missing)], constant_values=fill)

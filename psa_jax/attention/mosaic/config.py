@@ -16,6 +16,8 @@ class WalkConfig:
         stages: tiles of K and of V in flight.
         consumer_registers, producer_registers: registers per thread of the warpgroups that
             multiply and of those that copy.
+        query_slots: query tiles in shared memory; with 2 the next one arrives while the last
+            one is finished.
         ping_pong: let the two consumers take turns at the tensor cores, one multiplying while
             the other takes exponentials. Needs `block_m` 128, where both walk the same row.
         blocks: thread blocks; None means one per multiprocessor, each taking many query tiles.
@@ -25,6 +27,7 @@ class WalkConfig:
     stages: int
     consumer_registers: int
     producer_registers: int
+    query_slots: int = 2
     ping_pong: bool = True
     blocks: int | None = None
 
@@ -50,4 +53,57 @@ def forward_config(head_dim: int, block_m: int) -> WalkConfig:
         stages=2 if head_dim == 128 else 4,
         consumer_registers=224,
         producer_registers=56,
+    )
+
+
+def query_gradient_config(head_dim: int, block_m: int) -> WalkConfig:
+    """The dq kernel's sizes."""
+    shared = block_m != ROWS
+    return WalkConfig(
+        tile=64,
+        stages=2 if head_dim == 128 else 3,
+        query_slots=2 if shared else 1,
+        consumer_registers=232 if shared else 216,
+        producer_registers=40,
+        ping_pong=False,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeyConfig:
+    """How the dk and dv kernel is cut up.
+
+    Attributes:
+        stages: 64-row query tiles in flight for each of the two consumers.
+        consumer_registers, producer_registers, blocks: as in `WalkConfig`.
+    """
+
+    stages: int
+    consumer_registers: int
+    producer_registers: int
+    blocks: int | None = None
+
+
+def key_gradient_config(head_dim: int) -> KeyConfig:
+    """The dk and dv kernel's sizes."""
+    return KeyConfig(
+        stages=2 if head_dim == 128 else 4, consumer_registers=232, producer_registers=40
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of the three kernels."""
+
+    forward: WalkConfig
+    query_gradient: WalkConfig
+    key_gradient: KeyConfig
+
+
+def default_config(head_dim: int, block_m: int) -> Config:
+    """The sizes used unless the caller gives others."""
+    return Config(
+        forward=forward_config(head_dim, block_m),
+        query_gradient=query_gradient_config(head_dim, block_m),
+        key_gradient=key_gradient_config(head_dim),
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from psa_jax.attention.mosaic import products
-from psa_jax.attention.mosaic.geometry import CONSUMERS, QUERY_TILE, ROWS
+from psa_jax.attention.mosaic.geometry import CONSUMERS, ROWS
 from psa_jax.attention.mosaic.plan import ENDS, HALF, MASKED, TAIL, WalkPlan, unpack_covers
 from psa_jax.attention.mosaic.walk import (
     Tiles,
@@ -22,9 +22,6 @@ from psa_jax.attention.mosaic.walk import (
     level_of_tile,
     tile_scratch,
 )
-
-QUERY_SLOTS = 2
-"""Query tiles in shared memory: the next one arrives while the last one is finished."""
 
 
 def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpret):
@@ -39,7 +36,7 @@ def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpr
         out like `q`, and lse float32 `[B * H, padded_queries]`.
     """
     head_dim, dtype = q.shape[-1], q.dtype
-    slots = QUERY_SLOTS * CONSUMERS
+    slots = walk.config.query_slots * CONSUMERS
     scratch = {
         "tiles": tile_scratch(walk, head_dim, dtype, products.operand),
         "queries": products.operand((slots, ROWS, head_dim), dtype),
@@ -64,11 +61,7 @@ def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpr
         grid_names=("block",),
         num_threads=CONSUMERS + walk.lanes,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-            reduction_scratch_bytes=0,
-        ),
+        compiler_params=products.compiler_params(),
         **({} if interpret is None else {"interpret": interpret}),
     )
     return kernel(*arrays)
@@ -101,8 +94,8 @@ def _warpgroup(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, scoped, *, walk: Wal
         def produce(n, tiles_done):
             place = walk.locate(n, lane)
             for consumer in consumers:
-                slot = lax.rem(n, QUERY_SLOTS) * CONSUMERS + consumer
-                pl.when(n >= QUERY_SLOTS)(
+                slot = walk.query_slot(n, consumer)
+                pl.when(n >= config.query_slots)(
                     lambda slot=slot: plgpu.barrier_wait(scoped["queries_empty"].at[slot])
                 )
                 rows = pl.ds(place.first_query + consumer * ROWS, ROWS)
@@ -117,12 +110,7 @@ def _warpgroup(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, scoped, *, walk: Wal
         tiles_done = lax.fori_loop(0, items, produce, jnp.int32(0))
         drain(walk, tiles_done, lane, tiles)
         for consumer in consumers:
-
-            def wait(n, _, consumer=consumer):
-                slot = lax.rem(n, QUERY_SLOTS) * CONSUMERS + consumer
-                plgpu.barrier_wait(scoped["queries_empty"].at[slot])
-
-            lax.fori_loop(jnp.maximum(items - QUERY_SLOTS, 0), items, wait, None)
+            walk.drain_queries(items, consumer, scoped["queries_empty"])
 
 
 def _take_turn(turn) -> None:
@@ -141,7 +129,7 @@ def _consume(plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup, n, f
     full_tiles = ends[-1]
     all_tiles = full_tiles + spans[HALF] + spans[TAIL]
 
-    query_slot = lax.rem(n, QUERY_SLOTS) * CONSUMERS + warpgroup
+    query_slot = walk.query_slot(n, warpgroup)
     queries = scoped["queries"].at[query_slot]
     head_dim, dtype = queries.shape[-1], queries.dtype
     to_log2 = scale * math.log2(math.e)
@@ -163,7 +151,7 @@ def _consume(plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup, n, f
         products.release(tiles.keys_empty.at[slot], interpreted=interpreted)
         if masked:
             plgpu.barrier_wait(tiles.covers_full.at[slot])
-            logits = _masked(logits * to_log2, tiles, slot, geometry, first_query)
+            logits = masked_logits(logits * to_log2, tiles, slot, geometry, first_query)
             new_top = jnp.maximum(top, logits.max(axis=1))
             weights = jnp.exp2(logits - lax.broadcast_in_dim(new_top, logits.shape, [0]))
         else:
@@ -207,7 +195,9 @@ def _consume(plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup, n, f
     inverse = jnp.where(sees, 1.0 / jnp.where(sees, total, 1.0), 0.0)
     lse = jnp.where(sees, top * math.log(2.0) + jnp.log(jnp.where(sees, total, 1.0)), -jnp.inf)
     plgpu.wait_smem_to_gmem(0)  # the last item's output has left its buffer
-    scoped["output"][warpgroup] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
+    scoped["output"][warpgroup] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(
+        dtype
+    )
     scoped["lse"][warpgroup] = lse
     plgpu.commit_smem()
     rows = pl.ds(first_query, ROWS)
@@ -216,7 +206,7 @@ def _consume(plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup, n, f
     return first_tile + all_tiles
 
 
-def _masked(logits, tiles, slot, geometry, first_query):
+def masked_logits(logits, tiles, slot, geometry, first_query):
     """Logits in log2 with the tile's bias, hidden ones pushed down to `MASKED`."""
     count, last = unpack_covers(tiles.covers[slot])
     bias = jnp.where(count > 0, jnp.log2(count.astype(jnp.float32)), MASKED)
@@ -225,6 +215,3 @@ def _masked(logits, tiles, slot, geometry, first_query):
         return logits
     position = lax.broadcasted_iota(jnp.int32, logits.shape, 0) + (first_query + geometry.offset)
     return jnp.where(lax.broadcast_in_dim(last, logits.shape, [1]) <= position, logits, MASKED)
-
-
-__all__ = ["QUERY_TILE", "forward_kernel"]

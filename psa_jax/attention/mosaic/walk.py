@@ -71,6 +71,18 @@ class Walk:
         """Stage of the `tile`-th tile of a lane, counted from the start of the kernel."""
         return lax.rem(tile, self.config.stages) + lane * self.config.stages
 
+    def query_slot(self, n: jax.Array, consumer: jax.Array | int) -> jax.Array:
+        """Buffer of a consumer's `n`-th query tile."""
+        return lax.rem(n, self.config.query_slots) * CONSUMERS + consumer
+
+    def drain_queries(self, items: jax.Array, consumer: int, empty) -> None:
+        """Wait until a consumer has released every query tile."""
+
+        def wait(n, _):
+            plgpu.barrier_wait(empty.at[self.query_slot(n, consumer)])
+
+        lax.fori_loop(jnp.maximum(items - self.config.query_slots, 0), items, wait, None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:

@@ -1,0 +1,177 @@
+"""The dq kernel: the forward's walk once more, with the weights recomputed from lse."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from psa_jax.attention.mosaic import products
+from psa_jax.attention.mosaic.forward import masked_logits
+from psa_jax.attention.mosaic.geometry import CONSUMERS, ROWS
+from psa_jax.attention.mosaic.plan import ENDS, HALF, TAIL, WalkPlan
+from psa_jax.attention.mosaic.walk import (
+    Tiles,
+    Walk,
+    copy_row,
+    drain,
+    level_of_tile,
+    tile_scratch,
+)
+
+
+def query_gradient_kernel(
+    q, k, v, dout, lse2, delta, plan: WalkPlan, walk: Walk, *, scale, interpret
+):
+    """Run the kernel.
+
+    Args:
+        q, dout: `[B * H, Lq, D]`; in the interpreter `Lq` is a whole number of query tiles.
+        k, v: `[B * Hk, P, D]`, pyramids laid out as `geometry` says.
+        lse2: float32 `[B * H, padded_queries]`, lse in base 2, `-MASKED` on rows without keys.
+        delta: float32, like `lse2`: what to take from the gradient of each weight of the row.
+        scale: factor on q.k, not negative.
+
+    Returns:
+        dq like `q`.
+    """
+    head_dim, dtype = q.shape[-1], q.dtype
+    slots = walk.config.query_slots * CONSUMERS
+    rows = products.operand((slots, ROWS, head_dim), dtype)
+    numbers = plgpu.SMEM((slots, ROWS), jnp.float32)
+    scratch = {
+        "tiles": tile_scratch(walk, head_dim, dtype, products.operand),
+        "queries": rows,
+        "dout": rows,
+        "lse2": numbers,
+        "delta": numbers,
+        "output": products.operand((CONSUMERS, ROWS, head_dim), dtype),
+        "full": plgpu.Barrier(num_arrivals=4, num_barriers=slots),
+        "empty": plgpu.Barrier(num_barriers=slots),
+    }
+    arrays, tree = jax.tree.flatten((q, dout, lse2, delta, k, v, plan))
+
+    def body(*refs):
+        *row_refs, k_ref, v_ref, plan_refs = tree.unflatten(refs[: len(arrays)])
+        out_ref, scoped = refs[len(arrays) :]
+        _warpgroup(row_refs, k_ref, v_ref, plan_refs, out_ref, scoped, walk=walk, scale=scale)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
+        scratch_types=(scratch,),
+        grid=(walk.blocks,),
+        grid_names=("block",),
+        num_threads=CONSUMERS + walk.lanes,
+        thread_name="warpgroup",
+        compiler_params=products.compiler_params(),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    return kernel(*arrays)
+
+
+def _warpgroup(row_refs, k_ref, v_ref, plan, out_ref, scoped, *, walk: Walk, scale):
+    warpgroup = lax.axis_index("warpgroup")
+    tiles = Tiles(**scoped.pop("tiles"))
+    config = walk.config
+    items = walk.items_of_block()
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(config.consumer_registers, action="increase")
+        consumer = functools.partial(_consume, plan, out_ref, scoped, tiles, walk, scale, warpgroup)
+        lax.fori_loop(0, items, consumer, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup >= CONSUMERS)
+    def _():
+        plgpu.set_max_registers(config.producer_registers, action="decrease")
+        lane = 0 if walk.shared else warpgroup - CONSUMERS
+        consumers = range(CONSUMERS) if walk.shared else (lane,)
+        buffers = [scoped[name] for name in ("queries", "dout", "lse2", "delta")]
+
+        def produce(n, tiles_done):
+            place = walk.locate(n, lane)
+            for consumer in consumers:
+                slot = walk.query_slot(n, consumer)
+                pl.when(n >= config.query_slots)(
+                    lambda slot=slot: plgpu.barrier_wait(scoped["empty"].at[slot])
+                )
+                rows = pl.ds(place.first_query + consumer * ROWS, ROWS)
+                for source, target in zip(row_refs, buffers, strict=True):
+                    plgpu.copy_gmem_to_smem(
+                        source.at[place.head, rows], target.at[slot], scoped["full"].at[slot]
+                    )
+            return copy_row(walk, place, tiles_done, lane, k_ref, v_ref, plan, tiles)
+
+        tiles_done = lax.fori_loop(0, items, produce, jnp.int32(0))
+        drain(walk, tiles_done, lane, tiles)
+        for consumer in consumers:
+            walk.drain_queries(items, consumer, scoped["empty"])
+
+
+def _consume(plan, out_ref, scoped, tiles, walk, scale, warpgroup, n, first_tile):
+    """One query tile of one consumer; returns the number of tiles taken so far."""
+    geometry, interpreted = walk.geometry, walk.interpreted
+    lane = 0 if walk.shared else warpgroup
+    place = walk.locate(n, lane)
+    first_query = place.first_query + warpgroup * ROWS
+    spans = [plan.spans[place.row, i] for i in range(TAIL + 1)]
+    ends = spans[ENDS]
+    full_tiles = ends[-1]
+    all_tiles = full_tiles + spans[HALF] + spans[TAIL]
+    query_slot = walk.query_slot(n, warpgroup)
+    queries, dout = scoped["queries"].at[query_slot], scoped["dout"].at[query_slot]
+    head_dim, dtype = queries.shape[-1], queries.dtype
+    to_log2 = scale * math.log2(math.e)
+
+    plgpu.barrier_wait(scoped["full"].at[query_slot])
+    lse2, delta = scoped["lse2"][query_slot], scoped["delta"][query_slot]
+
+    def step(t, acc, *, masked):
+        slot = walk.slot(first_tile + t, lane)
+
+        def weights(logits):
+            if masked:
+                logits = masked_logits(logits * to_log2, tiles, slot, geometry, first_query)
+                return jnp.exp2(logits - lax.broadcast_in_dim(lse2, logits.shape, [0]))
+            shift = lse2 - level_of_tile(t, ends).astype(jnp.float32)
+            return jnp.exp2(logits * to_log2 - lax.broadcast_in_dim(shift, logits.shape, [0]))
+
+        def gradient(probabilities, d_weights):
+            taken = lax.broadcast_in_dim(delta, d_weights.shape, [0])
+            return (probabilities * (d_weights - taken)).astype(dtype)
+
+        plgpu.barrier_wait(tiles.keys_full.at[slot])
+        plgpu.barrier_wait(tiles.values_full.at[slot])
+        if masked:
+            plgpu.barrier_wait(tiles.covers_full.at[slot])
+        acc = products.query_gradient(
+            acc,
+            (queries, dout, tiles.keys.at[slot], tiles.values.at[slot]),
+            weights=weights,
+            gradient=gradient,
+            interpreted=interpreted,
+            values_read=lambda: products.release(
+                tiles.values_empty.at[slot], interpreted=interpreted
+            ),
+        )
+        products.release(tiles.keys_empty.at[slot], interpreted=interpreted)
+        return acc
+
+    acc = jnp.zeros((ROWS, head_dim), jnp.float32)
+    acc = lax.fori_loop(0, full_tiles, functools.partial(step, masked=False), acc)
+    acc = lax.fori_loop(full_tiles, all_tiles, functools.partial(step, masked=True), acc)
+    products.release(scoped["empty"].at[query_slot], interpreted=interpreted)
+
+    plgpu.wait_smem_to_gmem(0)  # the last item's output has left its buffer
+    scoped["output"][warpgroup] = (acc * scale).astype(dtype)
+    plgpu.commit_smem()
+    rows = pl.ds(first_query, ROWS)
+    plgpu.copy_smem_to_gmem(scoped["output"].at[warpgroup], out_ref.at[place.head, rows])
+    return first_tile + all_tiles
