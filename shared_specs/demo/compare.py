@@ -30,6 +30,7 @@ class MethodResult:
         error: norm of the difference over the norm of the dense output, all heads together.
         error_by_head: the same for each head.
         psnr: `20 log10(max |dense| / rms difference)` in dB.
+        whole_blocks: key blocks at level 1, mean of a row.
         seconds: framework title -> median time of the whole call from q, k, v.
     """
 
@@ -37,6 +38,7 @@ class MethodResult:
     error: float
     error_by_head: list[float]
     psnr: float
+    whole_blocks: float
     seconds: dict[str, float]
 
 
@@ -48,7 +50,7 @@ class Comparison:
         shape: (batch, heads, tokens, head dimension).
         dense_seconds: framework title -> median time of dense attention.
         methods: method -> its result at the given configuration.
-        curves: method -> (density, error) at several scales of the ratios.
+        curves: method -> results at several scales of the ratios, not timed.
         levels: the pyramid mask, int32 `[B, H, Nq, Nk]`.
         frameworks_differ: largest difference between two frameworks' outputs, relative to the
             largest value, per method; None with one framework.
@@ -58,7 +60,7 @@ class Comparison:
     shape: tuple[int, int, int, int]
     dense_seconds: dict[str, float]
     methods: dict[str, MethodResult]
-    curves: dict[str, list[tuple[float, float]]]
+    curves: dict[str, list[MethodResult]]
     levels: np.ndarray
     frameworks_differ: dict[str, float] | None
     levels_agree: float | None
@@ -141,16 +143,17 @@ def _judge(
         error=float(np.linalg.norm(difference) / np.linalg.norm(reference)),
         error_by_head=[float(value) for value in by_head],
         psnr=float(20 * np.log10(np.abs(reference).max() / rms)) if rms else float("inf"),
+        whole_blocks=float((levels == 1).sum(-1).mean()),
         seconds=seconds,
     )
 
 
-def _curves(framework, inputs, config, reference, results, step) -> dict:
-    curves: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
+def _curves(framework, inputs, config, reference, results, step) -> dict[str, list[MethodResult]]:
+    curves: dict[str, list[MethodResult]] = {method: [] for method in METHODS}
     for factor in FACTORS:
         if factor == 1.0:
             for method in METHODS:
-                curves[method].append((results[method].density, results[method].error))
+                curves[method].append(results[method])
             continue
         step(f"error at {factor:.2g} times the ratios")
         pyramid = scaled(config, factor)
@@ -162,8 +165,7 @@ def _curves(framework, inputs, config, reference, results, step) -> dict:
             (PYRAMID, out, levels),
             (BINARY, binary_out, dense_levels(framework, binary_levels)),
         ):
-            judged = _judge(framework.numpy(result), reference, mask, {})
-            curves[method].append((judged.density, judged.error))
+            curves[method].append(_judge(framework.numpy(result), reference, mask, {}))
     return curves
 
 

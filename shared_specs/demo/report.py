@@ -12,7 +12,13 @@ import numpy as np
 from shared_specs.demo.compare import BINARY, METHODS, PYRAMID, Comparison
 from shared_specs.demo.masks import level_shares
 from shared_specs.demo.tokens import TEMPERATURES
-from shared_specs.figures import plot_error_by_density, plot_levels, require_pyplot, style
+from shared_specs.figures import (
+    LINE_COLOURS,
+    plot_error_by_density,
+    plot_levels,
+    require_pyplot,
+    style,
+)
 
 _LABELS = {PYRAMID: "pyramid (levels 0 1 2 4 8)", BINARY: "binary (levels 0 1)"}
 _SHOWN_HEADS = 4
@@ -61,14 +67,15 @@ def notes(result: Comparison) -> list[str]:
 def _where_binary_wins(result: Comparison) -> list[str]:
     lines = []
     lost = [
-        f"{pyramid[0]:.0%}"
+        f"{pyramid.density:.0%} ({pyramid.whole_blocks:.1f} of {result.levels.shape[-1]} blocks of "
+        f"a row whole, binary {binary.whole_blocks:.1f})"
         for pyramid, binary in zip(result.curves[PYRAMID], result.curves[BINARY], strict=True)
-        if pyramid[1] >= binary[1]
+        if pyramid.error >= binary.error
     ]
     if lost:
         lines.append(
-            f"Binary has less error at density {', '.join(lost)}: the scaled-down ratios keep so "
-            "few blocks whole there that sharp heads lose the keys they look at."
+            f"Binary has less error at density {', '.join(lost)}: the pyramid mask keeps so few "
+            "blocks whole there that the keys a sharp head looks at are averaged."
         )
     by_head = zip(
         result.methods[PYRAMID].error_by_head, result.methods[BINARY].error_by_head, strict=True
@@ -119,7 +126,11 @@ def draw(result: Comparison, frame: np.ndarray) -> Any:
         plot_levels(masks[:shown], mask_axes, titles=titles)
         frame_ax, curve_ax, head_ax = bottom.subplots(1, 3, width_ratios=[1.25, 1.0, 1.0])
         _draw_frame(frame, frame_ax)
-        plot_error_by_density(result.curves, curve_ax)
+        points = {
+            method: [(judged.density, judged.error) for judged in curve]
+            for method, curve in result.curves.items()
+        }
+        plot_error_by_density(points, curve_ax)
         _draw_heads(result, head_ax)
     return figure
 
@@ -134,8 +145,6 @@ def _draw_frame(frame: np.ndarray, ax: Any) -> None:
 
 
 def _draw_heads(result: Comparison, ax: Any) -> None:
-    from shared_specs.figures import LINE_COLOURS
-
     heads = np.arange(len(result.methods[PYRAMID].error_by_head))
     for index, method in enumerate(METHODS):
         ax.bar(
