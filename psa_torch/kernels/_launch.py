@@ -51,13 +51,17 @@ def require_dtype(name: str, x: Tensor, accepted: tuple[torch.dtype, ...]) -> No
 def max_inner(x, OUTER: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr):
     """`[OUTER * INNER, WIDTH]` to `[OUTER, WIDTH]`, maxima over INNER."""
     if INNER == 1:
-        return x
-    return tl.max(tl.reshape(x, (OUTER, INNER, WIDTH)), 1)
+        reduced = x
+    else:
+        reduced = tl.max(tl.reshape(x, (OUTER, INNER, WIDTH)), 1)
+    return reduced
 
 
 @triton.jit
 def sum_inner(x, OUTER: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr):
     """`[OUTER * INNER, WIDTH]` to `[OUTER, WIDTH]`, sums over INNER."""
     if INNER == 1:
-        return x
-    return tl.sum(tl.reshape(x, (OUTER, INNER, WIDTH)), 1)
+        reduced = x
+    else:
+        reduced = tl.sum(tl.reshape(x, (OUTER, INNER, WIDTH)), 1)
+    return reduced

@@ -319,12 +319,11 @@ def _peak_kernel(
             )
         for tile in tl.range(0, open_tiles, num_stages=STAGES):
             index = tl.minimum(tile * (K_BLOCKS * (BLOCK_N // SIZE)) + column_in_tile, k_rows - 1)
-            factor = _block_factor(K_SCALE, kv_bh, tile * K_BLOCKS + tile_block, k_blocks)
+            factor = _block_factors(K_SCALE, kv_bh, tile * K_BLOCKS + tile_block, k_blocks)
             k = _load_rows(k_head, index, d, k_stride_l, k_stride_d, HEAD_DIM, BLOCK_D)
             s = _products(q, k, NEGATIVE, PRECISION)
             peak = _block_peaks(s, ROWS, K_BLOCKS, K_COUNT)
-            if factor is not None:
-                peak = peak * factor[None, :]
+            peak = peak * factor[None, :]
             row_max = tl.maximum(row_max, tl.max(peak, 1))
             tl.store(slab_row + (tile * K_BLOCKS + tile_block)[None, :], peak)
         if CAUSAL:
@@ -332,13 +331,12 @@ def _peak_kernel(
                 index = tl.minimum(
                     tile * (K_BLOCKS * (BLOCK_N // SIZE)) + column_in_tile, k_rows - 1
                 )
-                factor = _block_factor(K_SCALE, kv_bh, tile * K_BLOCKS + tile_block, k_blocks)
+                factor = _block_factors(K_SCALE, kv_bh, tile * K_BLOCKS + tile_block, k_blocks)
                 k = _load_rows(k_head, index, d, k_stride_l, k_stride_d, HEAD_DIM, BLOCK_D)
                 s = _products(q, k, NEGATIVE, PRECISION)
                 visible = (index * SIZE)[None, :] <= row_position[:, None]
                 peak = _block_peaks(tl.where(visible, s, float("-inf")), ROWS, K_BLOCKS, K_COUNT)
-                if factor is not None:
-                    peak = peak * factor[None, :]
+                peak = peak * factor[None, :]
                 row_max = tl.maximum(row_max, tl.max(peak, 1))
                 tl.store(slab_row + (tile * K_BLOCKS + tile_block)[None, :], peak)
 
@@ -346,10 +344,7 @@ def _peak_kernel(
         tl.debug_barrier()
         if CAUSAL:  # a row that sees nothing: its -inf minus 0 gives a score of 0
             row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-        row_factor = tl.full([ROWS], 0.0, tl.float32) + logit_factor
-        if Q_SCALE is not None:
-            row_block = tl.minimum(block + row // Q_COUNT, q_blocks - 1)
-            row_factor = row_factor * tl.load(Q_SCALE + bh * q_blocks + row_block)
+        row_factor = logit_factor * _block_factors(Q_SCALE, bh, block + row // Q_COUNT, q_blocks)
         seen_blocks = tl.minimum(seen_tiles * K_BLOCKS, k_blocks)
         out = bh * q_blocks + (block + item_block).to(tl.int64)
         for start in range(0, k_blocks, SWEEP):
@@ -372,23 +367,30 @@ def _peak_kernel(
 def _in_block(OFFSETS, index, COUNT: tl.constexpr):
     """Row inside its block of each sample."""
     if OFFSETS is None:
-        return index % COUNT
-    return tl.load(OFFSETS + index % COUNT)
+        place = index % COUNT
+    else:
+        place = tl.load(OFFSETS + index % COUNT)
+    return place
 
 
 @triton.jit
 def _load_rows(X, index, d, stride_l, stride_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     at = X + index.to(tl.int64)[:, None] * stride_l + d.to(tl.int64)[None, :] * stride_d
     if HEAD_DIM == BLOCK_D:
-        return tl.load(at)
-    return tl.load(at, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    return x
 
 
 @triton.jit
-def _block_factor(SCALE, bh, block, blocks):
+def _block_factors(SCALE, bh, block, blocks):
+    """Scale of each block; 1 where the rows are the tokens themselves."""
     if SCALE is None:
-        return None
-    return tl.load(SCALE + bh * blocks + tl.minimum(block, blocks - 1))
+        factors = tl.full(block.shape, 1.0, tl.float32)
+    else:
+        factors = tl.load(SCALE + bh * blocks + tl.minimum(block, blocks - 1))
+    return factors
 
 
 @triton.jit
@@ -402,6 +404,9 @@ def _products(q, k, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _block_peaks(s, ROWS: tl.constexpr, BLOCKS: tl.constexpr, COUNT: tl.constexpr):
+    """`[ROWS, BLOCKS * COUNT]` to `[ROWS, BLOCKS]`, maxima over COUNT."""
     if COUNT == 1:
-        return s
-    return tl.max(tl.reshape(s, (ROWS, BLOCKS, COUNT)), 2)
+        peaks = s
+    else:
+        peaks = tl.max(tl.reshape(s, (ROWS, BLOCKS, COUNT)), 2)
+    return peaks

@@ -1,18 +1,17 @@
 """Scores to levels, and to the table, in one kernel per row (specification, section 6).
 
 A program holds one row of scores as ordered integers and never sorts it. Selection only asks
-which blocks stand before a few end ranks, and each end rank is found by bisection: 32 counts of
-the keys at or above a candidate value. `thresholdbound` first finds how many ranks lie inside
-each bound, by bisection on the integer scores `u` with sums instead of counts: blocks of equal `u`
-add equal amounts, so a tie is resolved by one division. Ties at an end rank go to the lower index
-by a running count.
+which blocks stand before a few end ranks, and each end rank is found by bisection on the values,
+which stops as soon as a value splits the row at the right rank. `thresholdbound` first finds how
+many ranks lie inside each bound, by bisection on the integer scores with sums instead of counts;
+blocks of equal score add equal amounts, so a tie is resolved by one division. Ties at an end rank
+go to the lower index by a running count.
 
-Counts at 591 x 1,182 blocks, 24 heads (14,184 rows held as 2,048 keys): a bisection step is
-64 compares and adds per lane plus a warp reduction, about 175 instructions; four ends take 22,000
-warp instructions a row, 0.35 ms on 132 processors; `thresholdbound` adds 15,000. A bitonic sort of
-2,048 (score, index) pairs is 66 exchange stages of 64-bit shuffles, about 40,000, and needs
-twice the registers. Bytes: scores 67 MB read, levels 67 MB and table 68 MB written: 0.04 ms. A row
-of up to 2,048 blocks lives in one warp, so its reductions need no barrier.
+Counts at 591 x 1,182 blocks, 24 heads (14,184 rows of 2,048 keys, 16 a lane): a step is some 60
+instructions in each of 4 warps; distinct scores take about log2(Nk) + 2 = 12 steps an end, four
+ends 12,000 warp instructions a row, 0.2 ms on 132 processors; `thresholdbound` about twice that.
+A bitonic sort of 2,048 (score, index) pairs is 66 exchange stages of 64-bit shuffles, about 40,000.
+Bytes: scores 67 MB read, levels 67 MB and table 68 MB written, 0.04 ms at 4.8 TB/s.
 """
 
 from collections.abc import Sequence
@@ -249,15 +248,20 @@ def _select_kernel(
         u = _integer_scores(key, SHIFT)
         total = tl.sum(u, 0)
     level = tl.full([WIDTH], -1, tl.int32)
+    least = tl.min(tl.where(column < n, key, 0x7FFFFFFF), 0)
+    ceiling = tl.max(key, 0) + 1
     end = n * 0
     for step in tl.static_range(len(TAKEN)):
         if THRESHOLD:
             end = _threshold_end(
-                u, total, n, end, BOUNDS[step], MERGES[step], TAKEN[step] == 1, MIN_FULL, SHIFT
+                u, total, n, end, BOUNDS[step], MERGES[step], TAKEN[step] == 1, MIN_FULL
             )
         else:
             end = _topk_end(n, end, SHARES[step], MERGES[step])
-        level = tl.where((level < 0) & _leading_ranks(key, end), TAKEN[step], level)
+        value = _value_at_rank(key, end, least, ceiling)
+        leading = _leading_ranks(key, end, value)
+        level = tl.where((level < 0) & leading, TAKEN[step], level)
+        ceiling = tl.minimum(ceiling, value + 1)  # ends do not decrease
     level = tl.maximum(level, 0)
 
     if CAP is not None:
@@ -292,25 +296,32 @@ def _select_kernel(
 
 
 @triton.jit
-def _leading_ranks(key, end):
-    """Whether each block is among the first `end` by descending key, ties by ascending index.
+def _value_at_rank(key, end, least, ceiling):
+    """The largest value that at least `end` keys reach, or a lower one that exactly `end` reach.
 
     Args:
-        key: int32 `[WIDTH]`, at least -2; `end` blocks at most are above -2.
-        end: scalar.
+        key: int32 `[WIDTH]`.
+        end: scalar; if it is 0 the answer is `ceiling`.
+        least: a value that at least `end` keys reach.
+        ceiling: a value above `least` that fewer than `end` keys reach.
     """
-    # Bit by bit, the largest value that at least `end` keys reach.
-    value = end * 0
-    for step in range(31):
-        candidate = value | (1 << (30 - step))
-        reached = tl.sum((key >= candidate).to(tl.int32), 0)
-        value = tl.where(reached >= end, candidate, value)
-    value = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= end, value, -1)
+    low = tl.where(end > 0, least, ceiling)
+    high = ceiling
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        reached = tl.sum((key >= middle).to(tl.int32), 0)
+        low = tl.where(reached >= end, middle, low)
+        high = tl.where(reached > end, high, middle)
+    return low
+
+
+@triton.jit
+def _leading_ranks(key, end, value):
+    """Whether each block is among the first `end` by descending key, ties by ascending index."""
     above = key > value
     tied = key == value
-    tied_int = tied.to(tl.int32)
     wanted = end - tl.sum(above.to(tl.int32), 0)
-    return above | (tied & (tl.cumsum(tied_int, 0) <= wanted))
+    return above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= wanted))
 
 
 @triton.jit
@@ -355,33 +366,42 @@ def _threshold_end(
     MERGE: tl.constexpr,
     FINEST: tl.constexpr,
     MIN_FULL: tl.constexpr,
-    SHIFT: tl.constexpr,
 ):
     """End rank from a share of the row's cumulative integer score."""
     bound = tl.floor(total.to(tl.float32) * BOUND).to(tl.int32)
-    inside = tl.where(total <= bound, n, _ranks_within(u, bound, SHIFT))
+    inside = n
+    if total > bound:
+        inside = _ranks_within(u, total, bound)
     end = tl.where(inside > 0, inside + 1, last)  # the block that crosses is included
     if MERGE > 1:
-        return tl.maximum(_whole_tiles(tl.maximum(end - last, 0), last, n, MERGE), last)
-    end = tl.maximum(tl.minimum(end, n), last)
-    if FINEST:
+        end = _whole_tiles(tl.maximum(end - last, 0), last, n, MERGE)
+    else:
+        end = tl.minimum(end, n)
+    end = tl.maximum(end, last)
+    if FINEST and MERGE == 1:
         end = tl.maximum(end, tl.minimum(n, (n.to(tl.float64) * MIN_FULL).to(tl.int32) + 1))
     return end
 
 
 @triton.jit
-def _ranks_within(u, bound, SHIFT: tl.constexpr):
-    """How many leading ranks have a cumulative `u` of at most `bound`, given sum(u) > bound."""
-    # Bit by bit, the largest value whose blocks at or above it sum to more than the bound.
-    value = bound * 0
-    for step in range(SHIFT + 1):
-        candidate = value | (1 << (SHIFT - step))
-        reached = tl.sum(tl.where(u >= candidate, u, 0), 0)
-        value = tl.where(reached > bound, candidate, value)
-    above = u > value
-    room = bound - tl.sum(tl.where(above, u, 0), 0)
-    # Blocks of this value add `value` each. It is 0 only where the caller ignores the answer.
-    return tl.sum(above.to(tl.int32), 0) + room // tl.maximum(value, 1)
+def _ranks_within(u, total, bound):
+    """How many leading ranks have a cumulative `u` of at most `bound`, where total > bound."""
+    # Blocks at or above `low` sum to more than the bound, those at or above `high` do not.
+    low = bound * 0 + 1
+    high = tl.max(u, 0) + 1
+    low_sum = total
+    high_sum = bound * 0
+    # Done when only one block, or only blocks of one value, lie between.
+    while (high - low > 1) & (low_sum - high_sum >= 2 * low):
+        middle = low + (high - low) // 2
+        reached = tl.sum(tl.where(u >= middle, u, 0), 0)
+        more = reached > bound
+        low = tl.where(more, middle, low)
+        low_sum = tl.where(more, reached, low_sum)
+        high = tl.where(more, high, middle)
+        high_sum = tl.where(more, high_sum, reached)
+    one = low_sum - high_sum < 2 * low
+    return tl.sum((u >= high).to(tl.int32), 0) + tl.where(one, 0, (bound - high_sum) // low)
 
 
 @triton.jit

@@ -96,11 +96,8 @@ def _launch(levels: Tensor, transposed: bool, geometry: tuple | None):
 
 
 def warps_for_row(width: int) -> int:
-    """Warps that hold one row of `width` blocks: one as long as its registers last.
-
-    Inside one warp sums and running counts are shuffles, without a barrier.
-    """
-    return max(1, min(16, width // 2048))
+    """Warps that hold one row of `width` blocks, 16 a lane: twice that spills."""
+    return max(1, min(16, width // 512))
 
 
 @triton.jit
