@@ -97,13 +97,21 @@ def group_means(x: Tensor, size: int, groups: int | None = None) -> Tensor:
 
 def _pool(x: Tensor, block_n: int) -> Tensor:
     *lead, length, d = x.shape
-    padded = padded_length(length, block_n)
-    rows = x.new_empty(*lead, pyramid_rows(length, block_n), d)
-    for level in LEVELS:
-        start = level_start(length, block_n, level)
-        groups = padded // level
-        rows[..., start : start + groups, :] = group_means(x, level, groups)
-    return rows
+    padded, dtype = padded_length(length, block_n), accumulator(x)
+    rows = x.new_empty(*lead, pyramid_rows(length, block_n), d, dtype=dtype)
+    rows[..., :length, :] = x
+    rows[..., length:padded, :] = 0
+    # Every level's sums are pair sums of the level before; they become means in place at the end.
+    below, pooled = rows[..., :padded, :], []
+    for level in LEVELS[1:]:
+        start, groups = level_start(length, block_n, level), padded // level
+        sums = rows[..., start : start + groups, :]
+        torch.add(below[..., ::2, :], below[..., 1::2, :], out=sums)
+        pooled.append((sums, _counts(length, groups, level, dtype, x.device)))
+        below = sums
+    for sums, counts in pooled:
+        sums /= counts[:, None]
+    return rows.to(x.dtype)
 
 
 def unpool(rows: Tensor, kv_len: int, block_n: int) -> Tensor:
