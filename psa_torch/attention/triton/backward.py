@@ -24,6 +24,7 @@ from psa_torch.attention.triton.walk import (
     select4,
     tail_tiles,
 )
+from psa_torch.kernels._launch import on_device_of
 from psa_torch.pyramid import Pyramid, build_pyramid
 from shared_specs.constants import LEVELS
 from shared_specs.pyramid import padded_length
@@ -472,7 +473,7 @@ def backward_planned(
     config = config or configs.backward_config(q, block_m, block_n)
     q, dout, out = (configs.rows_contiguous(x) for x in (q, dout.to(q.dtype), out))
     geometry = dict(kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal)
-    with configs.on_device_of(q):
+    with on_device_of(q):
         statistics = _row_statistics(out, dout, lse, dlse, block_m)
         dq = _query_gradient(
             q, pyramid, dout, statistics, by_query, scale=scale, config=config.query, **geometry
@@ -583,7 +584,8 @@ def _key_gradients(
     pooled = pyramid.k.new_empty(
         2, batch, kv_heads, padded_len - padded_len // 8, head_dim, dtype=torch.float32
     )
-    dk, dv = pyramid.k.new_empty(2, batch, kv_heads, kv_len, head_dim)
+    dk = pyramid.k.new_empty(batch, kv_heads, kv_len, head_dim)
+    dv = torch.empty_like(dk)
     # Coarsest first: each level adds what the level above owes to its rows.
     for g in reversed(range(len(LEVELS))):
         key_gradient[plan.entries.shape[2], batch * kv_heads](

@@ -1,10 +1,14 @@
-"""Tile sizes of every kernel, by GPU, head dimension and dtype. Looked up, never tuned at run time."""
+"""Tile sizes of every kernel, by GPU, head dimension and dtype. Looked up, never tuned at run time.
 
-import contextlib
+Shared memory and registers bound every entry; `tests/gates` compiles all of them.
+"""
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from psa_torch.kernels._launch import capability
 
 HEAD_DIMS = (32, 64, 128, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,22 +64,14 @@ class BackwardConfig:
     key: tuple[KeyGradConfig, KeyGradConfig, KeyGradConfig, KeyGradConfig]
 
 
-def capability(x: Tensor) -> tuple[int, int]:
-    """Compute capability of the device of `x`; the interpreter plays an H100."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-
-
 def forward_config(q: Tensor, block_m: int, block_n: int) -> ForwardConfig:
     """The forward's tile sizes for `q` `[B, H, Lq, D]`."""
-    return choose_forward(capability(q), q.shape[-1], q.dtype, block_m, block_n)
+    return choose_forward(capability(q), q.shape[-1], _register_dtype(q), block_m, block_n)
 
 
-def choose_forward(
-    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int, block_n: int
-) -> ForwardConfig:
-    if dtype == torch.float32:
-        return ForwardConfig(rows=32, tile=32, tail=32, warps=4, stages=2)
-    return ForwardConfig(rows=block_m, tile=128, tail=64, warps=8, stages=3)
+def backward_config(q: Tensor, block_m: int, block_n: int) -> BackwardConfig:
+    """The backward's tile sizes for `q` `[B, H, Lq, D]`."""
+    return choose_backward(capability(q), q.shape[-1], _register_dtype(q), block_m, block_n)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -83,19 +79,29 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Kernels launch on the current device: make it that of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def _register_dtype(q: Tensor) -> torch.dtype:
+    """The interpreter has no registers to save and likes few large tiles, whatever the dtype."""
+    return q.dtype if q.is_cuda else torch.bfloat16
 
 
-def backward_config(q: Tensor, block_m: int, block_n: int) -> BackwardConfig:
-    """The backward's tile sizes for `q` `[B, H, Lq, D]`."""
-    return choose_backward(capability(q), q.shape[-1], q.dtype, block_m, block_n)
+def choose_forward(
+    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int, block_n: int
+) -> ForwardConfig:
+    """Forward tile sizes; `capability` is the compute capability of the GPU."""
+    if dtype == torch.float32:
+        return ForwardConfig(rows=16, tile=16, tail=16, warps=4, stages=1)
+    return ForwardConfig(rows=block_m, tile=128, tail=64, warps=8, stages=3)
 
 
 def choose_backward(
     capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int, block_n: int
 ) -> BackwardConfig:
+    """Backward tile sizes; `capability` is the compute capability of the GPU."""
+    if dtype == torch.float32:
+        return BackwardConfig(
+            query=QueryGradConfig(rows=16, tile=16, tail=16, warps=4, stages=1),
+            key=(KeyGradConfig(rows=16, warps=8, stages=1),) * 4,
+        )
     return BackwardConfig(
         query=QueryGradConfig(rows=block_m, tile=64, tail=32, warps=8, stages=3),
         key=(KeyGradConfig(rows=64, warps=4, stages=2),)

@@ -16,6 +16,7 @@ from psa_torch.attention.triton.walk import (
     select4,
     tail_tiles,
 )
+from psa_torch.kernels._launch import on_device_of
 from psa_torch.pyramid import Pyramid, build_pyramid
 from shared_specs.pyramid import padded_length
 
@@ -251,7 +252,7 @@ def forward_planned(
         return out, lse
     padded_len = padded_length(kv_len, block_n)
     grid = (triton.cdiv(q_len, config.rows), batch * heads)
-    with configs.on_device_of(q):
+    with on_device_of(q):
         attention_forward[grid](
             q,
             pyramid.k,

@@ -1,0 +1,16 @@
+"""Without an NVIDIA driver the Triton kernels run in Triton's interpreter.
+
+Triton reads the setting when a kernel is defined, so it is made here, before any test module of
+this directory is imported.
+"""
+
+import os
+import shutil
+
+if not (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.torch import triton_interpreter
+
+    triton_interpreter.mend()
