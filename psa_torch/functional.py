@@ -110,9 +110,11 @@ class Chosen(NamedTuple):
     scores: Tensor | None
 
 
-@torch.no_grad()
 def choose_levels(q: Tensor, k: Tensor, config: PSAConfig | Settings) -> Chosen:
-    """Scores and levels of q and k as they stand, in whatever order their tokens are."""
+    """Scores and levels of q and k as they stand, in whatever order their tokens are.
+
+    Every room detaches what it gets, so no gradient flows through the choice.
+    """
     scores = block_scores(q, k, config)
     cap = similarity_cap(k, config) if config.use_sim_mask else None
     levels = select_levels(scores, config, q_len=q.shape[2], kv_len=k.shape[2], cap=cap)
