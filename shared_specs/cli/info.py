@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"  not usable: {error}")
             continue
         for device, dtype, qkv in inputs():
-            for line in _implementations(attention.IMPLEMENTATIONS, device, dtype, qkv):
+            for line in _implementations(attention, device, dtype, qkv):
                 print(f"  {line}")
     return 0
 
@@ -51,19 +51,13 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _implementations(known: dict[str, Any], device: str, dtype: str, qkv: tuple) -> Iterator[str]:
-    q, k, v = qkv
-    reasons = {
-        name: implementation.unsupported(q, k, v, _BLOCK_M, _BLOCK_N)
-        for name, implementation in known.items()
-    }
-    able = [name for name, reason in reasons.items() if reason is None]
-    yield f"{device}, {dtype}: {able[0] if able else 'nothing'} would run"
-    for name, reason in reasons.items():
-        if name in able[1:]:
-            reason = "can run when asked for by name"
-        if reason is not None:
-            yield f"    {name}: {reason}"
+def _implementations(attention: Any, device: str, dtype: str, qkv: tuple) -> Iterator[str]:
+    chosen = attention.choose(None, *qkv, block_m=_BLOCK_M, block_n=_BLOCK_N)
+    yield f"{device}, {dtype}: {chosen} would run"
+    for name, implementation in attention.IMPLEMENTATIONS.items():
+        if name != chosen:
+            reason = implementation.unsupported(*qkv, _BLOCK_M, _BLOCK_N)
+            yield f"    {name}: {reason or 'runs when asked for by name'}"
 
 
 def _torch_inputs() -> Iterator[tuple[str, str, tuple]]:
