@@ -1,4 +1,4 @@
-"""Compile Triton kernels without a GPU and read what came out. Must not run under the interpreter."""
+"""Compile Triton kernels without a GPU and read what came out; not under the interpreter."""
 
 import collections
 import contextlib
@@ -62,7 +62,9 @@ def signature(fn, types: dict[str, str], constants: dict):
     return kinds, values, attributes
 
 
-def compile_kernel(fn, types: dict[str, str], constants: dict, *, arch: int, warps: int, stages: int, **options):
+def compile_kernel(
+    fn, types: dict[str, str], constants: dict, *, arch: int, warps: int, stages: int, **options
+):
     """Machine code of one specialisation of a `triton.jit` function for `sm_<arch>`."""
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
@@ -111,7 +113,9 @@ def _loops(sass: str) -> list[Loop]:
         if branch and labels.get(branch[1], end) < end - 1:
             spans.append((labels[branch[1]], end))
     inner = [
-        (a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)
+        (a, b)
+        for a, b in spans
+        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)
     ]
     return [Loop(b - a + 1, _opcodes(code[a : b + 1])) for a, b in sorted(inner)]
 

@@ -4,13 +4,18 @@
   patterns as if they were integers, without a word: operands are widened to float32 first.
 - The interpreter of Triton 3.6 turns arrays of one element into scalars in a way that
   NumPy 2.4 refuses: say so instead of failing in the middle of a kernel.
+- Half of its time goes to overflow checks of small integers and to patching `triton.language`
+  again at every call of a device function: both are left out.
 """
+
+import dataclasses
 
 import numpy as np
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+_plain_call = interpreter.InterpretedFunction.__call__
 _plain_dot = interpreter.InterpreterBuilder.create_dot
 
 
@@ -30,6 +35,9 @@ def mend() -> None:
             f"found {np.__version__}: run these tests on a GPU or with another numpy"
         )
     interpreter.InterpreterBuilder.create_dot = _dot
+    interpreter.InterpretedFunction.__call__ = _call_device_function
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def _widened(operand):
@@ -41,3 +49,10 @@ def _widened(operand):
 
 def _dot(builder, a, b, *args, **kwargs):
     return _plain_dot(builder, _widened(a), _widened(b), *args, **kwargs)
+
+
+def _call_device_function(function, *args, **kwargs):
+    if not function.fn.__module__.startswith("psa_torch."):
+        return _plain_call(function, *args, **kwargs)
+    # The kernel that calls it is running, so the language is patched already.
+    return function.rewrite()(*args, **kwargs)

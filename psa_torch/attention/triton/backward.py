@@ -299,7 +299,8 @@ def key_gradient(
     """Gradients of the rows of one key block at level `2**G`, from all heads of its group.
 
     dk_pooled, dv_pooled: float32 `[B, Hk, P - Lk', D]`, what each pooled row owes to every key
-    that it covers (dk before the factor `scale`), coarser levels included. Level 1 writes dk, dv `[B, Hk, Lk, D]` instead.
+    that it covers (dk before the factor `scale`), coarser levels included.
+    Level 1 writes dk, dv `[B, Hk, Lk, D]` instead.
     The row strides are compile-time constants because the loop has no registers to spare.
     """
     block = tl.program_id(0)
@@ -349,8 +350,8 @@ def key_gradient(
         batch_head = batch_kv_head * group + member
         table_row = batch_head * k_blocks + block
         n0, n1, n2, n3 = load4(counts, table_row)
-        level_entries = entries + table_row.to(tl.int64) * q_blocks + select4(
-            G, 0, n0, n0 + n1, n0 + n1 + n2
+        level_entries = (
+            entries + table_row.to(tl.int64) * q_blocks + select4(G, 0, n0, n0 + n1, n0 + n1 + n2)
         )
         count = select4(G, n0, n1, n2, n3)
         q_base = q_pointer + batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h

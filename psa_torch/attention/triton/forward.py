@@ -38,7 +38,9 @@ def _add_tile(q, k, v, acc, top, total, scale, bias):
 
 
 @triton.jit
-def _add_masked_tile(q, k, v, acc, top, total, scale, bias, last, position, IS_CAUSAL: tl.constexpr):
+def _add_masked_tile(
+    q, k, v, acc, top, total, scale, bias, last, position, IS_CAUSAL: tl.constexpr
+):
     """One tile with a bias per column (-inf: not there) and, when causal, a mask per element."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
     if IS_CAUSAL:
@@ -285,5 +287,8 @@ def forward_planned(
             NEGATE=scale < 0,
             num_warps=config.warps,
             num_stages=config.stages,
+            # Unfused, scaled logits round as their maximum does, and no weight exceeds 1 however
+            # large they are. Fused, that holds up to logits of 2**31; float32 inputs reach more.
+            enable_fp_fusion=q.dtype != torch.float32,
         )
     return out, lse
