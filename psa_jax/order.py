@@ -4,6 +4,7 @@ The rules, names and checks are `shared_specs.order`'s; this module only moves a
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ __all__ = [
     "Centroids",
     "OrderState",
     "Permutation",
+    "Resumed",
     "TokenOrder",
     "gilbert_order",
     "kmeans",
@@ -32,6 +34,18 @@ __all__ = [
 
 DISTANCE_ELEMENTS = 1 << 25
 """Most token-to-centroid distances held at a time: 128 MB in float32, whatever the length."""
+
+
+class Resumed(NamedTuple):
+    """Centroids that may stand in `Centroids` where only a traced value tells if they count.
+
+    Attributes:
+        centroids: float32 `[B, H, C, D]`, of any value if `warm` is False.
+        warm: boolean scalar; False starts from evenly spaced tokens.
+    """
+
+    centroids: Array
+    warm: Array
 
 
 class TokenOrder(TokenOrderBase):
@@ -70,7 +84,9 @@ def permute(x: Array, order: Array) -> Array:
     return jax.vmap(jax.vmap(take, (0, shared)), (0, shared))(x, order)
 
 
-def kmeans(tokens: Array, count: int, *, centroids: Array | None = None) -> tuple[Array, Array]:
+def kmeans(
+    tokens: Array, count: int, *, centroids: Array | Resumed | None = None
+) -> tuple[Array, Array]:
     """Labels and centroids after a fixed number of Lloyd steps (specification, section 8).
 
     No gradient flows through either. Sums run in a fixed order, so that equal inputs give equal
@@ -79,7 +95,8 @@ def kmeans(tokens: Array, count: int, *, centroids: Array | None = None) -> tupl
     Args:
         tokens: `[B, H, N, D]`.
         count: number of centroids, 1..N.
-        centroids: float32 `[B, H, count, D]` of an earlier call, for a warm start.
+        centroids: float32 `[B, H, count, D]` of an earlier call, for a warm start; `Resumed` where
+            a traced value decides whether there is one.
 
     Returns:
         int32 labels `[B, H, N]` and the float32 centroids `[B, H, count, D]` they are nearest to.
@@ -87,11 +104,16 @@ def kmeans(tokens: Array, count: int, *, centroids: Array | None = None) -> tupl
     Raises:
         ValueError: count out of range, or warm centroids of another shape.
     """
-    check_kmeans(tokens.shape, count, None if centroids is None else centroids.shape)
+    start, warm = (
+        centroids if isinstance(centroids, Resumed) else (centroids, centroids is not None)
+    )
+    check_kmeans(tokens.shape, count, None if start is None else start.shape)
     tokens = lax.stop_gradient(tokens)
-    if centroids is None:
-        return lloyd(tokens, evenly_spaced_tokens(tokens, count), COLD_STEPS)
-    return lloyd(tokens, lax.stop_gradient(centroids), WARM_STEPS)
+    cold = evenly_spaced_tokens(tokens, count)
+    if start is None:
+        return lloyd(tokens, cold, COLD_STEPS)
+    start = jnp.where(warm, lax.stop_gradient(start), cold)
+    return lloyd(tokens, start, jnp.where(warm, WARM_STEPS, COLD_STEPS))
 
 
 def evenly_spaced_tokens(tokens: Array, count: int) -> Array:

@@ -95,18 +95,18 @@ class PSAVideoAttention(nn.Module):
 
     @classmethod
     def from_preset(
-        cls, name: str, video_size: tuple[int, int, int] | None = None, **arguments
+        cls, preset: str, video_size: tuple[int, int, int] | None = None, **arguments
     ) -> PSAVideoAttention:
         """The published configuration and warm-up of a model.
 
         Args:
-            name: one of `shared_specs.presets.names()`.
+            preset: one of `shared_specs.presets.names()`.
             video_size: `(width, height, frames)` in pixels and frames.
             **arguments: `layer` and `state`, as for the class.
         """
-        preset = presets.load(name)
-        config = preset.config_for(video_size)
-        return cls(config, warmup_steps=preset.warmup_steps, **arguments)
+        found = presets.load(preset)
+        config = found.config_for(video_size)
+        return cls(config, warmup_steps=found.warmup_steps, **arguments)
 
     def reset(self) -> None:
         """Forget the centroids: before another video, or when shapes change."""
