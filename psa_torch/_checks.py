@@ -1,5 +1,7 @@
 """How torch tensors meet the checks of `shared_specs.checks`, and autocast."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float16, torch.bfloat16, torch.float32)
     return tuple(x.to(dtype) if x.dtype in eligible else x for x in tensors)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """For the body of an operator, which chooses its own precision: autocast reaches into it."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)

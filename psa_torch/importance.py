@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from psa_torch._checks import without_autocast
 from psa_torch._config import parse_config
 from psa_torch._dispatch import use_kernels
 from psa_torch._vmap import register_batch_rule
@@ -48,8 +49,7 @@ def _block_scores(q: Tensor, k: Tensor, config: str) -> Tensor:
         "sampled": sampled_scores,
         "antidiagonal": antidiagonal_scores,
     }
-    # Autocast reaches into the body of an operator; logits stay float32 whatever it asks for.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return estimators[settings.importance](q, k, settings)
 
 
