@@ -17,32 +17,47 @@ def spot_heads(workload: Workload) -> list[int]:
     return sorted({0, workload.heads // 2, workload.heads - 1})
 
 
-def spot_error(
-    out: np.ndarray,
+def expected_spots(
     inputs: dict[str, np.ndarray],
     levels: np.ndarray | None,
     block_n: int | None,
     workload: Workload,
-) -> float:
-    """Largest relative error over three query blocks of each of `spot_heads`.
+) -> list[tuple[int, int, np.ndarray]]:
+    """The oracle's outputs of three query blocks of each of `spot_heads`.
 
     Args:
-        out: the provider's output for those heads, `[1, heads, L, D]`.
         inputs: q, k, v as the provider read them (rounded to its dtype), all heads.
         levels: int `[1, H, Nq, Nk]`, or None for dense.
         block_n: keys per block of `levels`.
         workload: shapes, block_m, causal.
+
+    Returns:
+        (index into `spot_heads`, first row, output `[rows, D]`) of each spot.
     """
-    block_m = workload.config.block_m
-    rows = -(-workload.length // block_m)
-    worst = 0.0
-    for index, head in enumerate(spot_heads(workload)):
-        for row in sorted({0, rows // 2, rows - 1}):
-            expected = _expected(inputs, levels, block_n, workload, head, row)
-            found = out[0, index, row * block_m : row * block_m + len(expected)]
-            error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-            worst = max(worst, float(error) if np.isfinite(error) else float("inf"))
-    return worst
+    rows = -(-workload.length // workload.config.block_m)
+    return [
+        (
+            index,
+            row * workload.config.block_m,
+            _expected(inputs, levels, block_n, workload, head, row),
+        )
+        for index, head in enumerate(spot_heads(workload))
+        for row in sorted({0, rows // 2, rows - 1})
+    ]
+
+
+def spot_error(out: np.ndarray, expected: list[tuple[int, int, np.ndarray]]) -> float:
+    """Largest relative error of a spot; infinite where one is not finite.
+
+    Args:
+        out: the provider's output for `spot_heads`, `[1, heads, L, D]`.
+        expected: from `expected_spots`.
+    """
+    errors = [
+        relative_difference(out[0, index, start : start + len(rows)], rows)
+        for index, start, rows in expected
+    ]
+    return max(error if np.isfinite(error) else float("inf") for error in errors)
 
 
 def _expected(inputs, levels, block_n, workload, head, row) -> np.ndarray:

@@ -93,6 +93,14 @@ def _where_binary_wins(result: Comparison) -> list[str]:
     return lines
 
 
+def markdown(title: str, table: tuple[list[str], list[list[str]]], lines: list[str]) -> str:
+    """The caption, the table and the sentences under it, for a README."""
+    header, rows = table
+    ruled = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    drawn = ["| " + " | ".join(row) + " |" for row in ruled]
+    return "\n".join([title, "", *drawn, "", *lines]) + "\n"
+
+
 def caption(result: Comparison, source: str, grid: tuple[int, int, int], device: str) -> str:
     """One line that says what was run."""
     _, heads, tokens, head_dim = result.shape

@@ -48,7 +48,7 @@ def run_demo(
     config: PSAConfig | None = None,
     size: Size | None = None,
 ) -> None:
-    """Print the table and write `demo.png` and `demo.json` to `output`.
+    """Print the table; write it, the figure and all figures as JSON to `output`.
 
     Args:
         video: a video file; None takes the shipped clip `clip`.
@@ -96,8 +96,11 @@ def run_demo(
     save_figure(report.draw(result, frames[len(frames) // 2]), output / "demo.png")
     caption = report.caption(result, path.name, grid, device)
     report.write_json(result, output / "demo.json", caption=caption, machine=_machine())
-    _print(console, caption, report.table_rows(result), [*report.notes(result), *missing])
-    console.print(f"Figure: {output / 'demo.png'}   figures as JSON: {output / 'demo.json'}")
+    table, lines = report.table_rows(result), [*report.notes(result), *missing]
+    text = report.markdown(caption, table, lines)
+    (output / "demo.md").write_text(text, encoding="utf-8")
+    _print(console, caption, table, lines)
+    console.print(f"Written to {output}: demo.png, demo.md, demo.json", highlight=False)
 
 
 def _machine() -> dict[str, Any]:

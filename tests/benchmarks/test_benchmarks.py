@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import report, runner
-from benchmarks.accuracy import TOLERANCE, spot_error, spot_heads
+from benchmarks.accuracy import TOLERANCE, expected_spots, spot_error, spot_heads
 from benchmarks.inputs import make_inputs
 from benchmarks.session import DENSE, GIVEN, PART, WHOLE
 from benchmarks.torch_session import FLEX_BLOCK, TorchSession, binary_levels, block_mask
@@ -129,13 +129,13 @@ def test_spot_checks_pass_the_oracle_and_catch_a_wrong_row(causal):
     inputs = make_inputs(work)
     levels = chosen_levels(work, inputs)[1]
     out = oracle(inputs, levels, work)[:, spot_heads(work)]
-    check = (inputs, levels, work.config.block_n, work)
-    assert spot_error(out, *check) < 1e-9
+    expected = expected_spots(inputs, levels, work.config.block_n, work)
+    assert spot_error(out, expected) < 1e-9
     wrong = out.copy()
     wrong[:, -1, -1] *= 1.1
-    assert spot_error(wrong, *check) > TOLERANCE["float32"]
+    assert spot_error(wrong, expected) > TOLERANCE["float32"]
     wrong[0, 0, 0, 0] = np.nan
-    assert spot_error(wrong, *check) == float("inf")
+    assert spot_error(wrong, expected) == float("inf")
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,7 @@ def test_demo_runs_from_clip_to_figure(tmp_path, capsys):
     for expected in ("PyTorch ms", "JAX ms", "pyramid (levels 0 1 2 4 8)", "binary (levels 0 1)"):
         assert expected in printed
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "| binary (levels 0 1) |" in (tmp_path / "demo.md").read_text()
     data = json.loads((tmp_path / "demo.json").read_text())
     assert set(data["methods"]) == {PYRAMID, BINARY}
     assert data["frameworks_differ"][PYRAMID] < 1e-4 and data["levels_agree"] >= 0.999
