@@ -10,9 +10,10 @@ registers; then it walks its slab once, turns logarithms into shares and sums th
 Counts at 75,600 tokens, 24 heads, D = 128, stride 8 (9,450 rows and columns, 1,024 deep):
 
     product     4.39 TFLOP, 7.3 ms at 600 TFLOP/s (half of it under causality), so it runs once
-    operands    128 x 128 tiles: 512 KB per 33.6 MFLOP from L2, 69 GB in all
-    slab        1.1 GB written and read back by the processor that wrote it; 264 programs hold
-                160 MB
+    operands    128 x 256 tiles: 768 KB per 67 MFLOP from L2, 51 GB in all, 9 ms at 5.5 TB/s and
+                so what bounds the kernel; a tile of 128 x 128 would move 69 GB
+    slab        1.1 GB written and read back by the processor that wrote it; 132 programs hold
+                80 MB
 """
 
 import torch
@@ -21,47 +22,40 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch.kernels._launch import (
+    capability,
     on_device_of,
     padded_head_dim,
-    require_dtype,
     resident_programs,
     sum_inner,
 )
+from psa_torch.kernels.configs import choose_antidiagonal
+from shared_specs.config import PSAConfig
 
 _LOG2_E = 1.4426950408889634
-_PER_PROCESSOR = 2
 
 
-def antidiagonal_scores(
-    q: Tensor, k: Tensor, size: int, *, block_m: int, block_n: int, scale: float, is_causal: bool
-) -> Tensor:
+def antidiagonal_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     """Softmax over tiles of the sums along their antidiagonals, summed over a block.
 
     Args:
         q: `[B, H, Lq, D]`, float16, bfloat16 or float32, any strides.
         k: `[B, Hk, Lk, D]`, same dtype, `H % Hk == 0`.
-        size: side of a tile in tokens, a power of two that divides both blocks.
-        block_m, block_n, scale, is_causal: as everywhere.
+        config: block sizes, `antidiagonal_stride`, `causal`, `scale`.
 
     Returns:
         float32 `[B, H, Nq, Nk]`, at least 0.
-
-    Raises:
-        TypeError: dtype other than the three.
     """
-    require_dtype("q", q, (torch.float16, torch.bfloat16, torch.float32))
-    require_dtype("k", k, (q.dtype,))
     batch, heads, q_len, head_dim = q.shape
-    kv_len = k.shape[2]
-    nq, nk = triton.cdiv(q_len, block_m), triton.cdiv(kv_len, block_n)
+    kv_len, size = k.shape[2], config.antidiagonal_stride
+    scale = head_dim**-0.5 if config.scale is None else config.scale
+    nq, nk = triton.cdiv(q_len, config.block_m), triton.cdiv(kv_len, config.block_n)
     scores = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
-    exact = q.dtype == torch.float32
-    side = 64 if exact else 128
-    q_count, k_count = block_m // size, block_n // size
-    rows, columns = max(side, q_count), max(side, k_count)
+    tile = choose_antidiagonal(capability(q), q.dtype)
+    q_count, k_count = config.block_m // size, config.block_n // size
+    rows, columns = max(tile.rows, q_count), max(tile.columns, k_count)
     row_tiles = triton.cdiv(nq, rows // q_count)
     items = row_tiles * batch * heads
-    programs = min(items, resident_programs(q, _PER_PROCESSOR))
+    programs = min(items, resident_programs(q, tile.per_processor))
     sweep = max(64, columns // k_count)
     width = triton.cdiv(nk, sweep) * sweep
     slab = torch.empty(programs, rows, width, dtype=torch.float32, device=q.device)
@@ -86,17 +80,17 @@ def antidiagonal_scores(
             width,
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
-            DEPTH=min(block_d, 64),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
+            DEPTH=min(block_d, 32 if q.dtype == torch.float32 else 64),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
             STRIDE=size,
             ROWS=rows,
             COLUMNS=columns,
             SWEEP=sweep,
-            CAUSAL=is_causal,
-            PRECISION="ieee" if exact else "tf32",
-            STAGES=3,
-            num_warps=8,
+            CAUSAL=config.causal,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            STAGES=tile.stages,
+            num_warps=tile.warps,
         )
     return scores
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch.kernels._launch import on_device_of
+from psa_torch.kernels._launch import on_device_of, require_dtype
 from shared_specs.pyramid import padded_length, pyramid_rows
 
 _TILE = 1024  # elements of one tile: one 16-byte load of 16-bit elements per thread of 4 warps
@@ -24,13 +24,18 @@ def build_pyramid(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
     """Keys and values pooled by 1, 2, 4 and 8, finest first, end to end.
 
     Args:
-        k, v: `[B, Hk, Lk, D]`, any strides; float16, bfloat16, float32 or float64.
+        k, v: `[B, Hk, Lk, D]`, any strides; float16, bfloat16 or float32.
         block_n: keys per block, a multiple of 8.
 
     Returns:
         Two contiguous `[B, Hk, P, D]` in the input dtype, `P = pyramid_rows(Lk, block_n)`. Means
-        accumulate in float32 (float64 for float64); rows that cover no key are zero.
+        accumulate in float32; rows that cover no key are zero.
+
+    Raises:
+        TypeError: dtype other than the three.
     """
+    for name, x in (("k", k), ("v", v)):
+        require_dtype(name, x, (torch.float16, torch.bfloat16, torch.float32))
     batch, heads, kv_len, head_dim = k.shape
     rows, padded = pyramid_rows(kv_len, block_n), padded_length(kv_len, block_n)
     k_rows, v_rows = (x.new_empty(batch, heads, rows, head_dim) for x in (k, v))
@@ -53,7 +58,6 @@ def build_pyramid(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
             GROUPS=groups,
-            DOUBLE=k.dtype == torch.float64,
             num_warps=4,
         )
     return k_rows, v_rows
@@ -81,7 +85,6 @@ def _pyramid_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUPS: tl.constexpr,
-    DOUBLE: tl.constexpr,
 ):
     """Grid: (tiles of GROUPS groups of eight tokens) * batch * heads."""
     pid = tl.program_id(0)
@@ -93,12 +96,8 @@ def _pyramid_kernel(
     K += b * k_stride_b + h * k_stride_h
     V += b * v_stride_b + h * v_stride_h
     out = bh * rows * HEAD_DIM
-    _pool_groups(
-        K, K_ROWS + out, k_stride_l, k_stride_d, group, d, kv_len, padded, HEAD_DIM, DOUBLE
-    )
-    _pool_groups(
-        V, V_ROWS + out, v_stride_l, v_stride_d, group, d, kv_len, padded, HEAD_DIM, DOUBLE
-    )
+    _pool_groups(K, K_ROWS + out, k_stride_l, k_stride_d, group, d, kv_len, padded, HEAD_DIM)
+    _pool_groups(V, V_ROWS + out, v_stride_l, v_stride_d, group, d, kv_len, padded, HEAD_DIM)
 
 
 @triton.jit
@@ -112,22 +111,20 @@ def _pool_groups(
     kv_len,
     padded,
     HEAD_DIM: tl.constexpr,
-    DOUBLE: tl.constexpr,
 ):
     """Every level of the eight tokens of each group; OUT is one head's rows."""
-    accumulate: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    eight = tl.zeros((group.shape[0], d.shape[0]), accumulate)
+    eight = tl.zeros((group.shape[0], d.shape[0]), tl.float32)
     for half in tl.static_range(2):
-        four = tl.zeros((group.shape[0], d.shape[0]), accumulate)
+        four = tl.zeros((group.shape[0], d.shape[0]), tl.float32)
         for pair in tl.static_range(2):
-            two = tl.zeros((group.shape[0], d.shape[0]), accumulate)
+            two = tl.zeros((group.shape[0], d.shape[0]), tl.float32)
             for one in tl.static_range(2):
                 token = group * 8 + (half * 4 + pair * 2 + one)
                 real = (token < kv_len)[:, None] & (d < HEAD_DIM)[None, :]
                 at = token.to(tl.int64)[:, None] * stride_l + d.to(tl.int64)[None, :] * stride_d
                 x = tl.load(X + at, mask=real, other=0.0)
                 _store_rows(OUT, x, token, d, padded, HEAD_DIM)
-                two += x.to(accumulate)
+                two += x.to(tl.float32)
             _store_mean(OUT, two, group * 4 + (half * 2 + pair), 1, d, kv_len, padded, HEAD_DIM)
             four += two
         _store_mean(OUT, four, group * 2 + half, 2, d, kv_len, padded, HEAD_DIM)

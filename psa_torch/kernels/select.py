@@ -14,8 +14,6 @@ A bitonic sort of 2,048 (score, index) pairs is 66 exchange stages of 64-bit shu
 Bytes: scores 67 MB read, levels 67 MB and table 68 MB written, 0.04 ms at 4.8 TB/s.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import triton
@@ -52,7 +50,7 @@ def select_levels(
         TypeError: scores are not float32.
         ValueError: shapes do not fit the lengths.
     """
-    levels, _, _, _ = select(scores, cap, *_rules(config, q_len, kv_len))
+    levels, _, _, _ = _launch(scores, config, q_len, kv_len, cap, with_table=False)
     return levels
 
 
@@ -69,57 +67,12 @@ def select_levels_and_table(
     Returns:
         (levels, entries, counts, full) as those two functions return them.
     """
-    return select(scores, cap, *_rules(config, q_len, kv_len), with_table=True)
+    return _launch(scores, config, q_len, kv_len, cap, with_table=True)
 
 
-def _rules(config: PSAConfig, q_len: int, kv_len: int) -> tuple:
-    order = config.ratio_ends
-    return (
-        q_len,
-        kv_len,
-        config.block_m,
-        config.block_n,
-        config.mask_mode == "thresholdbound",
-        [level for level, _ in order],
-        [end for _, end in order],
-        [config.merge(level) for level, _ in order],
-        config.min_full_ratio,
-        config.sink_blocks,
-        config.text_length,
-        config.text_position == "start",
-        config.causal,
-    )
-
-
-def select(
-    scores: Tensor,
-    cap: Tensor | None,
-    q_len: int,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
-    by_score: bool,
-    levels: Sequence[int],
-    ends: Sequence[float],
-    merges: Sequence[int],
-    min_full_ratio: float,
-    sink_blocks: int,
-    text_length: int,
-    text_first: bool,
-    is_causal: bool,
-    *,
-    with_table: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`select_levels_and_table` on the plain values of a configuration.
-
-    Args:
-        by_score: whether the mode is `thresholdbound`.
-        levels, ends, merges: level, end ratio and blocks per tile of each step, in the order
-            taken.
-        with_table: whether to write the table; without it the last three results are None.
-    """
+def _launch(scores, config, q_len, kv_len, cap, *, with_table):
     require_dtype("scores", scores, (torch.float32,))
-    nq, nk = triton.cdiv(q_len, block_m), triton.cdiv(kv_len, block_n)
+    nq, nk = triton.cdiv(q_len, config.block_m), triton.cdiv(kv_len, config.block_n)
     if scores.ndim != 4 or tuple(scores.shape[2:]) != (nq, nk):
         raise ValueError(
             f"scores must be [B, H, {nq}, {nk}] for q_len={q_len}, kv_len={kv_len}, "
@@ -132,7 +85,7 @@ def select(
                 f"cap must be [{batch}, Hk, {nk}] with {heads} % Hk == 0, got {tuple(cap.shape)}"
             )
         cap = cap.contiguous()
-    chosen, entries = (
+    levels, entries = (
         scores.new_empty(batch, heads, nq, nk, dtype=torch.int32) if wanted else None
         for wanted in (True, with_table)
     )
@@ -140,7 +93,7 @@ def select(
         scores.new_empty(batch, heads, nq, 4, dtype=torch.int32) if with_table else None
         for _ in range(2)
     )
-    steps = list(zip(levels, ends, merges, strict=True))
+    steps = list(config.ratio_ends)
     while steps and steps[-1][0] == 0:  # what is left over is skipped anyway
         steps.pop()
     width = max(32, triton.next_power_of_2(nk))
@@ -148,7 +101,7 @@ def select(
         _select_kernel[(batch * heads * nq,)](
             scores,
             cap,
-            chosen,
+            levels,
             entries,
             counts,
             full,
@@ -159,24 +112,24 @@ def select(
             nk,
             q_len,
             kv_len,
-            text_length,
-            sink_blocks,
-            TAKEN=tuple(level for level, _, _ in steps),
-            SHARES=tuple(end for _, end, _ in steps),
-            BOUNDS=tuple(float(np.float32(end + 1e-6)) for _, end, _ in steps),
-            MERGES=tuple(merge for _, _, merge in steps),
-            MIN_FULL=min_full_ratio,
-            THRESHOLD=by_score,
+            config.text_length,
+            config.sink_blocks,
+            TAKEN=tuple(level for level, _ in steps),
+            SHARES=tuple(end for _, end in steps),
+            BOUNDS=tuple(float(np.float32(end + 1e-6)) for _, end in steps),
+            MERGES=tuple(config.merge(level) for level, _ in steps),
+            MIN_FULL=config.min_full_ratio,
+            THRESHOLD=config.mask_mode == "thresholdbound",
             SHIFT=30 - (nk - 1).bit_length(),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            CAUSAL=is_causal,
-            TEXT=text_length > 0,
-            TEXT_FIRST=text_first,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            CAUSAL=config.causal,
+            TEXT=config.text_length > 0,
+            TEXT_FIRST=config.text_position == "start",
             WIDTH=width,
             num_warps=warps_for_row(width),
         )
-    return chosen, entries, counts, full
+    return levels, entries, counts, full
 
 
 @triton.jit

@@ -11,17 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch.kernels._launch import on_device_of, require_dtype
+from shared_specs.config import PSAConfig
 
 
-def similarity_cap(
-    k: Tensor, block_n: int, threshold_2: float, threshold_4: float, threshold_8: float
-) -> Tensor:
+def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
     """Largest level at which a key block's neighbours are still alike.
 
     Args:
         k: `[B, Hk, Lk, D]`, any strides; float16, bfloat16 or float32.
-        block_n: keys per block, a multiple of 8.
-        threshold_2, threshold_4, threshold_8: what the mean cosine of a level must exceed.
+        config: `block_n` and the three thresholds.
 
     Returns:
         int32 `[B, Hk, Nk]` in {1, 2, 4, 8}.
@@ -30,8 +28,9 @@ def similarity_cap(
         TypeError: dtype other than the three.
     """
     require_dtype("k", k, (torch.float16, torch.bfloat16, torch.float32))
+    k = k.detach()
     batch, heads, kv_len, head_dim = k.shape
-    blocks = triton.cdiv(kv_len, block_n)
+    blocks = triton.cdiv(kv_len, config.block_n)
     cap = k.new_empty(batch, heads, blocks, dtype=torch.int32)
     with on_device_of(k):
         _cap_kernel[(blocks * batch * heads,)](
@@ -41,12 +40,12 @@ def similarity_cap(
             heads,
             kv_len,
             blocks,
-            threshold_2,
-            threshold_4,
-            threshold_8,
+            config.sim_2x_threshold,
+            config.sim_4x_threshold,
+            config.sim_8x_threshold,
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK=block_n,
+            BLOCK=config.block_n,
             num_warps=4,
         )
     return cap
