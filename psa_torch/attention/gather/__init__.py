@@ -5,7 +5,7 @@ dense softmax over them, so the work is that of the visited rows. Query blocks w
 numbers of rows are padded to one size and multiplied together (`plan`). float16 and bfloat16
 inputs are computed in float32, float32 and float64 in their own precision.
 
-Off the CPU the sizes of those batches are read back by the host, once per plan.
+Off the CPU the host reads the sizes of those batches back, so `gather` synchronises there.
 """
 
 from torch import Tensor
