@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._config import parse_config
+from psa_torch._dispatch import use_kernels
 from psa_torch._vmap import register_batch_rule
 from shared_specs.config import PSAConfig
 
@@ -26,6 +27,10 @@ def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
 @torch.library.custom_op("psa::similarity_cap", mutates_args=())
 def _similarity_cap(k: Tensor, config: str) -> Tensor:
     settings = parse_config(config)
+    if use_kernels(k):
+        from psa_torch.kernels import similarity
+
+        return similarity.similarity_cap(k, settings)
     thresholds = {
         2: settings.sim_2x_threshold,
         4: settings.sim_4x_threshold,
