@@ -16,13 +16,13 @@ from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.configs import BackwardConfig, KeyGradConfig, QueryGradConfig
 from psa_torch.attention.triton.plan import Plan, key_plan, query_plan
 from psa_torch.attention.triton.walk import (
-    covered,
-    full_tiles,
     gather_rows,
+    in_full_tiles,
     level_start,
     load4,
     select4,
-    tail_tiles,
+    tail_length,
+    tail_rows,
 )
 from psa_torch.kernels._launch import on_device_of
 from psa_torch.pyramid import Pyramid, build_pyramid
@@ -143,15 +143,19 @@ def query_gradient(
     entries += table_row.to(tl.int64) * k_blocks
     dq = tl.zeros([ROWS, D], tl.float32)
 
-    end0 = full_tiles(u0, 0, LOG_BLOCK_N, TILE)
-    end1 = end0 + full_tiles(u1, 1, LOG_BLOCK_N, TILE)
-    end2 = end1 + full_tiles(u2, 2, LOG_BLOCK_N, TILE)
-    end3 = end2 + full_tiles(u3, 3, LOG_BLOCK_N, TILE)
+    done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
+    done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
+    done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
+    done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
+    end0 = done0 // TILE
+    end1 = end0 + done1 // TILE
+    end2 = end1 + done2 // TILE
+    end3 = end2 + done3 // TILE
     for t in tl.range(0, end3, num_stages=STAGES):
         g = (t >= end0).to(tl.int32) + (t >= end1).to(tl.int32) + (t >= end2).to(tl.int32)
-        level_entries = entries + select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
+        level_entry = select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
         position = (t - select4(g, 0, end0, end1, end2)) * TILE + tl.arange(0, TILE)
-        rows = gather_rows(level_entries, position, g, padded_len, LOG_BLOCK_N)
+        rows = gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N)
         at = rows[:, None] * D + d[None, :]
         k = tl.load(k_pointer + at)
         v = tl.load(v_pointer + at)
@@ -161,26 +165,28 @@ def query_gradient(
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
-    end0 = tail_tiles(n0, u0, 0, LOG_BLOCK_N, TILE, TAIL)
-    end1 = end0 + tail_tiles(n1, u1, 1, LOG_BLOCK_N, TILE, TAIL)
-    end2 = end1 + tail_tiles(n2, u2, 2, LOG_BLOCK_N, TILE, TAIL)
-    end3 = end2 + tail_tiles(n3, u3, 3, LOG_BLOCK_N, TILE, TAIL)
-    for t in tl.range(0, end3, num_stages=1):
-        g = (t >= end0).to(tl.int32) + (t >= end1).to(tl.int32) + (t >= end2).to(tl.int32)
-        level_entries = entries + select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
-        stream = select4(g, n0, n1, n2, n3) << (LOG_BLOCK_N - g)
-        done = (select4(g, u0, u1, u2, u3) << (LOG_BLOCK_N - g)) // TILE * TILE
-        position = done + (t - select4(g, 0, end0, end1, end2)) * TAIL + tl.arange(0, TAIL)
-        inside = position < stream
-        rows = gather_rows(
-            level_entries, tl.minimum(position, stream - 1), g, padded_len, LOG_BLOCK_N
+    left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
+    for first in tl.range(0, left, TAIL, num_stages=1):
+        rows, last, bias = tail_rows(
+            entries,
+            first,
+            n0,
+            n1,
+            n2,
+            n3,
+            done0,
+            done1,
+            done2,
+            done3,
+            padded_len,
+            kv_len,
+            LOG_BLOCK_N,
+            TAIL,
         )
-        last, count = covered(rows, g, padded_len, kv_len)
-        real = inside & (count > 0)
+        real = (bias > float("-inf"))[:, None]
         at = rows[:, None] * D + d[None, :]
-        k = tl.load(k_pointer + at, mask=real[:, None], other=0.0)
-        v = tl.load(v_pointer + at, mask=real[:, None], other=0.0)
-        bias = tl.where(real, tl.math.log2(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+        k = tl.load(k_pointer + at, mask=real, other=0.0)
+        v = tl.load(v_pointer + at, mask=real, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + bias[None, :]
         if IS_CAUSAL:
             s = tl.where(last[None, :] <= m[:, None] + (kv_len - q_len), s, float("-inf"))

@@ -3,8 +3,9 @@
 Levels are written as exponents: `g` is 0, 1, 2, 3 for levels 1, 2, 4, 8. The rows of one level
 that a table row selects form a stream, block after block; a tile takes `TILE` consecutive
 positions of one stream, so its log-count bias is the scalar `g` (in base 2) except where a
-ragged block ends. Full tiles hold only blocks that need no mask. What is left of each stream,
-remainders and masked blocks alike, is walked by tail tiles of `TAIL` positions.
+ragged block ends. Full tiles hold only blocks that need no mask. What is left of the streams,
+remainders and masked blocks alike, is laid end to end and walked by tail tiles of `TAIL`
+positions, with the level, the count and the visibility of each position by arithmetic.
 """
 
 import triton
@@ -31,36 +32,68 @@ def load4(pointer, row):
 
 
 @triton.jit
-def full_tiles(full, g: tl.constexpr, LOG_BLOCK_N: tl.constexpr, TILE: tl.constexpr):
-    """Tiles of level `2**g` that hold only rows of its `full` unmasked blocks."""
-    return (full << (LOG_BLOCK_N - g)) // TILE
+def in_full_tiles(full, g: tl.constexpr, LOG_BLOCK_N: tl.constexpr, TILE: tl.constexpr):
+    """Positions of level `2**g` that full tiles take: whole tiles of its `full` unmasked blocks."""
+    return (full << (LOG_BLOCK_N - g)) // TILE * TILE
 
 
 @triton.jit
-def tail_tiles(
-    count,
-    full,
-    g: tl.constexpr,
-    LOG_BLOCK_N: tl.constexpr,
-    TILE: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    """Tiles of `TAIL` positions that the rest of the stream of level `2**g` needs."""
-    done = (full << (LOG_BLOCK_N - g)) // TILE * TILE
-    return ((count << (LOG_BLOCK_N - g)) - done + TAIL - 1) // TAIL
+def gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N: tl.constexpr):
+    """Pyramid rows at positions of a level's stream; `level_entry` is its first place in entries.
 
-
-@triton.jit
-def gather_rows(entries, position, g, padded_len, LOG_BLOCK_N: tl.constexpr):
-    """Pyramid rows at positions of a level's stream; `entries` points at its first block id."""
+    `g` is one level or one per position.
+    """
     shift = LOG_BLOCK_N - g
-    block = tl.load(entries + (position >> shift))
+    block = tl.load(entries + (level_entry + (position >> shift)))
     return level_start(padded_len, g) + (block << shift) + (position & ((1 << shift) - 1))
 
 
 @triton.jit
-def covered(row, g, padded_len, kv_len):
-    """Last key that each pyramid row covers, and how many real keys (0 or less: padding)."""
-    first = (row - level_start(padded_len, g)) << g
-    last = tl.minimum(first + (1 << g), kv_len) - 1
-    return last, last + 1 - first
+def tail_rows(
+    entries,
+    first,
+    n0,
+    n1,
+    n2,
+    n3,
+    done0,
+    done1,
+    done2,
+    done3,
+    padded_len,
+    kv_len,
+    LOG_BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """`TAIL` positions from `first` on of what full tiles left over, all levels end to end.
+
+    n0 .. n3 are the counts of the table row, done0 .. done3 the positions in full tiles.
+
+    Returns:
+        The pyramid row of each position, the last key it covers, and its log2 count; that is
+        -inf where there is no row or the row covers no key.
+    """
+    end0 = (n0 << LOG_BLOCK_N) - done0
+    end1 = end0 + (n1 << (LOG_BLOCK_N - 1)) - done1
+    end2 = end1 + (n2 << (LOG_BLOCK_N - 2)) - done2
+    end3 = end2 + (n3 << (LOG_BLOCK_N - 3)) - done3
+    x = first + tl.arange(0, TAIL)
+    inside = x < end3
+    x = tl.minimum(x, end3 - 1)
+    g = (x >= end0).to(tl.int32) + (x >= end1).to(tl.int32) + (x >= end2).to(tl.int32)
+    position = x + select4(g, done0, done1 - end0, done2 - end1, done3 - end2)
+    level_entry = select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
+    rows = gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N)
+    first_key = (rows - level_start(padded_len, g)) << g
+    last = tl.minimum(first_key + (1 << g), kv_len) - 1
+    count = last + 1 - first_key
+    bias = tl.math.log2(tl.maximum(count, 1).to(tl.float32))
+    return rows, last, tl.where(inside & (count > 0), bias, float("-inf"))
+
+
+@triton.jit
+def tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N: tl.constexpr):
+    """Positions that full tiles left over."""
+    stream = (n0 << LOG_BLOCK_N) + (n1 << (LOG_BLOCK_N - 1))
+    stream += (n2 << (LOG_BLOCK_N - 2)) + (n3 << (LOG_BLOCK_N - 3))
+    return stream - (done0 + done1 + done2 + done3)
