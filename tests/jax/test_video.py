@@ -1,7 +1,5 @@
 """PSAVideoAttention in Flax: warm-up, warm start, records, cross-attention, presets, under jit."""
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,11 +7,10 @@ import numpy as np
 import pytest
 
 from psa_jax import psa_attention
-from psa_jax.functional import choose_levels
 from psa_jax.order import TokenOrder
 from psa_jax.video import PSAVideoAttention, density_records
 from shared_specs import PSAConfig, presets
-from shared_specs import masks as spec_masks
+from tests.video_reference import reference
 
 GRID, TEXT = (4, 8, 16), 20
 LENGTH = 4 * 8 * 16 + TEXT
@@ -43,30 +40,35 @@ def close(a, b, atol=2e-5):
     np.testing.assert_allclose(a, b, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("method", [None, "Gilbert", "STA", "SemanticAware", "Hybrid"])
+def call(module, *qkv, **options):
+    """One compiled call without state."""
+    return jax.jit(lambda *qkv: module.apply({}, *qkv, **options))(*qkv)
+
+
+@pytest.mark.parametrize("method", [None, "STA", "SemanticAware", "Hybrid"])
 def test_a_sparse_step_is_psa_attention(rng, method):
     config = config_of(method)
     qkv = make_qkv(rng)
-    out, lse = PSAVideoAttention(config, warmup_steps=2).apply({}, *qkv, step=2, return_lse=True)
-    expected, expected_lse = psa_attention(*qkv, config=config, return_lse=True)
-    close(out, expected, 1e-6)
-    close(lse, expected_lse, 1e-6)
+    out, lse = call(PSAVideoAttention(config, warmup_steps=2), *qkv, step=2, return_lse=True)
+    expected, expected_lse, _ = reference(*qkv, config)
+    close(out, expected)
+    close(lse, expected_lse)
     assert np.abs(out - dense(*qkv)).max() > 1e-3
 
 
 def test_warm_up_steps_are_dense(rng):
     qkv = make_qkv(rng)
-    module = PSAVideoAttention(config_of("Gilbert", scale=0.3), warmup_steps=2)
-    for step in range(2):
-        close(module.apply({}, *qkv, step=step), dense(*qkv, scale=0.3))
-    sparse = module.apply({}, *qkv, step=2)
-    assert np.abs(sparse - dense(*qkv, scale=0.3)).max() > 1e-3
+    config = config_of("Gilbert", scale=0.3)
+    module = PSAVideoAttention(config, warmup_steps=2)
+    close(call(module, *qkv, step=1), dense(*qkv, scale=0.3))
 
     # A traced step chooses at run time: one compiled program for all steps.
     run = jax.jit(lambda step: module.apply({}, *qkv, step=step))
-    close(run(1), dense(*qkv, scale=0.3))
-    close(run(2), sparse, 1e-6)
-    assert run._cache_size() == 1
+    for step in range(2):
+        close(run(step), dense(*qkv, scale=0.3))
+    sparse = reference(*qkv, config)[0]
+    close(run(2), sparse)
+    assert run._cache_size() == 1 and np.abs(sparse - dense(*qkv, scale=0.3)).max() > 1e-3
 
 
 def test_a_missing_or_bad_step_is_refused(rng):
@@ -88,21 +90,21 @@ def test_a_missing_or_bad_step_is_refused(rng):
 def test_cross_attention_is_dense_and_leaves_no_trace(rng):
     module = PSAVideoAttention(config_of("Gilbert"), warmup_steps=1, record_steps=4)
     other = make_qkv(rng, kv_length=77)
-    out, state = module.apply({}, *other, step=2, mutable=["psa"])
+    out, state = call(module, *other, step=2, mutable=["psa"])
     close(out, dense(*other))
     assert not state
     same_length = make_qkv(rng)
-    close(module.apply({}, *same_length, cross_attention=True), dense(*same_length))
+    close(call(module, *same_length, cross_attention=True), dense(*same_length))
 
 
 def test_causal_calls_with_a_longer_past_are_sparse(rng):
     config = PSAConfig(causal=True)
     qkv = make_qkv(rng, length=300, kv_length=700)
     module = PSAVideoAttention(config, warmup_steps=1)
-    sparse = module.apply({}, *qkv, step=1)
-    close(sparse, psa_attention(*qkv, config=config), 1e-6)
+    sparse = call(module, *qkv, step=1)
+    close(sparse, reference(*qkv, config)[0])
     visible = np.arange(700)[None] <= np.arange(300)[:, None] + 400
-    close(module.apply({}, *qkv, step=0), dense(*qkv, visible=visible))
+    close(call(module, *qkv, step=0), dense(*qkv, visible=visible))
     assert np.abs(sparse - dense(*qkv, visible=visible)).max() > 1e-3
 
 
@@ -119,16 +121,12 @@ def test_bad_lengths_and_arrays_are_refused(rng):
         module.apply({}, q, k, v, step=0, implementation="flash")
 
 
-@pytest.mark.parametrize("traced", [False, True])
-def test_centroids_pass_from_step_to_step(rng, traced):
+def test_centroids_pass_from_step_to_step(rng):
     config = config_of("SemanticAware")
     qkv = make_qkv(rng)
     module = PSAVideoAttention(config, warmup_steps=1)
 
-    def call(state, step):
-        return module.apply(state, *qkv, step=step, mutable=["psa"])[1]
-
-    advance = jax.jit(call, static_argnums=() if traced else (1,))
+    advance = jax.jit(lambda *now: module.apply(now[0], *qkv, step=now[1], mutable=["psa"])[1])
     order = TokenOrder.from_config(config, LENGTH, LENGTH)
     cold = order.apply(*qkv)[3].centroids
     warm = order.apply(*qkv, centroids=cold)[3].centroids
@@ -148,25 +146,29 @@ def test_centroids_pass_from_step_to_step(rng, traced):
 
 def test_centroids_of_another_shape_are_refused(rng):
     module = PSAVideoAttention(config_of("SemanticAware"))
-    state = module.apply({}, *make_qkv(rng), step=0, mutable=["psa"])[1]
+    init = jax.eval_shape(lambda *qkv: module.init(jax.random.key(0), *qkv, step=0), *make_qkv(rng))
     with pytest.raises(ValueError, match="centroids of an earlier call must have shape"):
-        module.apply(state, *make_qkv(rng, heads=4), step=1, mutable=["psa"])
+        jax.eval_shape(
+            lambda state, *qkv: module.apply(state, *qkv, step=1), init, *make_qkv(rng, heads=4)
+        )
 
 
 def test_state_is_read_without_being_written(rng):
     config = config_of("Hybrid")
     qkv = make_qkv(rng)
     module = PSAVideoAttention(config, record_steps=2)
-    state = module.apply({}, *qkv, step=0, mutable=["psa"])[1]
+    run = jax.jit(lambda state, step: module.apply(state, *qkv, step=step, mutable=["psa"]))
+    state = run({}, 0)[1]
     assert set(state["psa"]) == {"centroids_step", "key_centroids", "density"}
-    written = module.apply(state, *qkv, step=1, mutable=["psa"])[0]
-    close(module.apply(state, *qkv, step=1), written, 1e-6)
+    written = run(state, 1)[0]
+    read = jax.jit(lambda state: module.apply(state, *qkv, step=1))(state)
+    close(read, written, 1e-6)
 
 
 def test_init_makes_the_state_without_a_step_in_it(rng):
     qkv = make_qkv(rng)
     module = PSAVideoAttention(config_of("SemanticAware"), record_steps=3)
-    variables = module.init(jax.random.key(0), *qkv, step=2)
+    variables = jax.jit(lambda: module.init(jax.random.key(0), *qkv, step=2))()
     assert set(variables) == {"psa"} and int(variables["psa"]["centroids_step"]) == -1
     assert len(density_records(variables)) == 0
 
@@ -191,17 +193,13 @@ def test_records_hold_every_layer_step_and_head(rng):
         rearrange_method="Gilbert", grid=(4, 8, 24), mask_mode="thresholdbound", mask_ratios=ratios
     )
     model, state, expected = Model(config), {}, {}
-    order = TokenOrder.from_config(config, 768, 768)
     advance = jax.jit(lambda state, step, *x: model.apply(state, *x, step, mutable=["psa"]))
     for step in range(3):
         q, k, v = make_qkv(rng, length=768)
         q = q * jnp.array([1.0, 32])[:, None, None]
         _, state = advance(state, step, q, k, v)
-        moved = order.apply(q, k, v)
-        levels = np.asarray(choose_levels(moved[0], moved[1], config).levels)
-        for head in range(2):
-            density = 1.0 if step == 0 else spec_masks.density(levels[:, head])
-            expected["block_0", step, head] = density
+        densities = [1.0, 1.0] if step == 0 else reference(q, k, v, config)[2]
+        expected.update({("block_0", step, head): densities[head] for head in range(2)})
     records = density_records(state)
     assert len(records) == 2 * 3 * 2
     found = {(r.layer, r.step, r.head): r.density for r in records}
@@ -223,25 +221,21 @@ def test_records_name_stacked_layers_in_their_order():
     assert means[0] == [1.0, 0.25] and means[1][1] == 0.5 and np.isnan(means[1][0])
 
 
-@pytest.mark.parametrize("method", ["Gilbert", "SemanticAware"])
-def test_gradients_are_those_of_psa_attention(rng, method):
-    config = config_of(method)
+def test_gradients_are_those_of_psa_attention(rng):
+    config = config_of("Hybrid")
     qkv = make_qkv(rng)
     weight = jnp.asarray(rng.normal(size=qkv[0].shape), jnp.float32)
     module = PSAVideoAttention(config, warmup_steps=1)
 
-    @jax.jit
-    def ours(step, *qkv):
-        def loss(*qkv):
-            return (module.apply({}, *qkv, step=step, mutable=["psa"])[0] * weight).sum()
+    def gradients(function):
+        def loss(qkv, *arguments):
+            return (function(*qkv, *arguments) * weight).sum()
 
-        return jax.grad(loss, (0, 1, 2))(*qkv)
+        return jax.jit(jax.grad(loss))
 
-    def theirs(function):
-        return jax.grad(lambda *qkv: (function(*qkv) * weight).sum(), (0, 1, 2))(*qkv)
-
-    for step, function in ((0, dense), (1, lambda *x: psa_attention(*x, config=config))):
-        for a, b in zip(ours(step, *qkv), theirs(function), strict=True):
+    ours = gradients(lambda q, k, v, s: module.apply({}, q, k, v, step=s, mutable=["psa"])[0])
+    for step, function in ((0, dense), (1, lambda *qkv: psa_attention(*qkv, config=config))):
+        for a, b in zip(ours(qkv, step), gradients(function)(qkv), strict=True):
             close(a, b, 1e-4)
 
 
@@ -259,13 +253,9 @@ def test_presets_run_end_to_end(rng, name):
     assert module.warmup_steps == preset.warmup_steps
     q, k, v = make_qkv(rng, length=length)
     q = 3 * q
-    out, state = module.apply({}, q, k, v, step=preset.warmup_steps, mutable=["psa"])
-    assert out.shape == q.shape and np.isfinite(out).all()
-    close(out, psa_attention(q, k, v, config=module.config), 1e-6)
-    density = [record.density for record in density_records(state)]
-    assert len(density) == 2 and all(0 < value <= 1 for value in density)
-    visible = np.tri(length, dtype=bool) if module.config.causal else None
-    if preset.warmup_steps:
-        close(module.apply({}, q, k, v, step=0), dense(q, k, v))
-    levels_one = dataclasses.replace(module.config, mask_ratios={1: (0.0, 1.0)}, use_sim_mask=False)
-    close(PSAVideoAttention(levels_one).apply({}, q, k, v), dense(q, k, v, visible=visible))
+    out, state = call(module, q, k, v, step=preset.warmup_steps, mutable=["psa"])
+    expected, _, densities = reference(q, k, v, module.config)
+    close(out, expected)
+    records = density_records(state)
+    assert [record.density for record in records] == pytest.approx(densities, abs=1e-6)
+    assert [record.step for record in records] == [preset.warmup_steps] * 2
