@@ -142,18 +142,17 @@ def plain_attention(inputs: Inputs, *, block_m, block_n, scale, is_causal) -> Re
     what that dtype can be asked for."""
     assert not is_causal and scale is None
     q, k, v, levels = inputs[:4]
-    dtype, kv_len = q.dtype, k.shape[2]
-    counts = torch.from_numpy(pooled_counts(kv_len, block_n))
-    pool = torch.from_numpy(
-        build_pyramid(np.eye(kv_len)[None, None], np.eye(kv_len)[None, None], block_n).k[0, 0]
-    )
-    of_block = torch.cat(
-        [torch.arange(levels.shape[-1]).repeat_interleave(block_n // level) for level in LEVELS]
-    )
-    n_blocks = levels.shape[-1]
-    of_level = torch.cat([torch.full((n_blocks * block_n // level,), level) for level in LEVELS])
-    bias = torch.where(levels[..., of_block] == of_level, counts.double().log(), -torch.inf)
-    bias = bias.repeat_interleave(block_m, -2)[:, :, : q.shape[2]].to(dtype)
+    dtype, kv_len, n_blocks = q.dtype, k.shape[2], levels.shape[-1]
+    identity = np.eye(kv_len)[None, None]
+    pool = torch.from_numpy(build_pyramid(identity, identity, block_n).k[0, 0])
+    sizes = [block_n // level for level in LEVELS]
+    of_block = torch.cat([torch.arange(n_blocks).repeat_interleave(size) for size in sizes])
+    of_level = torch.tensor(LEVELS).repeat_interleave(n_blocks * torch.tensor(sizes))
+    counts = torch.from_numpy(pooled_counts(kv_len, block_n)).double()
+    selected = levels.cpu()[..., of_block] == of_level
+    bias = torch.where(selected, counts.log(), -torch.inf)
+    bias = bias.repeat_interleave(block_m, -2)[:, :, : q.shape[2]].to(q)
+    pool = pool.to(q.device)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     q, k, v = leaves
     k, v = ((pool @ x.double()).to(dtype) for x in (k, v))
@@ -193,13 +192,15 @@ OTHERS = [
 
 
 class AttentionContract:
-    """Tests of one implementation; a subclass names it and the float32 tolerance if wider."""
+    """Tests of one implementation; a subclass names it, and the device or a wider float32
+    tolerance if need be."""
 
     implementation: str
+    device = "cpu"
     tolerance = FLOAT32_TOLERANCE
 
     def check(self, case: Case, rng) -> None:
-        inputs = case.inputs(rng)
+        inputs = case.inputs(rng, self.device)
         got = run(inputs, self.implementation, **case.settings())
         assert_close(got, expected(inputs, **case.settings()), self.tolerance)
 
@@ -231,7 +232,7 @@ class AttentionContract:
     @pytest.mark.parametrize("block_n", [32, 128])
     def test_low_precision_is_within_twice_the_plain_error(self, dtype, block_n, rng):
         case = Case(block_n=block_n, dtype=dtype)
-        inputs = case.inputs(rng)
+        inputs = case.inputs(rng, self.device)
         inputs.levels[..., 0] = 1  # the yardstick has no rule for rows that see nothing
         want = expected(inputs, **case.settings())
         errors = relative_errors(run(inputs, self.implementation, **case.settings()), want)
@@ -240,8 +241,8 @@ class AttentionContract:
 
     def test_segments_are_the_same_mask(self, rng):
         case = Case(block_n=32)
-        inputs = case.inputs(rng)
-        segments = torch.from_numpy(to_segments(inputs.levels.numpy()))
+        inputs = case.inputs(rng, self.device)
+        segments = torch.from_numpy(to_segments(inputs.levels.cpu().numpy())).to(self.device)
         for x, y in zip(
             run(inputs, self.implementation, **case.settings()),
             run(inputs._replace(levels=segments), self.implementation, **case.settings()),
@@ -251,7 +252,7 @@ class AttentionContract:
 
     def test_non_contiguous_inputs(self, rng):
         case = Case(heads=4, kv_heads=2)
-        inputs = case.inputs(rng)
+        inputs = case.inputs(rng, self.device)
 
         def strided(x):
             return x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim == 4 else x
@@ -266,7 +267,7 @@ class AttentionContract:
 
     def test_same_bits_on_every_run(self, rng):
         case = Case(heads=4, kv_heads=1, q_len=300, kv_len=300)
-        inputs = case.inputs(rng)
+        inputs = case.inputs(rng, self.device)
         first = run(inputs, self.implementation, **case.settings())
         for _ in range(3):
             again = run(inputs, self.implementation, **case.settings())
@@ -275,7 +276,7 @@ class AttentionContract:
 
     def test_large_logits_stay_finite(self, rng):
         case = Case(scale=40.0, is_causal=True)
-        inputs = case.inputs(rng)
+        inputs = case.inputs(rng, self.device)
         want = expected(inputs, **case.settings())
         # Rounding of logits near 1000 is what float32 leaves, hence the wider bound.
         assert_close(run(inputs, self.implementation, **case.settings()), want, 2e-3)
