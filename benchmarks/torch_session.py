@@ -129,19 +129,21 @@ class TorchSession:
         name = "torch-sdpa" if backend == "default" else f"torch-sdpa-{backend}"
         return Provider(name=name, kind=DENSE, build=self._passes(attend))
 
+    @functools.cached_property
+    def _flex_attend(self) -> Callable[..., torch.Tensor]:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        # Fresh: a compiled function kept from another length would be a dynamic-shape one.
+        torch._dynamo.reset()
+        return functools.partial(
+            torch.compile(flex_attention, dynamic=False),
+            block_mask=block_mask(self.binary_levels(), self.workload, self.device),
+            enable_gqa=self.workload.heads != self.workload.kv_heads,
+        )
+
     def _flex(self) -> Provider:
         def build(which: str) -> Callable[[], Any]:
-            from torch.nn.attention.flex_attention import flex_attention
-
-            mask = block_mask(self.binary_levels(), self.workload, self.device)
-            # Fresh: a compiled function kept from another length would be a dynamic-shape one.
-            torch._dynamo.reset()
-            attend = functools.partial(
-                torch.compile(flex_attention, dynamic=False),
-                block_mask=mask,
-                enable_gqa=self.workload.heads != self.workload.kv_heads,
-            )
-            return self._passes(attend)(which)
+            return self._passes(self._flex_attend)(which)
 
         return Provider(
             name="torch-flex",

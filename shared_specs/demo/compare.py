@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from shared_specs.config import PSAConfig
-from shared_specs.demo.frameworks import Framework, dense_levels, median_seconds
+from shared_specs.demo.frameworks import Framework, dense_levels, timed
 from shared_specs.demo.masks import binary_of_equal_cost, scaled
 from shared_specs.masks import density
 
@@ -99,20 +98,22 @@ def compare(
     for framework in frameworks:
         inputs = first_inputs if framework is first else tuple(framework.array(x) for x in qkv)
         step(f"{framework.title}: dense")
-        dense_seconds[framework.title] = median_seconds(
+        dense_seconds[framework.title], out = timed(
             framework, lambda f=framework, x=inputs: f.dense(*x), repeats
         )
         if reference is None:
-            reference = framework.numpy(framework.dense(*inputs))
+            reference = framework.numpy(out)
         for method in METHODS:
             step(f"{framework.title}: {method} mask")
             if method == BINARY and BINARY not in configs:
                 configs[BINARY] = binary_of_equal_cost(config, chosen[PYRAMID][0])
-            call = _bound(framework, inputs, configs[method])
-            out, levels = call()
+            seconds[method][framework.title], (out, levels) = timed(
+                framework,
+                lambda f=framework, x=inputs, c=configs[method]: f.sparse(*x, c),
+                repeats,
+            )
             outputs[method].append(framework.numpy(out))
             chosen[method].append(dense_levels(framework, levels))
-            seconds[method][framework.title] = median_seconds(framework, call, repeats)
     results = {
         method: _judge(outputs[method][0], reference, chosen[method][0], seconds[method])
         for method in METHODS
@@ -126,10 +127,6 @@ def compare(
         frameworks_differ=_differences(outputs) if len(frameworks) > 1 else None,
         levels_agree=_agreement(chosen) if len(frameworks) > 1 else None,
     )
-
-
-def _bound(framework: Framework, inputs: tuple, config: PSAConfig) -> Callable[[], Any]:
-    return lambda: framework.sparse(*inputs, config)
 
 
 def _judge(

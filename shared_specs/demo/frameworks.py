@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -138,12 +139,13 @@ def dense_levels(framework: Framework, levels: Any) -> np.ndarray:
     return from_segments(levels) if (levels == SEPARATOR).any() else levels
 
 
-def median_seconds(framework: Framework, call: Any, repeats: int) -> float:
-    """Median time of `call()` after one call that is not counted."""
-    framework.wait(call())
+def timed(framework: Framework, call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """Median seconds of `repeats` calls after one that is not counted, and that one's result."""
+    result = call()
+    framework.wait(result)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         framework.wait(call())
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(times), result
