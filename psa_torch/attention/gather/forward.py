@@ -36,7 +36,8 @@ def forward(
     keys, values = build_pyramid(k.to(p.dtype), v.to(p.dtype), block_n)
     q_rows = query_blocks(p, q)
     out = torch.zeros_like(q_rows)
-    lse = torch.full_like(q_rows[..., 0], -torch.inf)
+    top, total = torch.zeros_like(q_rows[..., :1]), torch.zeros_like(q_rows[..., :1])
+    lowest = torch.finfo(p.dtype).min
     buffers = Buffers(p)
     for batch in batches(p, levels):
         logits = buffers.take("logits", len(batch.runs), block_m, batch.bias.shape[-1])
@@ -47,15 +48,15 @@ def forward(
         )
         if batch.hidden is not None:
             logits[..., -batch.hidden.shape[-1] :].masked_fill_(batch.hidden, -torch.inf)
-        top = logits.amax(-1, keepdim=True)
-        # A row that sees nothing has top -inf; with 0 instead it gets weights 0 and lse -inf.
-        top.masked_fill_(top == -torch.inf, 0)
-        weights = logits.sub_(top).exp2_()
-        total = weights.sum(-1, keepdim=True)
-        lse[batch.blocks] = (top + total.log2()).mul_(1 / LOG2_E)[..., 0]
-        total.masked_fill_(total == 0, 1)
+        # A row that sees nothing has maximum -inf; a finite one gives it weights 0, not NaN.
+        maximum = logits.amax(-1, keepdim=True).clamp_(min=lowest)
+        weights = logits.sub_(maximum).exp2_()
+        weight = weights.sum(-1, keepdim=True)
+        top[batch.blocks], total[batch.blocks] = maximum, weight
         gathered = buffers.gather("rows", values, batch.runs)
-        out[batch.blocks] = torch.bmm(weights, gathered).div_(total)
+        # The largest weight is 1, so only rows that see nothing are below it.
+        out[batch.blocks] = torch.bmm(weights, gathered).div_(weight.clamp_(min=1))
+    lse = (top + total.log2()).mul_(1 / LOG2_E)
     shape = (p.batch, p.heads, -1)
     out = out.view(*shape, p.head_dim)[:, :, : p.q_len].to(q.dtype)
     return out.contiguous(), lse.view(shape)[:, :, : p.q_len].contiguous()
