@@ -48,10 +48,10 @@ def forward(
     """
     call = _Call(q, k, block_m, block_n, is_causal, config)
     walk = call.walk(call.config.forward)
-    q, scale = (-q, -scale) if scale < 0 else (q, scale)
+    sign, scale = _split(scale)
     pyramid = build_pyramid(k, v, block_n)
     out, lse = forward_kernel(
-        call.query_rows(q),
+        call.query_rows(q * sign),
         kernel_pyramid(pyramid.k, walk.geometry),
         kernel_pyramid(pyramid.v, walk.geometry),
         walk_plan(levels, walk.geometry),
@@ -90,7 +90,7 @@ def backward(
         dq, dk, dv in the dtypes and shapes of q, k and v.
     """
     call = _Call(q, k, block_m, block_n, is_causal, config)
-    sign = -1.0 if scale < 0 else 1.0
+    sign, scale = _split(scale)
     pyramid = build_pyramid(k, v, block_n)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     if dlse is not None:
@@ -104,18 +104,30 @@ def backward(
         keys,
         values,
         call.query_rows(dout.astype(q.dtype)),
-        call.query_numbers(lse2, -MASKED),
-        call.query_numbers(jnp.where(empty, 0.0, delta), 0.0),
+        jnp.stack(
+            [
+                call.query_numbers(lse2, -MASKED),
+                call.query_numbers(jnp.where(empty, 0.0, delta), 0.0),
+            ],
+            axis=1,
+        ),
     )
-    options = {"scale": abs(scale), "interpret": call.interpret}
+    options = {"scale": scale, "interpret": call.interpret}
     dq = query_gradient_kernel(*inputs, walk_plan(levels, walk.geometry), walk, **options)
     dq = dq[:, : q.shape[2]].reshape(q.shape) * sign
     key_walk = call.key_walk()
     gradients = key_gradient_kernel(
-        *inputs, key_plan(levels, key_walk.tiles.geometry), key_walk, **options
+        *inputs, key_plan(levels, k.shape[1], key_walk.tiles.geometry), key_walk, **options
     )
     dk, dv = (unpool(rows, key_walk.tiles, k.shape) for rows in gradients)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _split(scale: float) -> tuple[float, float]:
+    """`scale` as a factor for the queries and a positive one for the kernels."""
+    if scale == 0:
+        return 0.0, 1.0
+    return math.copysign(1.0, scale), abs(scale)
 
 
 @dataclasses.dataclass

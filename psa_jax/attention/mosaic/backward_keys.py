@@ -21,15 +21,14 @@ from psa_jax.attention.mosaic import products
 from psa_jax.attention.mosaic.config import KeyConfig
 from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS
 from psa_jax.attention.mosaic.key_plan import (
-    BLOCK_BITS,
-    BLOCK_SHIFT,
     MASKED_VISITS,
-    START,
     VISITS,
     KeyPlan,
     KeyTiles,
+    unpack_row,
+    visited_query,
 )
-from psa_jax.attention.mosaic.plan import MASKED, unpack_covers
+from psa_jax.attention.mosaic.plan import MASKED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +63,6 @@ class KeyWalk:
         tile = self.tiles.total - 1 - lax.rem(item, self.tiles.total)
         return lax.div(item, self.tiles.total), tile
 
-    def head(self, kv_head: jax.Array, member: jax.Array) -> jax.Array:
-        """The `member`-th query head of a key/value head."""
-        batch = lax.div(kv_head, self.kv_heads)
-        return batch * self.heads + lax.rem(kv_head, self.kv_heads) * self.group + member
-
     def steps(self, visits: jax.Array, consumer: jax.Array | int) -> jax.Array:
         """How many 64-row query tiles a consumer takes from the first `visits` visits."""
         if self.split_blocks:
@@ -78,9 +72,14 @@ class KeyWalk:
     def visit_index(self, step: jax.Array, consumer: jax.Array | int) -> jax.Array:
         return step if self.split_blocks else step * CONSUMERS + consumer
 
-    def first_query(self, visit: jax.Array, consumer: jax.Array | int) -> jax.Array:
-        first = lax.shift_right_logical(visit, BLOCK_BITS) * self.tiles.geometry.block_m
-        return first + consumer * ROWS if self.split_blocks else first
+    def queries(self, visit: jax.Array, consumer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """A consumer's share of a visit: query head of the group, first query row."""
+        geometry = self.tiles.geometry
+        query = visited_query(visit)
+        first = lax.rem(query, geometry.query_blocks) * geometry.block_m
+        if self.split_blocks:
+            first = first + consumer * ROWS
+        return lax.div(query, geometry.query_blocks), first
 
     def slot(self, step: jax.Array, consumer: jax.Array | int) -> jax.Array:
         """Stage of a consumer's `step`-th query tile, counted from the start of the kernel."""
@@ -91,27 +90,23 @@ class KeyWalk:
 class Scratch:
     keys: Any
     values: Any
-    covers: Any
+    rows: Any
     keys_full: Any
     keys_empty: Any
     queries: Any
     dout: Any
-    lse2: Any
-    delta: Any
+    numbers: Any
     queries_full: Any
     queries_empty: Any
     partial: Any
-    dk_given: Any
-    dv_given: Any
+    given: Any
 
 
-def key_gradient_kernel(
-    q, k, v, dout, lse2, delta, plan: KeyPlan, walk: KeyWalk, *, scale, interpret
-):
+def key_gradient_kernel(q, k, v, dout, numbers, plan: KeyPlan, walk: KeyWalk, *, scale, interpret):
     """Run the kernel.
 
     Args:
-        q, dout, k, v, lse2, delta, scale: as for the dq kernel.
+        q, dout, k, v, numbers, scale: as for the dq kernel.
 
     Returns:
         dk, dv: float32 `[B * Hk, tiles * 64, D]`, gradients of the pyramid's rows, tile by tile.
@@ -120,25 +115,22 @@ def key_gradient_kernel(
     slots = CONSUMERS * walk.config.stages
     queries = products.operand((slots, ROWS, head_dim), dtype)
     keys = products.operand((ROWS, head_dim), dtype)
-    numbers = plgpu.SMEM((slots, ROWS), jnp.float32)
     scratch = Scratch(
         keys=keys,
         values=keys,
-        covers=plgpu.SMEM((ROWS,), jnp.int32),
+        rows=plgpu.SMEM((ROWS,), jnp.int32),
         keys_full=plgpu.Barrier(num_arrivals=3),
         keys_empty=plgpu.Barrier(num_arrivals=CONSUMERS),
         queries=queries,
         dout=queries,
-        lse2=numbers,
-        delta=numbers,
-        queries_full=plgpu.Barrier(num_arrivals=4, num_barriers=slots),
+        numbers=plgpu.SMEM((slots, 2, ROWS), jnp.float32),
+        queries_full=plgpu.Barrier(num_arrivals=3, num_barriers=slots),
         queries_empty=plgpu.Barrier(num_barriers=slots),
         partial=products.operand((ROWS, head_dim), jnp.float32),
-        dk_given=plgpu.Barrier(),
-        dv_given=plgpu.Barrier(),
+        given=plgpu.Barrier(num_barriers=2),
     )
     rows = jax.ShapeDtypeStruct((k.shape[0], walk.tiles.total * ROWS, head_dim), jnp.float32)
-    arrays, tree = jax.tree.flatten((q, dout, lse2, delta, k, v, plan))
+    arrays, tree = jax.tree.flatten((q, dout, numbers, k, v, plan))
 
     def body(*refs):
         inputs = tree.unflatten(refs[: len(arrays)])
@@ -162,8 +154,7 @@ def key_gradient_kernel(
 def _warpgroup(
     q_ref,
     dout_ref,
-    lse2_ref,
-    delta_ref,
+    numbers_ref,
     k_ref,
     v_ref,
     plan,
@@ -175,7 +166,6 @@ def _warpgroup(
     scale,
 ):
     warpgroup = lax.axis_index("warpgroup")
-    items = walk.items_of_block()
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
@@ -183,14 +173,15 @@ def _warpgroup(
         consumer = functools.partial(
             _consume, plan, dk_ref, dv_ref, scratch, walk, scale, warpgroup
         )
-        lax.fori_loop(0, items, consumer, jnp.int32(0))
+        lax.fori_loop(0, walk.items_of_block(), consumer, jnp.int32(0))
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
         plgpu.set_max_registers(walk.config.producer_registers, action="decrease")
         producer = functools.partial(
-            _produce, (q_ref, dout_ref, lse2_ref, delta_ref), k_ref, v_ref, plan, scratch, walk
+            _produce, q_ref, dout_ref, numbers_ref, k_ref, v_ref, plan, scratch, walk
         )
+        items = walk.items_of_block()
         done = lax.fori_loop(0, items, producer, (jnp.int32(0),) * CONSUMERS)
         pl.when(items > 0)(lambda: plgpu.barrier_wait(scratch.keys_empty))
         for consumer in range(CONSUMERS):
@@ -202,125 +193,108 @@ def _warpgroup(
             lax.fori_loop(jnp.maximum(steps - walk.config.stages, 0), steps, wait, None)
 
 
-def _produce(row_refs, k_ref, v_ref, plan, scratch, walk, n, done):
+def _produce(q_ref, dout_ref, numbers_ref, k_ref, v_ref, plan, scratch, walk, n, done):
     """Copy one key tile and all its query tiles; carries the query tiles copied per consumer."""
     kv_head, tile = walk.locate(n)
     pl.when(n > 0)(lambda: plgpu.barrier_wait(scratch.keys_empty))
-    rows = pl.ds(pl.multiple_of(plan.tiles[tile, START], CHUNK), ROWS)
+    rows = pl.ds(pl.multiple_of(plan.starts[tile], CHUNK), ROWS)
     for source, target in (
         (k_ref.at[kv_head, rows], scratch.keys),
         (v_ref.at[kv_head, rows], scratch.values),
-        (plan.covers.at[tile], scratch.covers),
+        (plan.rows.at[tile], scratch.rows),
     ):
         plgpu.copy_gmem_to_smem(source, target, scratch.keys_full)
-    buffers = (scratch.queries, scratch.dout, scratch.lse2, scratch.delta)
 
-    def copy_head(member, done):
-        head = walk.head(kv_head, member)
-        row = head * walk.tiles.total + tile
-        steps = [walk.steps(plan.counts[row, VISITS], c) for c in range(CONSUMERS)]
+    row = kv_head * walk.tiles.total + tile
+    steps = [walk.steps(plan.counts[row, VISITS], c) for c in range(CONSUMERS)]
 
-        def copy_step(step, _):
-            for consumer in range(CONSUMERS):
+    def copy_step(step, _):
+        for consumer in range(CONSUMERS):
 
-                @pl.when(step < steps[consumer])
-                def _(consumer=consumer):
-                    visit = plan.visits[row, walk.visit_index(step, consumer)]
-                    queries = pl.multiple_of(walk.first_query(visit, consumer), ROWS)
-                    slot = walk.slot(done[consumer] + step, consumer)
-                    pl.when(done[consumer] + step >= walk.config.stages)(
-                        lambda: plgpu.barrier_wait(scratch.queries_empty.at[slot])
-                    )
-                    for source, target in zip(row_refs, buffers, strict=True):
-                        plgpu.copy_gmem_to_smem(
-                            source.at[head, pl.ds(queries, ROWS)],
-                            target.at[slot],
-                            scratch.queries_full.at[slot],
-                        )
+            @pl.when(step < steps[consumer])
+            def _(consumer=consumer):
+                visit = plan.visits[row, walk.visit_index(step, consumer)]
+                member, first = walk.queries(visit, consumer)
+                slot = walk.slot(done[consumer] + step, consumer)
+                pl.when(done[consumer] + step >= walk.config.stages)(
+                    lambda: plgpu.barrier_wait(scratch.queries_empty.at[slot])
+                )
+                rows = pl.ds(pl.multiple_of(first, ROWS), ROWS)
+                head = kv_head * walk.group + member
+                for source, target in (
+                    (q_ref.at[head, rows], scratch.queries),
+                    (dout_ref.at[head, rows], scratch.dout),
+                    (numbers_ref.at[head, :, rows], scratch.numbers),
+                ):
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], scratch.queries_full.at[slot])
 
-        lax.fori_loop(0, steps[0], copy_step, None)
-        return tuple(before + new for before, new in zip(done, steps, strict=True))
-
-    return lax.fori_loop(0, walk.group, copy_head, done)
+    lax.fori_loop(0, steps[0], copy_step, None)
+    return tuple(before + new for before, new in zip(done, steps, strict=True))
 
 
 def _consume(plan, dk_ref, dv_ref, scratch, walk, scale, consumer, n, done):
     """One key tile's share of one consumer; returns the query tiles it has taken so far."""
     interpreted, geometry = walk.interpreted, walk.tiles.geometry
     kv_head, tile = walk.locate(n)
-    head_dim, dtype = scratch.keys.shape[-1], scratch.keys.dtype
+    head_dim = scratch.keys.shape[-1]
     to_log2 = scale * math.log2(math.e)
     plgpu.barrier_wait(scratch.keys_full)
-    count, last = unpack_covers(scratch.covers[...])
-    row_bias = jnp.where(count > 0, jnp.log2(count.astype(jnp.float32)), MASKED)
-    block_of_row = lax.shift_right_logical(
-        lax.broadcasted_iota(jnp.int32, (ROWS,), 0),
-        lax.broadcast_in_dim(plan.tiles[tile, BLOCK_SHIFT], (ROWS,), ()),
-    )
 
-    def step(s, carry, *, row, before, masked):
-        dk, dv = carry
+    def step(s, carry, *, masked):
         visit = plan.visits[row, walk.visit_index(s, consumer)]
-        slot = walk.slot(before + s, consumer)
+        slot = walk.slot(done + s, consumer)
         plgpu.barrier_wait(scratch.queries_full.at[slot])
-        visited = lax.shift_right_logical(lax.broadcast_in_dim(visit, (ROWS,), ()), block_of_row)
-        bias = jnp.where((visited & 1) == 1, row_bias, MASKED)
-        lse2, delta = scratch.lse2[slot], scratch.delta[slot]
+        # Read again in every step: the registers are all taken.
+        count, block, last = unpack_row(scratch.rows[...])
+        visited = lax.shift_right_logical(lax.broadcast_in_dim(visit, (ROWS,), ()), block) & 1
+        bias = jnp.log2(count.astype(jnp.float32))
+        bias = jnp.where((visited == 1) & (count > 0), bias, MASKED)
 
         def weights(logits):
             logits = logits * to_log2 + lax.broadcast_in_dim(bias, logits.shape, [0])
             if masked:
-                first = walk.first_query(visit, consumer) + geometry.offset
-                position = lax.broadcasted_iota(jnp.int32, logits.shape, 1) + first
-                seen = lax.broadcast_in_dim(last, logits.shape, [0]) <= position
-                logits = jnp.where(seen, logits, MASKED)
-            return jnp.exp2(logits - lax.broadcast_in_dim(lse2, logits.shape, [1]))
+                _, first = walk.queries(visit, consumer)
+                limit = lax.broadcast_in_dim(last - (first + geometry.offset), logits.shape, [0])
+                query = lax.broadcast_in_dim(lax.iota(jnp.int32, ROWS), logits.shape, [1])
+                logits = jnp.where(limit <= query, logits, MASKED)
+            return jnp.exp2(logits)
 
-        def gradient(probabilities, d_weights):
-            taken = lax.broadcast_in_dim(delta, d_weights.shape, [1])
-            return (probabilities * (d_weights - taken)).astype(dtype)
-
+        shape = (ROWS, ROWS)
         carry = products.key_gradients(
-            dk,
-            dv,
+            *carry,
+            lax.broadcast_in_dim(scratch.numbers[slot, 0] * (-1.0 / to_log2), shape, [1]),
+            lax.broadcast_in_dim(-scratch.numbers[slot, 1], shape, [1]),
             (scratch.keys, scratch.values, scratch.queries.at[slot], scratch.dout.at[slot]),
             weights=weights,
-            gradient=gradient,
             interpreted=interpreted,
         )
         products.release(scratch.queries_empty.at[slot], interpreted=interpreted)
         return carry
 
-    def of_head(member, carry):
-        dk, dv, before = carry
-        row = walk.head(kv_head, member) * walk.tiles.total + tile
-        steps = walk.steps(plan.counts[row, VISITS], consumer)
+    row = kv_head * walk.tiles.total + tile
+    steps = walk.steps(plan.counts[row, VISITS], consumer)
+    gradients = (jnp.zeros((ROWS, head_dim), jnp.float32),) * 2
+    masked = 0
+    if geometry.is_causal:
         masked = walk.steps(plan.counts[row, MASKED_VISITS], consumer)
-        body = functools.partial(step, row=row, before=before)
-        gradients = (dk, dv)
-        if geometry.is_causal:
-            gradients = lax.fori_loop(0, masked, functools.partial(body, masked=True), gradients)
-        gradients = lax.fori_loop(masked, steps, functools.partial(body, masked=False), gradients)
-        return *gradients, before + steps
-
-    zeros = jnp.zeros((ROWS, head_dim), jnp.float32)
-    dk, dv, done = lax.fori_loop(0, walk.group, of_head, (zeros, zeros, done))
+        gradients = lax.fori_loop(0, masked, functools.partial(step, masked=True), gradients)
+    dk, dv = lax.fori_loop(masked, steps, functools.partial(step, masked=False), gradients)
     products.release(scratch.keys_empty, interpreted=interpreted)
 
     rows = pl.ds(tile * ROWS, ROWS)
 
     @pl.when(consumer == 0)
     def _():
-        plgpu.barrier_wait(scratch.dk_given)
+        plgpu.barrier_wait(scratch.given.at[0])
         dk_ref.at[kv_head, rows][...] = (dk + scratch.partial[...]) * scale
         scratch.partial[...] = dv
-        plgpu.barrier_arrive(scratch.dv_given)
+        plgpu.barrier_arrive(scratch.given.at[1])
 
     @pl.when(consumer == 1)
     def _():
         scratch.partial[...] = dk
-        plgpu.barrier_arrive(scratch.dk_given)
-        plgpu.barrier_wait(scratch.dv_given)
+        plgpu.barrier_arrive(scratch.given.at[0])
+        plgpu.barrier_wait(scratch.given.at[1])
         dv_ref.at[kv_head, rows][...] = dv + scratch.partial[...]
 
-    return done
+    return done + steps

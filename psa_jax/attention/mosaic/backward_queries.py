@@ -25,16 +25,14 @@ from psa_jax.attention.mosaic.walk import (
 )
 
 
-def query_gradient_kernel(
-    q, k, v, dout, lse2, delta, plan: WalkPlan, walk: Walk, *, scale, interpret
-):
+def query_gradient_kernel(q, k, v, dout, numbers, plan: WalkPlan, walk: Walk, *, scale, interpret):
     """Run the kernel.
 
     Args:
         q, dout: `[B * H, Lq, D]`; in the interpreter `Lq` is a whole number of query tiles.
         k, v: `[B * Hk, P, D]`, pyramids laid out as `geometry` says.
-        lse2: float32 `[B * H, padded_queries]`, lse in base 2, `-MASKED` on rows without keys.
-        delta: float32, like `lse2`: what to take from the gradient of each weight of the row.
+        numbers: float32 `[B * H, 2, padded_queries]`: lse in base 2, `-MASKED` on rows without
+            keys; and what to take from the gradient of each weight of the row.
         scale: factor on q.k, not negative.
 
     Returns:
@@ -43,18 +41,16 @@ def query_gradient_kernel(
     head_dim, dtype = q.shape[-1], q.dtype
     slots = walk.config.query_slots * CONSUMERS
     rows = products.operand((slots, ROWS, head_dim), dtype)
-    numbers = plgpu.SMEM((slots, ROWS), jnp.float32)
     scratch = {
         "tiles": tile_scratch(walk, head_dim, dtype, products.operand),
         "queries": rows,
         "dout": rows,
-        "lse2": numbers,
-        "delta": numbers,
+        "numbers": plgpu.SMEM((slots, 2, ROWS), jnp.float32),
         "output": products.operand((CONSUMERS, ROWS, head_dim), dtype),
-        "full": plgpu.Barrier(num_arrivals=4, num_barriers=slots),
+        "full": plgpu.Barrier(num_arrivals=3, num_barriers=slots),
         "empty": plgpu.Barrier(num_barriers=slots),
     }
-    arrays, tree = jax.tree.flatten((q, dout, lse2, delta, k, v, plan))
+    arrays, tree = jax.tree.flatten((q, dout, numbers, k, v, plan))
 
     def body(*refs):
         *row_refs, k_ref, v_ref, plan_refs = tree.unflatten(refs[: len(arrays)])
@@ -93,7 +89,7 @@ def _warpgroup(row_refs, k_ref, v_ref, plan, out_ref, scoped, *, walk: Walk, sca
         plgpu.set_max_registers(config.producer_registers, action="decrease")
         lane = 0 if walk.shared else warpgroup - CONSUMERS
         consumers = range(CONSUMERS) if walk.shared else (lane,)
-        buffers = [scoped[name] for name in ("queries", "dout", "lse2", "delta")]
+        q_ref, dout_ref, numbers_ref = row_refs
 
         def produce(n, tiles_done):
             place = walk.locate(n, lane)
@@ -103,10 +99,12 @@ def _warpgroup(row_refs, k_ref, v_ref, plan, out_ref, scoped, *, walk: Walk, sca
                     lambda slot=slot: plgpu.barrier_wait(scoped["empty"].at[slot])
                 )
                 rows = pl.ds(place.first_query + consumer * ROWS, ROWS)
-                for source, target in zip(row_refs, buffers, strict=True):
-                    plgpu.copy_gmem_to_smem(
-                        source.at[place.head, rows], target.at[slot], scoped["full"].at[slot]
-                    )
+                for source, target in (
+                    (q_ref.at[place.head, rows], scoped["queries"]),
+                    (dout_ref.at[place.head, rows], scoped["dout"]),
+                    (numbers_ref.at[place.head, :, rows], scoped["numbers"]),
+                ):
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], scoped["full"].at[slot])
             return copy_row(walk, place, tiles_done, lane, k_ref, v_ref, plan, tiles)
 
         tiles_done = lax.fori_loop(0, items, produce, jnp.int32(0))
@@ -131,7 +129,7 @@ def _consume(plan, out_ref, scoped, tiles, walk, scale, warpgroup, n, first_tile
     to_log2 = scale * math.log2(math.e)
 
     plgpu.barrier_wait(scoped["full"].at[query_slot])
-    lse2, delta = scoped["lse2"][query_slot], scoped["delta"][query_slot]
+    lse2, delta = (scoped["numbers"][query_slot, i] for i in range(2))
 
     def step(t, acc, *, masked):
         slot = walk.slot(first_tile + t, lane)
@@ -143,19 +141,15 @@ def _consume(plan, out_ref, scoped, tiles, walk, scale, warpgroup, n, first_tile
             shift = lse2 - level_of_tile(t, ends).astype(jnp.float32)
             return jnp.exp2(logits * to_log2 - lax.broadcast_in_dim(shift, logits.shape, [0]))
 
-        def gradient(probabilities, d_weights):
-            taken = lax.broadcast_in_dim(delta, d_weights.shape, [0])
-            return (probabilities * (d_weights - taken)).astype(dtype)
-
         plgpu.barrier_wait(tiles.keys_full.at[slot])
         plgpu.barrier_wait(tiles.values_full.at[slot])
         if masked:
             plgpu.barrier_wait(tiles.covers_full.at[slot])
         acc = products.query_gradient(
             acc,
+            lax.broadcast_in_dim(-delta, (ROWS, geometry.tile), [0]),
             (queries, dout, tiles.keys.at[slot], tiles.values.at[slot]),
             weights=weights,
-            gradient=gradient,
             interpreted=interpreted,
             values_read=lambda: products.release(
                 tiles.values_empty.at[slot], interpreted=interpreted

@@ -12,7 +12,7 @@ class WalkConfig:
     """How a kernel that walks the table (forward, dq) is cut up.
 
     Attributes:
-        tile: pyramid rows per tile, a multiple of 32.
+        tile: pyramid rows per tile, a multiple of 64.
         stages: tiles of K and of V in flight.
         consumer_registers, producer_registers: registers per thread of the warpgroups that
             multiply and of those that copy.
@@ -32,8 +32,8 @@ class WalkConfig:
     blocks: int | None = None
 
     def __post_init__(self) -> None:
-        if self.tile % 32 or not 32 <= self.tile <= 256:
-            raise ValueError(f"tile must be a multiple of 32 from 32 to 256, got {self.tile}")
+        if self.tile not in (64, 128, 192):
+            raise ValueError(f"tile must be 64, 128 or 192, got {self.tile}")
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2, got {self.stages}")
 
@@ -58,15 +58,13 @@ def forward_config(head_dim: int, block_m: int) -> WalkConfig:
 
 def query_gradient_config(head_dim: int, block_m: int) -> WalkConfig:
     """The dq kernel's sizes."""
-    shared = block_m != ROWS
-    return WalkConfig(
-        tile=64,
-        stages=2 if head_dim == 128 else 3,
-        query_slots=2 if shared else 1,
-        consumer_registers=232 if shared else 216,
-        producer_registers=40,
-        ping_pong=False,
-    )
+    if block_m == ROWS:
+        sizes = {"tile": 64, "stages": 2, "consumer_registers": 216, "producer_registers": 40}
+    elif head_dim == 128:
+        sizes = {"tile": 64, "stages": 4, "consumer_registers": 232, "producer_registers": 40}
+    else:
+        sizes = {"tile": 128, "stages": 4, "consumer_registers": 224, "producer_registers": 56}
+    return WalkConfig(**sizes, query_slots=1, ping_pong=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

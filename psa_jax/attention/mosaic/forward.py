@@ -213,5 +213,6 @@ def masked_logits(logits, tiles, slot, geometry, first_query):
     logits += lax.broadcast_in_dim(bias, logits.shape, [1])
     if not geometry.is_causal:
         return logits
-    position = lax.broadcasted_iota(jnp.int32, logits.shape, 0) + (first_query + geometry.offset)
-    return jnp.where(lax.broadcast_in_dim(last, logits.shape, [1]) <= position, logits, MASKED)
+    limit = lax.broadcast_in_dim(last - (first_query + geometry.offset), logits.shape, [1])
+    query = lax.broadcast_in_dim(lax.iota(jnp.int32, ROWS), logits.shape, [0])
+    return jnp.where(limit <= query, logits, MASKED)

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from psa_jax.attention.mosaic.geometry import ROWS, Geometry, cdiv
-from psa_jax.attention.mosaic.plan import pack_covers, pad_query_blocks
+from psa_jax.attention.mosaic.plan import pad_query_blocks
 from shared_specs.constants import LEVELS
 
 BLOCK_BITS = 8
-"""Bits of a visit that say which blocks of the tile it is to; the rest is the query block."""
+"""Bits of a visit that say which blocks of the tile it is to."""
 
-START, BLOCK_SHIFT = 0, 1
-"""Columns of `KeyPlan.tiles`."""
+UNMASKED_BIT = 30
+"""Bit of a visit that needs no causal mask, so that those that do are listed first."""
 
 VISITS, MASKED_VISITS = 0, 1
 """Columns of `KeyPlan.counts`."""
@@ -34,18 +34,27 @@ class KeyPlan(NamedTuple):
     """The walk of every key tile over the query blocks.
 
     Attributes:
-        visits: int32 `[B * H * tiles, query_blocks]`: `query block << 8 | bits of key blocks`,
-            ascending.
-        counts: int32 `[B * H * tiles, 2]`: visits, and how many of them (the first) need a
-            causal mask.
-        tiles: int32 `[tiles, 2]`: first pyramid row, log2 of the rows of a block in the tile.
-        covers: int32 `[tiles, 64]`, keys covered by each row (`plan.pack_covers`).
+        visits: int32 `[B * Hk * tiles, H / Hk * query_blocks]`, see `visited_query`; those that
+            need a causal mask first, then by query head and block.
+        counts: int32 `[B * Hk * tiles, 2]`: visits, and how many of them need a causal mask.
+        starts: int32 `[tiles]`, first pyramid row.
+        rows: int32 `[tiles, 64]`, what each row covers (`pack_row`).
     """
 
     visits: jax.Array
     counts: jax.Array
-    tiles: jax.Array
-    covers: jax.Array
+    starts: jax.Array
+    rows: jax.Array
+
+
+def pack_row(count, block, last):
+    """Keys that a row covers (0 to 8), its block in the tile (0 to 7), its last key: one int32."""
+    return last * 128 + block * 16 + count
+
+
+def unpack_row(packed):
+    """Inverse of `pack_row`: (count, block, last)."""
+    return packed & 15, (packed >> 4) & 7, packed >> 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,31 +81,31 @@ class KeyTiles:
         return min(self.geometry.pitch[g], ROWS)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`KeyPlan.tiles`, `KeyPlan.covers`, and the last key of each tile."""
+        """`KeyPlan.starts`, `KeyPlan.rows`, and the last key of each tile."""
         geometry = self.geometry
-        tiles, covers = [], []
+        starts, rows, last_keys = [], [], []
         for g, level in enumerate(LEVELS):
             row = np.arange(self.per_level[g] * ROWS).reshape(-1, ROWS)
             block, inside = np.divmod(row, geometry.pitch[g])
             token = block * geometry.rows[g] + inside
-            count = np.clip(geometry.kv_len - token * level, 0, level)
-            last = np.clip((token + 1) * level, 1, geometry.kv_len) - 1
             real = (inside < geometry.rows[g]) & (block < geometry.key_blocks)
-            covers.append(np.where(real, pack_covers(count, last), 0))
-            shift = np.full(len(row), np.log2(self.block_rows(g)))
-            tiles.append(np.stack([geometry.start[g] + row[:, 0], shift], -1))
-        covers = np.concatenate(covers).astype(np.int32)
-        return np.concatenate(tiles).astype(np.int32), covers, (covers >> 4).max(-1)
+            count = np.where(real, np.clip(geometry.kv_len - token * level, 0, level), 0)
+            last = np.where(count > 0, np.minimum((token + 1) * level, geometry.kv_len) - 1, 0)
+            rows.append(pack_row(count, np.arange(ROWS) // self.block_rows(g), last))
+            starts.append(geometry.start[g] + row[:, 0])
+            last_keys.append(last.max(-1))
+        starts, rows, last_keys = (np.concatenate(x) for x in (starts, rows, last_keys))
+        return starts.astype(np.int32), rows.astype(np.int32), last_keys
 
 
-def key_plan(levels: jax.Array, geometry: Geometry) -> KeyPlan:
+def key_plan(levels: jax.Array, kv_heads: int, geometry: Geometry) -> KeyPlan:
     """Plan of the dk and dv kernel.
 
     Args:
         levels: int32 `[B, H, Nq, Nk]`, values in {0, 1, 2, 4, 8}.
     """
     key_tiles = KeyTiles(geometry)
-    tiles, covers, last_key = key_tiles.arrays()
+    starts, rows, last_key = key_tiles.arrays()
     levels = jnp.swapaxes(pad_query_blocks(levels, geometry), -1, -2)
     query_block = jnp.arange(geometry.query_blocks, dtype=jnp.int32)
     if geometry.is_causal:
@@ -104,20 +113,35 @@ def key_plan(levels: jax.Array, geometry: Geometry) -> KeyPlan:
         last_query = (query_block + 1) * geometry.block_m - 1 + geometry.offset
         levels = jnp.where(first_key <= last_query, levels, 0)
     bits = jnp.concatenate([_bits(levels, key_tiles, g) for g in range(len(LEVELS))], axis=2)
-    visited = bits > 0
-    none = np.iinfo(np.int32).max
-    visits = jnp.sort(jnp.where(visited, query_block << BLOCK_BITS | bits, none), axis=-1)
-    masked = jnp.zeros_like(visited)
+    masked = jnp.zeros((), bool)
     if geometry.is_causal:
         first_query = query_block * geometry.block_m + geometry.offset
-        masked = visited & (first_query < jnp.asarray(last_key)[:, None])
-    counts = jnp.stack([x.sum(-1, dtype=jnp.int32) for x in (visited, masked)], -1)
-    return KeyPlan(
-        visits=visits.reshape(-1, geometry.query_blocks),
-        counts=counts.reshape(-1, 2),
-        tiles=jnp.asarray(tiles),
-        covers=jnp.asarray(covers),
+        masked = first_query < jnp.asarray(last_key)[:, None]
+    # One list for all query heads that share the key/value head.
+    group = levels.shape[1] // kv_heads
+    bits, masked = (
+        jnp.broadcast_to(x, bits.shape)
+        .reshape(-1, group, key_tiles.total, geometry.query_blocks)
+        .swapaxes(1, 2)
+        .reshape(-1, group * geometry.query_blocks)
+        for x in (bits, masked)
     )
+    visited = bits > 0
+    query = jnp.arange(bits.shape[-1], dtype=jnp.int32)
+    visits = query << BLOCK_BITS | bits | jnp.where(masked, 0, 1 << UNMASKED_BIT)
+    visits = jnp.sort(jnp.where(visited, visits, np.iinfo(np.int32).max), axis=-1)
+    counts = [x.sum(-1, dtype=jnp.int32) for x in (visited, visited & masked)]
+    return KeyPlan(
+        visits=visits,
+        counts=jnp.stack(counts, -1),
+        starts=jnp.asarray(starts),
+        rows=jnp.asarray(rows),
+    )
+
+
+def visited_query(visit):
+    """Which query block a visit comes from: query head of the group * query blocks + block."""
+    return (visit & ~(1 << UNMASKED_BIT)) >> BLOCK_BITS
 
 
 def _bits(levels: jax.Array, key_tiles: KeyTiles, g: int) -> jax.Array:
@@ -134,7 +158,15 @@ def _bits(levels: jax.Array, key_tiles: KeyTiles, g: int) -> jax.Array:
 
 
 def unpool(rows: jax.Array, key_tiles: KeyTiles, shape: tuple[int, ...]) -> jax.Array:
-    """Gradients of pyramid rows, `[B * Hk, tiles * 64, D]`, to those of keys of `shape`, float32."""
+    """Gradients of pyramid rows to gradients of keys.
+
+    Args:
+        rows: float32 `[B * Hk, tiles * 64, D]`, tile by tile.
+        shape: of the keys, `(B, Hk, Lk, D)`.
+
+    Returns:
+        float32, of that shape.
+    """
     geometry = key_tiles.geometry
     batch, heads, kv_len, dim = shape
     total = 0

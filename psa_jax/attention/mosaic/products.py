@@ -83,83 +83,86 @@ def accumulate(
 
 def query_gradient(
     acc: jax.Array,
+    d_weights: jax.Array,
     operands: tuple[Any, Any, Any, Any],
     *,
     weights: Callable[[jax.Array], jax.Array],
-    gradient: Callable[[jax.Array, jax.Array], jax.Array],
     interpreted: bool,
     values_read: Callable[[], None],
 ) -> jax.Array:
-    """`acc + gradient(weights(q @ k.T), dout @ v.T) @ k`.
+    """`acc + (p * (d_weights + dout @ v.T)) @ k` with `p = weights(q @ k.T)`.
 
     Args:
+        acc: float32 `[M, D]`.
+        d_weights: float32 `[M, N]`.
         operands: q, dout `[M, D]`, k, v `[N, D]` in shared memory.
         weights: from products of q and k to attention weights.
-        gradient: from weights and their gradient to the gradient of the logits, in the dtype
-            of `k`.
         values_read: called when `v` is no longer needed.
     """
     q, dout, k, v = operands
     if interpreted:
-        probabilities = weights(_dot(q[...], k[...].T))
-        logits = gradient(probabilities, _dot(dout[...], v[...].T))
+        p = weights(_dot(q[...], k[...].T))
+        d_weights = d_weights + _dot(dout[...], v[...].T)
         values_read()
-        return acc + _dot(logits, k[...])
-    shape = (q.shape[0], k.shape[0])
+        return acc + _dot((p * d_weights).astype(k.dtype), k[...])
 
-    def multiply(acc):
-        def inner(logits, d_weights):
+    def multiply(refs):
+        acc, d_weights = refs
+
+        def inner(logits):
             plgpu.wgmma(logits, q, _transposed(k))
             plgpu.wgmma(d_weights, dout, _transposed(v))
-            probabilities = weights(plgpu.wgmma_accumulator_load(logits, wait_n=1))
-            d_logits = gradient(probabilities, plgpu.wgmma_accumulator_load(d_weights, wait_n=0))
+            p = weights(plgpu.wgmma_accumulator_load(logits, wait_n=1))
+            d_logits = p * plgpu.wgmma_accumulator_load(d_weights, wait_n=0)
             values_read()
-            plgpu.wgmma(acc, d_logits, k)
+            plgpu.wgmma(acc, d_logits.astype(k.dtype), k)
 
-        pl.run_scoped(inner, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
+        pl.run_scoped(inner, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
 
-    return pl.run_state(multiply)(plgpu.ACC.init(acc))
+    acc, _ = pl.run_state(multiply)((plgpu.ACC.init(acc), plgpu.ACC.init(d_weights)))
+    return acc
 
 
 def key_gradients(
     acc_k: jax.Array,
     acc_v: jax.Array,
+    logits: jax.Array,
+    d_weights: jax.Array,
     operands: tuple[Any, Any, Any, Any],
     *,
     weights: Callable[[jax.Array], jax.Array],
-    gradient: Callable[[jax.Array, jax.Array], jax.Array],
     interpreted: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """`acc_k + gradient(p, v @ dout.T) @ q` and `acc_v + p @ dout`, with `p = weights(k @ q.T)`.
+    """`acc_k + (p * (d_weights + v @ dout.T)) @ q` and `acc_v + p @ dout`.
+
+    Here `p = weights(logits + k @ q.T)`. What is added before the exponential and taken from the
+    weights' gradient starts in the accumulators, where it takes no registers of its own.
 
     Args:
+        acc_k, acc_v: float32 `[M, D]`.
+        logits, d_weights: float32 `[M, N]`.
         operands: k, v `[M, D]`, q, dout `[N, D]` in shared memory.
-        weights: from products of k and q to attention weights, float32.
-        gradient: from weights and their gradient to the gradient of the logits, in the dtype
-            of `q`.
+        weights: from logits to attention weights, float32.
     """
     k, v, q, dout = operands
     if interpreted:
-        probabilities = weights(_dot(k[...], q[...].T))
-        acc_v = acc_v + _dot(probabilities.astype(q.dtype), dout[...])
-        d_logits = gradient(probabilities, _dot(v[...], dout[...].T))
-        return acc_k + _dot(d_logits, q[...]), acc_v
-    shape = (k.shape[0], q.shape[0])
+        p = weights(logits + _dot(k[...], q[...].T))
+        acc_v = acc_v + _dot(p.astype(q.dtype), dout[...])
+        d_logits = p * (d_weights + _dot(v[...], dout[...].T))
+        return acc_k + _dot(d_logits.astype(q.dtype), q[...]), acc_v
 
     def multiply(refs):
-        acc_k, acc_v = refs
+        acc_k, acc_v, logits, d_weights = refs
+        plgpu.wgmma(logits, k, _transposed(q))
+        plgpu.wgmma(d_weights, v, _transposed(dout))
+        p = weights(plgpu.wgmma_accumulator_load(logits, wait_n=1))
+        d_logits = p * plgpu.wgmma_accumulator_load(d_weights, wait_n=0)
+        plgpu.wgmma(acc_v, p.astype(q.dtype), dout)
+        plgpu.wgmma(acc_k, d_logits.astype(q.dtype), q)
 
-        def inner(logits, d_weights):
-            plgpu.wgmma(logits, k, _transposed(q))
-            plgpu.wgmma(d_weights, v, _transposed(dout))
-            probabilities = weights(plgpu.wgmma_accumulator_load(logits, wait_n=1))
-            plgpu.wgmma(acc_v, probabilities.astype(q.dtype), dout)
-            d_logits = gradient(probabilities, plgpu.wgmma_accumulator_load(d_weights, wait_n=1))
-            plgpu.wgmma(acc_k, d_logits, q)
-
-        pl.run_scoped(inner, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
-
-    return pl.run_state(multiply)((plgpu.ACC.init(acc_k), plgpu.ACC.init(acc_v)))
+    starts = (acc_k, acc_v, logits, d_weights)
+    acc_k, acc_v, _, _ = pl.run_state(multiply)(tuple(plgpu.ACC.init(x) for x in starts))
+    return acc_k, acc_v
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

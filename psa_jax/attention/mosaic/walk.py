@@ -61,10 +61,7 @@ class Walk:
         if self.geometry.is_causal:
             tile = tiles - 1 - tile  # the longest rows first
         row = head * self.geometry.query_blocks + tile * self.lanes + lane
-        group = self.heads // self.kv_heads
-        kv_head = lax.div(head, self.heads) * self.kv_heads + lax.div(
-            lax.rem(head, self.heads), group
-        )
+        kv_head = lax.div(head, self.heads // self.kv_heads)
         return Place(head=head, kv_head=kv_head, row=row, first_query=tile * (CONSUMERS * ROWS))
 
     def slot(self, tile: jax.Array, lane: jax.Array | int) -> jax.Array:
