@@ -127,7 +127,8 @@ class Walk(NamedTuple):
     """The tiles of one chunk of query blocks.
 
     Attributes:
-        runs: int32 `[tiles, B, Hk, G, chunk, tile_runs]`, run ids; 0 in unused places.
+        runs: int32 `[tiles, B, Hk, G, chunk, tile_runs]`, run ids; the last
+            one again in unused places.
         bias: `[tiles, B, Hk, G, chunk, tile_rows]`, log of the keys a row stands for; the
             dtype's `hidden` in unused places and on rows that cover no key.
         last_key: int32, like bias, last key a row covers; None when not causal.
@@ -159,8 +160,11 @@ def walk(table: Table, shape: Shape, dtype) -> Walk:
     run_begin = run_end - (table.counts * per_block)[..., None]
     entry_begin = (jnp.cumsum(table.counts, -1, dtype=jnp.int32) - table.counts)[..., None]
     place = jnp.arange(shape.tiles * shape.tile_runs, dtype=jnp.int32)
-    level = (place >= run_end[..., :-1, :]).sum(-2, dtype=jnp.int32)  # as its logarithm
-    used = place < run_end[..., -1, :]
+    total = run_end[..., -1, :]
+    used = place < total
+    # Places past the end read the last run again, so that no row outside the mask is touched.
+    place = jnp.clip(place, 0, jnp.maximum(total - 1, 0))
+    level = (place[..., None, :] >= run_end[..., :-1, :]).sum(-2, dtype=jnp.int32)  # its logarithm
 
     def of_level(per_level):
         """Each place's own value out of four, without a gather."""
@@ -172,7 +176,7 @@ def walk(table: Table, shape: Shape, dtype) -> Walk:
     # Run of its level, then of the pyramid.
     run_of_level = (block << (3 - level)) + (within & ((8 >> level) - 1))
     starts = [level_start(shape.kv_len, shape.block_n, x) // shape.run for x in LEVELS]
-    run = jnp.where(used, run_of_level + jnp.asarray(starts, jnp.int32)[level], 0)
+    run = run_of_level + jnp.asarray(starts, jnp.int32)[level]
 
     token = run_of_level[..., None] * shape.run + jnp.arange(shape.run, dtype=jnp.int32)
     first_key = token << level[..., None]
@@ -183,7 +187,7 @@ def walk(table: Table, shape: Shape, dtype) -> Walk:
     last_key = None
     if shape.is_causal:
         last_key = _tiled(jnp.minimum(first_key + size, shape.kv_len) - 1, shape)
-    tiles = (run_end[..., -1, :].max() + shape.tile_runs - 1) // shape.tile_runs
+    tiles = (total.max() + shape.tile_runs - 1) // shape.tile_runs
     return Walk(_tiled(run[..., None], shape), _tiled(bias, shape), last_key, tiles)
 
 
