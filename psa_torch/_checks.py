@@ -25,7 +25,10 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     In the dtype of autocast, but float64 stays; outside autocast everything stays as it is.
     """
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # The compiler cannot ask whether a device knows autocast; what it compiles for does.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
+        return tensors
+    if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float16, torch.bfloat16, torch.float32)
