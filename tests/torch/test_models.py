@@ -232,14 +232,6 @@ class TestNoGradientThroughScores:
         )
         assert all(torch.equal(x, y) for x, y in zip(chosen_grads, given_grads, strict=True))
 
-    def test_values_alone_get_a_gradient_when_levels_are_all_that_q_and_k_decide(self):
-        """With keys equal inside attention, q and k matter through levels only: no gradient."""
-        q, k, v = self.inputs()
-        chosen = psa_attention(q, k, v, return_levels=True)[1]
-        out = psa_attention(q, torch.zeros_like(k), v, levels=chosen)
-        out.square().sum().backward()
-        assert (q.grad == 0).all() and k.grad is None and (v.grad != 0).any()
-
 
 class TestTransforms:
     def test_vmap(self):
