@@ -17,10 +17,24 @@ from shared_specs.config import PSAConfig
 
 if TYPE_CHECKING:
     from psa_jax.linen import PSAAttention, attention_fn
+    from psa_jax.video import PSAVideoAttention, density_records
 
-__all__ = ["PSAAttention", "PSAConfig", "attention_fn", "psa_attention", "sparse_attention"]
+__all__ = [
+    "PSAAttention",
+    "PSAConfig",
+    "PSAVideoAttention",
+    "attention_fn",
+    "density_records",
+    "psa_attention",
+    "sparse_attention",
+]
 
-_LAZY = {"PSAAttention": "psa_jax.linen", "attention_fn": "psa_jax.linen"}
+_LAZY = {
+    "PSAAttention": "psa_jax.linen",
+    "PSAVideoAttention": "psa_jax.video",
+    "attention_fn": "psa_jax.linen",
+    "density_records": "psa_jax.video",
+}
 
 
 def __getattr__(name: str):

@@ -10,6 +10,14 @@ except ModuleNotFoundError as error:
 from psa_torch.attention import sparse_attention
 from psa_torch.functional import psa_attention
 from psa_torch.module import PSAAttention
+from psa_torch.video import PSAVideoAttention, VideoState
 from shared_specs.config import PSAConfig
 
-__all__ = ["PSAAttention", "PSAConfig", "psa_attention", "sparse_attention"]
+__all__ = [
+    "PSAAttention",
+    "PSAConfig",
+    "PSAVideoAttention",
+    "VideoState",
+    "psa_attention",
+    "sparse_attention",
+]
