@@ -14,22 +14,37 @@ logger = logging.getLogger("psa_torch")
 _forced = False
 
 
+MIN_CAPABILITY = (8, 0)
+
+
 def use_kernels(x: Tensor) -> bool:
-    """Whether the Triton kernel of a room takes `x`: CUDA tensors, with Triton installed.
+    """Whether the Triton kernel of a room takes `x`: tensors on an NVIDIA GPU it is built for.
 
     float64 is there to check gradients with, and stays with plain torch.
     """
     if x.dtype == torch.float64:
         return False
-    return _forced or (x.is_cuda and _triton_installed())
+    return _forced or (x.is_cuda and _kernels_run_on(x.device.index))
 
 
 @functools.cache
-def _triton_installed() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        logger.warning("triton is not installed: pyramid, scores and selection use plain torch")
-    return found
+def _kernels_run_on(index: int) -> bool:
+    against = _reason_against(index)
+    if against is not None:
+        logger.warning("pyramid, scores, selection and table run as plain torch: %s", against)
+    return against is None
+
+
+def _reason_against(index: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if torch.version.hip is not None:
+        return "the Triton kernels are written for NVIDIA GPUs, this is a ROCm build of torch"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        needed, found = (".".join(map(str, x)) for x in (MIN_CAPABILITY, capability))
+        return f"compute capability must be at least {needed}, this GPU has {found}"
+    return None
 
 
 @contextlib.contextmanager

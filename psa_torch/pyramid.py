@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._dispatch import use_kernels
+from psa_torch._vmap import register_batch_rule
 from shared_specs.constants import LEVELS
 from shared_specs.pyramid import level_start, padded_length, pyramid_rows
 
@@ -61,6 +62,7 @@ def _backward(ctx, dk, dv):
 
 
 _build_pyramid.register_autograd(_backward, setup_context=_setup_context)
+register_batch_rule(_build_pyramid)
 
 
 def accumulator(x: Tensor) -> torch.dtype:

@@ -22,7 +22,8 @@ def select_levels(
     """Levels of every (query block, key block) pair, without host synchronisation.
 
     Args:
-        scores: float32 `[B, H, Nq, Nk]`, at least 0. NaN ranks last.
+        scores: float32 `[B, H, Nq, Nk]`, at least 0. NaN ranks last. A negative score is refused
+            on the CPU; on a GPU, where looking would make the host wait, it counts as 0.
         config: ratios, mode, and the text, sink and causal rules.
         q_len, kv_len: tokens; `Nq = ceil(q_len / block_m)`, `Nk = ceil(kv_len / block_n)`.
         cap: int32 `[B, Hk, Nk]` from `similarity.similarity_cap`, `H % Hk == 0`, or None.
@@ -33,7 +34,7 @@ def select_levels(
 
     Raises:
         TypeError: scores are not float32.
-        ValueError: shapes do not fit the lengths, or (CPU) scores are negative.
+        ValueError: shapes do not fit the lengths, or (on the CPU) a score is negative.
     """
     n_q, n_k = -(-q_len // config.block_m), -(-kv_len // config.block_n)
     if scores.ndim != 4 or scores.shape[2:] != (n_q, n_k):

@@ -9,11 +9,12 @@ import contextlib
 import pytest
 import torch
 
-from psa_torch import PSAConfig, psa_attention
+from psa_torch import PSAConfig, _dispatch, psa_attention
 from psa_torch._dispatch import forced_kernels, use_kernels
 from psa_torch.importance import block_scores
 from psa_torch.pyramid import build_pyramid
 from psa_torch.selection import select_levels
+from psa_torch.similarity import similarity_cap
 from psa_torch.table import build_table
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need interpretation")
@@ -40,6 +41,22 @@ def test_who_takes_the_kernels():
     assert not use_kernels(x)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("importlib.util.find_spec", lambda name: None), "triton is not installed"),
+        (("torch.version.hip", "7.0"), "this is a ROCm build of torch"),
+        (("torch.cuda.get_device_capability", lambda index: (7, 5)), "this GPU has 7.5"),
+    ],
+)
+def test_gpus_without_kernels_are_named(change, reason, monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (9, 0))
+    assert _dispatch._kernels_run_on.__wrapped__(0)
+    monkeypatch.setattr(*change)
+    assert not _dispatch._kernels_run_on.__wrapped__(0)
+    assert reason in caplog.text
+
+
 def test_pyramid():
     k, v = tensors((1, 2, 100, 32), (1, 2, 100, 32))
     got, want = both(lambda: build_pyramid(k, v, 32))
@@ -52,6 +69,15 @@ def test_scores(importance):
     config = PSAConfig(importance=importance, causal=True)
     got, want = both(lambda: block_scores(q, k, config))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_similarity():
+    (k,) = tensors((1, 2, 300, 32))
+    k = k.cumsum(2)
+    old = {"attn_impl": "old_mask_type", "block_n": 128, "use_sim_mask": True}
+    config = PSAConfig(**old, sim_2x_threshold=0.99, sim_4x_threshold=0.97, sim_8x_threshold=0.8)
+    got, want = both(lambda: similarity_cap(k, config))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("mode", ["topk", "thresholdbound"])
