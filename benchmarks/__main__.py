@@ -25,11 +25,19 @@ def main() -> int:
     run.add_argument("--repeats", type=int, default=10, help="timed runs per row (default 10)")
     run.add_argument("--output", type=Path, help="default: outputs/bench/DEVICE-TIME.jsonl")
     made = commands.add_parser("report", help="tables and figure from stored rows")
-    made.add_argument("rows", nargs="+", type=Path, metavar="ROWS.jsonl")
+    made.add_argument("rows", nargs="*", type=Path, metavar="ROWS.jsonl")
     made.add_argument("--readme", action="store_true", help="put them into README.md too")
+    made.add_argument(
+        "--demo", type=Path, metavar="DIR", help="put what `psa demo` wrote to DIR into README.md"
+    )
     args = parser.parse_args()
     if args.command == "report":
-        report.write(args.rows, README if args.readme else None)
+        if not args.rows and args.demo is None:
+            made.error("name files of rows, or --demo DIR")
+        if args.rows:
+            report.write(args.rows, README if args.readme else None)
+        if args.demo is not None:
+            report.insert_demo(args.demo, README)
         return 0
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from benchmarks.workloads import BACKWARD, BOTH, FORWARD
 from shared_specs.figures import LINE_COLOURS, LINE_MARKERS, require_pyplot, save_figure, style
 
 BEGIN, END = "<!-- benchmark rows: begin -->", "<!-- benchmark rows: end -->"
+DEMO_BEGIN, DEMO_END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
+DEMO_FIGURE = Path("docs", "images", "demo.png")
 FIGURE = Path("docs", "images", "benchmark.png")
 # The workloads of the figure's curve differ in length alone.
 _CURVE = "-h24-d128-default"
@@ -54,9 +57,17 @@ def write(paths: Iterable[Path], readme: Path | None = None) -> str:
             figure.parent.mkdir(parents=True, exist_ok=True)
             save_figure(_draw_curve(curve), figure)
             text += f"\n\n![Speed-up over dense attention against length]({FIGURE})"
-        _replace(readme, text)
+        _replace(readme, BEGIN, text, END)
     print(text)
     return text
+
+
+def insert_demo(folder: Path, readme: Path) -> None:
+    """Put the table and the picture that `psa demo` wrote to `folder` into the README."""
+    _replace(readme, DEMO_BEGIN, (folder / "demo.md").read_text(encoding="utf-8").strip(), DEMO_END)
+    figure = readme.parent / DEMO_FIGURE
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "demo.png", figure)
 
 
 def _section(rows: list[Row], machine: str) -> str:
@@ -192,13 +203,13 @@ def _draw_curve(rows: list[Row]) -> Any:
     return figure
 
 
-def _replace(readme: Path, text: str) -> None:
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{readme} must hold the lines {BEGIN} and {END}")
+def _replace(readme: Path, begin: str, text: str, end: str) -> None:
+    before, found, rest = readme.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{readme} must hold the lines {begin} and {end}")
     scratch = readme.with_suffix(".tmp")
-    scratch.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    scratch.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
     os.replace(scratch, readme)
 
 

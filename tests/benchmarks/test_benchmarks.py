@@ -214,6 +214,21 @@ def test_report_speed_up_is_dense_over_sparse(rows):
     assert f"{ratio:.2f}x" in line
 
 
+def test_report_takes_the_demos_table_and_picture(tmp_path):
+    folder, readme = tmp_path / "demo", tmp_path / "README.md"
+    folder.mkdir()
+    (folder / "demo.md").write_text("caption\n\n| a table |\n")
+    (folder / "demo.png").write_bytes(b"picture")
+    readme.write_text(f"before\n{report.DEMO_BEGIN}\nold\n{report.DEMO_END}\nafter\n")
+    report.insert_demo(folder, readme)
+    text = readme.read_text()
+    assert "caption\n\n| a table |\n" in text and "old" not in text
+    assert (tmp_path / report.DEMO_FIGURE).read_bytes() == b"picture"
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        report.insert_demo(folder, readme)
+
+
 def test_report_refuses_lines_that_are_no_rows(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"workload": "w"}\n')
     with pytest.raises(ValueError, match="rows.jsonl:1 is not a benchmark row"):
