@@ -27,7 +27,8 @@ def choose_peak(
     reduces its tile; the masked loop of a causal call needs more of them, hence fewer warps.
     """
     if dtype == torch.float32:
-        return ScoreConfig(rows=64, columns=64, warps=8, stages=2, per_processor=1)
+        columns = 32 if is_causal else 64
+        return ScoreConfig(rows=64, columns=columns, warps=8, stages=2, per_processor=1)
     if capability[0] < 9:
         return ScoreConfig(rows=128, columns=64, warps=8, stages=2, per_processor=1)
     if is_causal:

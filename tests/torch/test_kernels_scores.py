@@ -8,6 +8,7 @@ from psa_torch.kernels.configs import ScoreConfig
 from psa_torch.kernels.pool import pool_blocks
 from psa_torch.kernels.scores import block_scores
 from shared_specs import PSAConfig, importance, pyramid, selection
+from tests.torch.kernel_device import to_device, to_numpy
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -30,13 +31,13 @@ ESTIMATORS = {
 
 def inputs(rng, q_len, kv_len, head_dim, heads=2, kv_heads=1, dtype=torch.float32):
     """[B, L, H, D] seen as [B, H, L, D]: no stride is the contiguous one."""
-    q = torch.from_numpy(rng.standard_normal((1, q_len, heads, head_dim)))
-    k = torch.from_numpy(rng.standard_normal((1, kv_len, kv_heads, head_dim)))
-    return [x.to(dtype).transpose(1, 2) for x in (q, k)]
+    q = rng.standard_normal((1, q_len, heads, head_dim))
+    k = rng.standard_normal((1, kv_len, kv_heads, head_dim))
+    return [to_device(x, dtype).transpose(1, 2) for x in (q, k)]
 
 
 def specified(q, k, config):
-    return importance.block_scores(q.float().numpy(), k.float().numpy(), config)
+    return importance.block_scores(to_numpy(q), to_numpy(k), config)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -48,7 +49,7 @@ def specified(q, k, config):
 def test_equals_the_specification(rng, estimator, causal, q_len, kv_len, block_m, block_n):
     config = PSAConfig(block_m=block_m, block_n=block_n, causal=causal, **ESTIMATORS[estimator])
     q, k = inputs(rng, q_len, kv_len, 24)
-    got = block_scores(q, k, config).numpy()
+    got = to_numpy(block_scores(q, k, config))
     assert got.dtype == np.float32
     want = specified(q, k, config)
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
@@ -62,7 +63,7 @@ def test_half_precision(rng, estimator, dtype):
     config = PSAConfig(**ESTIMATORS[estimator])
     q, k = inputs(rng, 260, 390, 64, dtype=dtype)
     want = specified(q, k, config)
-    np.testing.assert_allclose(block_scores(q, k, config).numpy(), want, rtol=3e-3, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(block_scores(q, k, config)), want, rtol=3e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
@@ -79,7 +80,7 @@ def test_means_keep_the_range_of_bfloat16(rng, size):
 def test_scale_zero_ranks_what_is_visible_and_nothing_else(rng):
     config = PSAConfig(scale=0.0, causal=True, block_m=64, block_n=32)
     q, k = inputs(rng, 200, 200, 16)
-    np.testing.assert_array_equal(block_scores(q, k, config).numpy(), specified(q, k, config))
+    np.testing.assert_array_equal(to_numpy(block_scores(q, k, config)), specified(q, k, config))
 
 
 @pytest.mark.parametrize("importance_name", ["pooled", "antidiagonal"])
@@ -88,7 +89,7 @@ def test_long_rows_and_items_of_one_program(rng, importance_name):
     config = PSAConfig(importance=importance_name, block_m=64, block_n=32, causal=True)
     q, k = inputs(rng, 450, 2500, 16, heads=3, kv_heads=3)
     np.testing.assert_allclose(
-        block_scores(q, k, config).numpy(), specified(q, k, config), rtol=2e-5, atol=2e-6
+        to_numpy(block_scores(q, k, config)), specified(q, k, config), rtol=2e-5, atol=2e-6
     )
 
 
@@ -98,7 +99,7 @@ def test_levels_agree_end_to_end(rng, dtype):
     q, k = inputs(rng, 2048, 2048, 32, heads=2, kv_heads=2, dtype=dtype)
     want, got = (
         selection.select_levels(scores, config, q_len=2048, kv_len=2048)
-        for scores in (specified(q, k, config), block_scores(q, k, config).numpy())
+        for scores in (specified(q, k, config), to_numpy(block_scores(q, k, config)))
     )
     assert (want == got).mean() >= 0.999
 
@@ -106,17 +107,17 @@ def test_levels_agree_end_to_end(rng, dtype):
 @pytest.mark.parametrize("length", [1, 66, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pooling(rng, length, dtype):
-    x = torch.from_numpy(rng.standard_normal((2, 2, length, 24))).to(dtype)
+    x = to_device(rng.standard_normal((2, 2, length, 24)), dtype)
     x[0] *= 1e-20
     rows, scale = pool_blocks(x.transpose(0, 1), 64, 4)
     got = rows.float()
     if scale is not None:
         assert (scale.log2() == scale.log2().round()).all() and got.abs().max() < 2
         got = got * scale.repeat_interleave(16, 2)[:, :, : got.shape[2], None]
-    want = pyramid.group_means(x.float().numpy().swapaxes(0, 1), 4)
+    want = pyramid.group_means(to_numpy(x).swapaxes(0, 1), 4)
     largest = np.abs(want).max((2, 3), keepdims=True)
     step = 1e-6 if dtype == torch.float32 else 2.0**-11
-    assert (np.abs(got.numpy() - want) <= step * largest).all()
+    assert (np.abs(to_numpy(got) - want) <= step * largest).all()
 
 
 def test_refuses_other_dtypes():
@@ -134,5 +135,5 @@ def test_tiles_never_split_a_block(rng, monkeypatch):
     q, k = inputs(rng, 200, 260, 16)
     config = PSAConfig(importance_pool=2)
     np.testing.assert_allclose(
-        block_scores(q, k, config).numpy(), specified(q, k, config), rtol=2e-5, atol=2e-6
+        to_numpy(block_scores(q, k, config)), specified(q, k, config), rtol=2e-5, atol=2e-6
     )

@@ -7,6 +7,7 @@ import torch
 from psa_torch.kernels.select import select_levels, select_levels_and_table
 from psa_torch.kernels.table import build_plan
 from shared_specs import PSAConfig, selection
+from tests.torch.kernel_device import to_device, to_numpy
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -25,14 +26,14 @@ def steep(rng, shape):
 def assert_equal_to_rules(scores, config, q_len, kv_len, cap=None):
     want = selection.select_levels(scores, config, q_len=q_len, kv_len=kv_len, cap=cap)
     got = select_levels(
-        torch.from_numpy(scores),
+        to_device(scores),
         config,
         q_len=q_len,
         kv_len=kv_len,
-        cap=None if cap is None else torch.from_numpy(cap),
+        cap=None if cap is None else to_device(cap),
     )
     assert got.dtype == torch.int32 and got.is_contiguous()
-    np.testing.assert_array_equal(got.numpy(), want)
+    np.testing.assert_array_equal(to_numpy(got), want)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -116,7 +117,7 @@ def test_nothing_but_skipped_blocks_keeps_the_best(rng, mode):
 def test_with_table(rng, causal):
     config = PSAConfig(causal=causal, block_m=64, text_length=20)
     q_len, kv_len = 250, 610
-    scores = torch.from_numpy(steep(rng, (1, 2, *blocks(config, q_len, kv_len))))
+    scores = to_device(steep(rng, (1, 2, *blocks(config, q_len, kv_len))))
     levels, *table = select_levels_and_table(scores, config, q_len=q_len, kv_len=kv_len)
     assert torch.equal(levels, select_levels(scores, config, q_len=q_len, kv_len=kv_len))
     want = build_plan(levels, q_len=q_len, kv_len=kv_len, block_m=64, block_n=64, is_causal=causal)
@@ -124,7 +125,7 @@ def test_with_table(rng, causal):
 
 
 def test_strided_scores(rng):
-    scores = torch.from_numpy(steep(rng, (1, 30, 2, 2))).permute(0, 3, 2, 1)
+    scores = to_device(steep(rng, (1, 30, 2, 2))).permute(0, 3, 2, 1)
     config = PSAConfig()
     got = select_levels(scores, config, q_len=200, kv_len=1920)
     assert torch.equal(got, select_levels(scores.contiguous(), config, q_len=200, kv_len=1920))

@@ -6,6 +6,7 @@ import torch
 
 from psa_torch.kernels.similarity import similarity_cap
 from shared_specs import PSAConfig, similarity
+from tests.torch.kernel_device import to_device, to_numpy
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -26,18 +27,18 @@ def test_equals_the_specification(rng, length, block_n):
         block_n=block_n,
         **{f"sim_{n}x_threshold": x for n, x in zip((2, 4, 8), thresholds, strict=True)},
     )
-    got = similarity_cap(torch.from_numpy(k).transpose(1, 2).contiguous().transpose(1, 2), config)
+    got = similarity_cap(to_device(k).transpose(1, 2).contiguous().transpose(1, 2), config)
     want = similarity.similarity_cap(k, config)
     assert got.dtype == torch.int32
-    np.testing.assert_array_equal(got.numpy(), want)
+    np.testing.assert_array_equal(to_numpy(got), want)
     if length > 300:
         assert len(np.unique(want)) > 1
 
 
 def test_half_precision_and_zero_keys(rng):
-    k = torch.from_numpy(alike_in_part(rng, (1, 1, 256, 16), 64)).bfloat16()
+    k = to_device(alike_in_part(rng, (1, 1, 256, 16), 64), torch.bfloat16)
     k[:, :, 64:128] = 0
     config = PSAConfig(sim_8x_threshold=0.5)
-    want = similarity.similarity_cap(k.float().numpy(), config)
-    np.testing.assert_array_equal(similarity_cap(k, config).numpy(), want)
+    want = similarity.similarity_cap(to_numpy(k), config)
+    np.testing.assert_array_equal(to_numpy(similarity_cap(k, config)), want)
     assert want[0, 0, 1] == 1

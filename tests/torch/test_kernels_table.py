@@ -7,6 +7,7 @@ import torch
 from psa_torch.kernels.table import build_plan, build_table
 from shared_specs import table as spec
 from shared_specs.constants import LEVELS
+from tests.torch.kernel_device import to_device, to_numpy
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -20,21 +21,21 @@ def random_levels(rng, shape):
 def test_equals_the_specification(rng, shape, transposed):
     levels = random_levels(rng, shape)
     levels[0, 0, 0] = 0
-    got = build_table(torch.from_numpy(levels), transposed)
+    got = build_table(to_device(levels), transposed)
     for x, want in zip(got, spec.build_table(levels, transposed=transposed), strict=True):
         assert x.is_contiguous() and x.dtype == torch.int32
-        np.testing.assert_array_equal(x.numpy(), want)
+        np.testing.assert_array_equal(to_numpy(x), want)
 
 
 def test_long_rows(rng):
     levels = random_levels(rng, (1, 1, 2, 5000))
-    got = build_table(torch.from_numpy(levels))
+    got = build_table(to_device(levels))
     for x, want in zip(got, spec.build_table(levels), strict=True):
-        np.testing.assert_array_equal(x.numpy(), want)
+        np.testing.assert_array_equal(to_numpy(x), want)
 
 
 def test_heads_may_share_one_mask(rng):
-    levels = torch.from_numpy(random_levels(rng, (1, 1, 4, 9)))
+    levels = to_device(random_levels(rng, (1, 1, 4, 9)))
     shared = build_table(levels.expand(2, 3, 4, 9))
     alone = build_table(levels)
     assert all(torch.equal(x, y.expand_as(x)) for x, y in zip(shared, alone, strict=True))
@@ -48,7 +49,7 @@ def test_plan(rng, q_len, kv_len, is_causal, transposed):
     n_q, n_k = -(-q_len // block_m), -(-kv_len // block_n)
     levels = random_levels(rng, (1, 2, n_q, n_k))
     entries, counts, full = build_plan(
-        torch.from_numpy(levels),
+        to_device(levels),
         q_len=q_len,
         kv_len=kv_len,
         block_m=block_m,
@@ -65,8 +66,8 @@ def test_plan(rng, q_len, kv_len, is_causal, transposed):
     levels = np.where((sees & real_rows & real_keys).any((2, 3)), levels, 0)
     whole = (sees | ~real_keys).all((2, 3)) if transposed else (sees & real_keys).all((2, 3))
     want = spec.build_table(levels, transposed=transposed)
-    np.testing.assert_array_equal(entries.numpy(), want.entries)
-    np.testing.assert_array_equal(counts.numpy(), want.counts)
+    np.testing.assert_array_equal(to_numpy(entries), want.entries)
+    np.testing.assert_array_equal(to_numpy(counts), want.counts)
     axis = -2 if transposed else -1
     unmasked = np.stack([((levels == level) & whole).sum(axis) for level in LEVELS], -1)
-    np.testing.assert_array_equal(full.numpy(), unmasked)
+    np.testing.assert_array_equal(to_numpy(full), unmasked)

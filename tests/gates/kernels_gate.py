@@ -1,0 +1,254 @@
+"""Compile the kernels around attention as they would be launched, without a GPU, and judge them.
+
+The launching functions run on tensors without storage, and what they would launch is recorded:
+so what is compiled here is what ships, tile sizes included.
+
+    python tests/gates/kernels_gate.py [--all]
+
+Exit status 1 if a kernel breaks its budget, or if the negative control does not.
+"""
+
+import argparse
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
+
+import machine_code  # noqa: E402  (first: it turns the interpreter off)
+import torch  # noqa: E402
+
+from psa_torch.kernels import (  # noqa: E402
+    antidiagonal,
+    pool,
+    pyramid,
+    scores,
+    select,
+    similarity,
+    table,
+)
+from psa_torch.kernels.configs import ScoreConfig  # noqa: E402
+from shared_specs import PSAConfig  # noqa: E402
+
+REGISTERS = 65_536
+SHARED_MEMORY = {80: 167_936, 90: 233_472, 100: 233_472}
+"""Per multiprocessor, in registers and bytes; every program takes 1 KB for itself."""
+
+KERNELS = [
+    (pyramid, "_pyramid_kernel"),
+    (pool, "_pool_kernel"),
+    (scores, "_peak_kernel"),
+    (antidiagonal, "_antidiagonal_kernel"),
+    (select, "_select_kernel"),
+    (table, "_table_kernel"),
+    (similarity, "_cap_kernel"),
+]
+CAUSAL = PSAConfig(causal=True, sink_blocks=1, text_length=100)
+SAMPLED = PSAConfig(importance="sampled")
+ANTIDIAGONAL = PSAConfig(importance="antidiagonal", causal=True)
+THRESHOLD = PSAConfig(mask_mode="thresholdbound", causal=True, sink_blocks=1, text_length=100)
+LONG = 75_600
+
+
+@dataclass
+class Case:
+    """One launch and what it may cost.
+
+    Attributes:
+        name: what is launched.
+        launch: runs the launching function; the last kernel it launches is judged.
+        arch: `sm_` number.
+        loop: instructions allowed in the longest loop on tensor cores, or 0 without one.
+        spills: bytes allowed.
+        per_processor: programs of which registers and shared memory must hold this many at once.
+        always: part of the short run.
+    """
+
+    name: str
+    launch: object
+    arch: int = 90
+    loop: int = 0
+    spills: int = 0
+    per_processor: int = 1
+    always: bool = False
+
+
+def tensor(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def tokens(head_dim=128, dtype=torch.bfloat16, length=LONG, heads=24):
+    return tensor(1, heads, length, head_dim, dtype=dtype)
+
+
+def score(config, head_dim=128, dtype=torch.bfloat16):
+    x = tokens(head_dim, dtype)
+    return lambda: scores.block_scores(x, x, config)
+
+
+def selection(config, kv_blocks=1_182, with_table=True):
+    kv_len = kv_blocks * config.block_n
+    x = tensor(1, 24, 1, kv_blocks, dtype=torch.float32)
+    function = select.select_levels_and_table if with_table else select.select_levels
+    return lambda: function(x, config, q_len=100, kv_len=kv_len)
+
+
+def plan(transposed, kv_blocks=1_182):
+    x = tensor(1, 24, 591, kv_blocks, dtype=torch.int32)
+    sizes = {"q_len": LONG, "kv_len": kv_blocks * 64, "block_m": 128, "block_n": 64}
+    return lambda: table.build_plan(x, is_causal=True, transposed=transposed, **sizes)
+
+
+def both(x, function):
+    return lambda: function(x, x, 64)
+
+
+def cases():
+    half, single = torch.float16, torch.float32
+    yield Case("pooled", score(PSAConfig()), loop=250, per_processor=2, always=True)
+    yield Case("pooled causal", score(CAUSAL), loop=780, per_processor=2, always=True)
+    yield Case("sampled", score(SAMPLED), loop=210, per_processor=2, always=True)
+    yield Case("antidiagonal causal", score(ANTIDIAGONAL), loop=245, always=True)
+    yield Case("topk", selection(CAUSAL, with_table=False), always=True)
+    yield Case("thresholdbound and table", selection(THRESHOLD), always=True)
+    yield Case("plan", plan(False), always=True)
+    yield Case("plan transposed", plan(True), always=True)
+    yield Case("pyramid", both(tokens(), pyramid.build_pyramid), per_processor=4, always=True)
+    yield Case("pool", lambda: pool.pool_blocks(tokens(), 128, 4), per_processor=4, always=True)
+    yield Case(
+        "similarity",
+        lambda: similarity.similarity_cap(tokens(), PSAConfig()),
+        per_processor=4,
+        always=True,
+    )
+    # 16 warps hold 8,192 blocks with 128 registers each; what spills is outside the loops.
+    yield Case("thresholdbound 8,192", selection(THRESHOLD, 8_192), spills=400)
+    for pooled in (2, 8):
+        yield Case(f"pooled by {pooled}", score(PSAConfig(importance_pool=pooled)), loop=280)
+    for block_n in (32, 128):
+        yield Case(f"pooled {block_n}", score(PSAConfig(block_n=block_n)), loop=300)
+    yield Case("pooled float16 D=64", score(PSAConfig(), 64, half), loop=250, per_processor=2)
+    yield Case("pooled D=96", score(PSAConfig(), 96), loop=300, per_processor=2)
+    yield Case("pooled D=256", score(PSAConfig(), 256), loop=320)
+    yield Case("pooled float32", score(PSAConfig(), 128, single))
+    yield Case("pooled float32 causal", score(CAUSAL, 128, single))
+    yield Case("sampled causal", score(PSAConfig(importance="sampled", causal=True)), loop=780)
+    # What the antidiagonal kernel spills is outside the loop of products.
+    yield Case("antidiagonal D=64", score(ANTIDIAGONAL, 64), loop=245, spills=400)
+    yield Case("antidiagonal float32", score(ANTIDIAGONAL, 128, single), spills=64)
+    yield Case("pyramid float32", both(tokens(64, single), pyramid.build_pyramid))
+    for arch in (80, 100):
+        yield Case("pooled", score(PSAConfig()), arch=arch, loop=400, spills=32)
+        yield Case("pooled causal", score(CAUSAL), arch=arch, loop=900)
+        yield Case("antidiagonal causal", score(ANTIDIAGONAL), arch=arch, loop=300, spills=400)
+        yield Case("thresholdbound and table", selection(THRESHOLD), arch=arch)
+        yield Case("pyramid", both(tokens(), pyramid.build_pyramid), arch=arch)
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the arguments of its last launch."""
+
+    def __init__(self, kernel, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append((self.kernel, args, options))
+
+
+def record(launch, arch: int) -> tuple:
+    """(kernel, positional arguments, keyword arguments) of the last launch."""
+    launches = []
+    with contextlib.ExitStack() as stack:
+        for module, name in KERNELS:
+            recorder = Recorder(getattr(module, name), launches)
+            stack.enter_context(mock.patch.object(module, name, recorder))
+        for module in (scores, antidiagonal):
+            stack.enter_context(mock.patch.object(module, "capability", lambda _: divmod(arch, 10)))
+        launch()
+    return launches[-1]
+
+
+def compiled(launch, arch: int) -> machine_code.MachineCode:
+    """Machine code of a launch, specialised as Triton's launcher would."""
+    kernel, args, options = record(launch, arch)
+    warps = options.pop("num_warps")
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+    types, constants = {}, {}
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = f"*{POINTERS[value.dtype]}:16"
+        elif isinstance(value, int):
+            width = "i32" if value < 2**31 else "i64"
+            types[parameter.name] = width + (":16" if value % 16 == 0 else "")
+        else:
+            types[parameter.name] = "fp32"
+    return machine_code.compile_kernel(
+        kernel, types, constants, arch=arch, warps=warps, stages=constants.get("STAGES", 3)
+    )
+
+
+POINTERS = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+}
+
+
+def breaches(case: Case, code: machine_code.MachineCode) -> list[str]:
+    found = [f"warning: {x}" for x in code.warnings]
+    if code.spill_bytes > case.spills:
+        found.append(f"spills {code.spill_bytes} B, allowed {case.spills}")
+    registers = code.registers * code.warps * 32 * case.per_processor
+    if registers > REGISTERS:
+        found.append(f"{case.per_processor} programs need {registers} registers")
+    shared = (code.shared_bytes + 1024) * case.per_processor
+    if shared > SHARED_MEMORY[case.arch]:
+        found.append(f"{case.per_processor} programs need {shared} B of shared memory")
+    loops = code.tensor_loops()
+    if case.loop and case.arch < 100:
+        longest = max((x.size for x in loops), default=0)
+        if not 0 < longest <= case.loop:
+            found.append(f"longest tensor loop has {longest} instructions, allowed {case.loop}")
+        if case.arch == 90 and any(x.opcodes["HMMA"] for x in loops):
+            found.append("a loop multiplies by HMMA instead of wgmma")
+    return found
+
+
+def judge(case: Case) -> list[str]:
+    code = compiled(case.launch, case.arch)
+    found = breaches(case, code)
+    print(
+        f"{'FAIL' if found else 'ok  '} sm_{case.arch} {case.name}: {code.registers} registers, "
+        f"{code.spill_bytes} B spilled, {code.shared_bytes} B shared, "
+        f"loops {[x.size for x in code.loops]} {'; '.join(found)}",
+        flush=True,
+    )
+    return found
+
+
+def negative_control_fails() -> bool:
+    """A tile twice too wide for its warps must be found out."""
+    wide = ScoreConfig(rows=128, columns=256, warps=4, stages=2, per_processor=1)
+    with mock.patch.object(scores, "choose_peak", lambda *_: wide):
+        case = Case("negative control", score(PSAConfig()), loop=10_000)
+        return bool(judge(case))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every configuration and architecture")
+    options = parser.parse_args()
+    failed = [case for case in cases() if (case.always or options.all) and judge(case)]
+    caught = negative_control_fails()
+    print(f"{len(failed)} kernels over budget; negative control {'' if caught else 'not '}caught")
+    return 1 if failed or not caught else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
