@@ -1,0 +1,58 @@
+"""Small cases of every kernel, forward and backward, for a memory and race checker:
+
+compute-sanitizer --tool memcheck python tests/gpu/sanitized_case.py torch
+compute-sanitizer --tool racecheck python tests/gpu/sanitized_case.py torch
+"""
+
+import sys
+
+import numpy as np
+
+from shared_specs import PSAConfig
+
+CONFIGS = (
+    PSAConfig(block_n=32, causal=True),
+    PSAConfig(block_n=64, mask_mode="thresholdbound", importance="sampled"),
+    PSAConfig(block_n=128, attn_impl="old_mask_type", use_sim_mask=True),
+    PSAConfig(block_m=64, importance="antidiagonal"),
+)
+
+
+def torch_cases() -> None:
+    import torch
+
+    from psa_torch import psa_attention
+
+    for config in CONFIGS:
+        q, k, v = (
+            torch.randn(1, h, 389, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for h in (4, 2, 2)
+        )
+        out = psa_attention(q, k, v, config=config, implementation="triton")
+        grads = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+        assert all(bool(x.isfinite().all()) for x in (out, *grads))
+
+
+def jax_cases() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from psa_jax import psa_attention
+
+    for config in CONFIGS:
+        keys = jax.random.split(jax.random.key(0), 3)
+        q, k, v = (
+            jax.random.normal(key, (1, h, 389, 64), jnp.bfloat16)
+            for key, h in zip(keys, (4, 2, 2), strict=True)
+        )
+
+        def loss(q, k, v, config=config):
+            return psa_attention(q, k, v, config=config, implementation="mosaic").sum()
+
+        for x in jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v):
+            assert np.isfinite(np.asarray(x, np.float32)).all()
+
+
+if __name__ == "__main__":
+    {"torch": torch_cases, "jax": jax_cases}[sys.argv[1]]()
+    print("ran", len(CONFIGS), "configurations of", sys.argv[1])
