@@ -169,7 +169,7 @@ def query_gradient(
     for first in tl.range(0, left, TAIL, num_stages=1):
         rows, last, bias = tail_rows(
             entries,
-            first,
+            first + tl.arange(0, TAIL),
             n0,
             n1,
             n2,
@@ -181,7 +181,6 @@ def query_gradient(
             padded_len,
             kv_len,
             LOG_BLOCK_N,
-            TAIL,
         )
         real = (bias > float("-inf"))[:, None]
         at = rows[:, None] * D + d[None, :]

@@ -31,6 +31,21 @@ class ForwardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HopperForwardConfig:
+    """Warp-specialised forward for compute capability 9.0: 128 queries by `tile` pooled keys.
+
+    slots: tiles of keys and of values in flight.
+    multiply_registers, copy_registers: per thread of each role, multiples of 8; two multiplying
+        warpgroups and one that copies share 504.
+    """
+
+    tile: int
+    slots: int
+    multiply_registers: int = 232
+    copy_registers: int = 40
+
+
+@dataclass(frozen=True, kw_only=True)
 class QueryGradConfig:
     """dq kernel: `rows` queries (a divisor of block_m) by `tile` pooled keys a step.
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch.attention.triton import configs
-from psa_torch.attention.triton.configs import ForwardConfig
+from psa_torch.attention.triton.configs import ForwardConfig, HopperForwardConfig
 from psa_torch.attention.triton.plan import Plan, query_plan
 from psa_torch.attention.triton.walk import (
     gather_rows,
@@ -156,7 +156,7 @@ def attention_forward(
     for first in tl.range(0, left, TAIL, num_stages=1):
         rows, last, bias = tail_rows(
             entries,
-            first,
+            first + tl.arange(0, TAIL),
             n0,
             n1,
             n2,
@@ -168,7 +168,6 @@ def attention_forward(
             padded_len,
             kv_len,
             LOG_BLOCK_N,
-            TAIL,
         )
         real = (bias > float("-inf"))[:, None]
         at = rows[:, None] * D + d[None, :]
@@ -201,7 +200,7 @@ def forward(
     block_n: int,
     scale: float,
     is_causal: bool,
-    config: ForwardConfig | None = None,
+    config: ForwardConfig | HopperForwardConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its log-sum-exp at the given levels.
 
@@ -248,7 +247,7 @@ def forward_planned(
     block_n: int,
     scale: float,
     is_causal: bool,
-    config: ForwardConfig | None = None,
+    config: ForwardConfig | HopperForwardConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`forward` for a pyramid and a plan that exist already; the part that benchmarks time."""
     batch, heads, q_len, head_dim = q.shape
@@ -259,43 +258,54 @@ def forward_planned(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    padded_len = padded_length(kv_len, block_n)
-    grid = (triton.cdiv(q_len, config.rows), batch * heads)
+    arguments = (
+        q,
+        pyramid.k,
+        pyramid.v,
+        *plan,
+        out,
+        lse,
+        *q.stride()[:3],
+        abs(scale) * LOG2E,
+        heads,
+        heads // kv_heads,
+        q_len,
+        kv_len,
+        padded_length(kv_len, block_n),
+        plan.entries.shape[2],
+        plan.entries.shape[3],
+    )
+    constants = dict(IS_CAUSAL=is_causal, NEGATE=scale < 0)
     with on_device_of(q):
-        attention_forward[grid](
-            q,
-            pyramid.k,
-            pyramid.v,
-            plan.entries,
-            plan.counts,
-            plan.full,
-            out,
-            lse,
-            q.stride(0),
-            q.stride(1),
-            q.stride(2),
-            abs(scale) * LOG2E,
-            heads,
-            heads // kv_heads,
-            q_len,
-            kv_len,
-            padded_len,
-            plan.entries.shape[2],
-            plan.entries.shape[3],
-            D=head_dim,
-            BLOCK_M=block_m,
-            LOG_BLOCK_N=block_n.bit_length() - 1,
-            ROWS=config.rows,
-            TILE=config.tile,
-            TAIL=config.tail,
-            STAGES=config.stages,
-            CONTIGUOUS=config.contiguous and config.tile <= block_n,
-            IS_CAUSAL=is_causal,
-            NEGATE=scale < 0,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            # Unfused, scaled logits round as their maximum does, and no weight exceeds 1 however
-            # large they are. Fused, that holds up to logits of 2**31; float32 inputs reach more.
-            enable_fp_fusion=q.dtype != torch.float32,
-        )
+        if isinstance(config, HopperForwardConfig):
+            # Gluon kernels cannot be interpreted: nothing else may import them.
+            from psa_torch.attention.triton import forward_hopper
+
+            forward_hopper.launch(arguments, config, block_m=block_m, block_n=block_n, **constants)
+        else:
+            _launch(arguments, config, block_m=block_m, block_n=block_n, **constants)
     return out, lse
+
+
+def _launch(
+    arguments: tuple, config: ForwardConfig, *, block_m: int, block_n: int, **constants
+) -> None:
+    q: Tensor = arguments[0]
+    batch, heads, q_len, head_dim = q.shape
+    attention_forward[triton.cdiv(q_len, config.rows), batch * heads](
+        *arguments,
+        D=head_dim,
+        BLOCK_M=block_m,
+        LOG_BLOCK_N=block_n.bit_length() - 1,
+        ROWS=config.rows,
+        TILE=config.tile,
+        TAIL=config.tail,
+        STAGES=config.stages,
+        CONTIGUOUS=config.contiguous and config.tile <= block_n,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        # Unfused, scaled logits round as their maximum does, and no weight exceeds 1 however
+        # large they are. Fused, that holds up to logits of 2**31; float32 inputs reach more.
+        enable_fp_fusion=q.dtype != torch.float32,
+        **constants,
+    )

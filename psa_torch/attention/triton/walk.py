@@ -27,7 +27,7 @@ def level_start(padded_len, g):
 @triton.jit
 def load4(pointer, row):
     """The four int32 numbers of one row of a `[..., 4]` array."""
-    pointer += row.to(tl.int64) * 4
+    pointer += tl.cast(row, tl.int64) * 4
     return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
 
 
@@ -51,7 +51,7 @@ def gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N: tl.c
 @triton.jit
 def tail_rows(
     entries,
-    first,
+    x,
     n0,
     n1,
     n2,
@@ -63,9 +63,8 @@ def tail_rows(
     padded_len,
     kv_len,
     LOG_BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
 ):
-    """`TAIL` positions from `first` on of what full tiles left over, all levels end to end.
+    """Positions `x` of what full tiles left over, all levels end to end.
 
     n0 .. n3 are the counts of the table row, done0 .. done3 the positions in full tiles.
 
@@ -77,7 +76,6 @@ def tail_rows(
     end1 = end0 + (n1 << (LOG_BLOCK_N - 1)) - done1
     end2 = end1 + (n2 << (LOG_BLOCK_N - 2)) - done2
     end3 = end2 + (n3 << (LOG_BLOCK_N - 3)) - done3
-    x = first + tl.arange(0, TAIL)
     inside = x < end3
     x = tl.minimum(x, end3 - 1)
     g = (x >= end0).to(tl.int32) + (x >= end1).to(tl.int32) + (x >= end2).to(tl.int32)
