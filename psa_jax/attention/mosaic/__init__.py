@@ -1,6 +1,6 @@
 """Pyramid sparse attention in Pallas on Mosaic GPU, for Hopper: wgmma fed by TMA.
 
-Kernels: `forward`, `backward_queries` (dq) and `backward_keys` (dk, dv). Each walks arrays that
+Kernels: `forward_kernel`, `query_gradient` (dq) and `key_gradient` (dk, dv). Each walks arrays that
 `plan` or `key_plan` makes from the level mask on the device.
 """
 
@@ -27,4 +27,4 @@ def unsupported(q: Array, k: Array, v: Array, block_m: int, block_n: int) -> str
         return f"takes head dimensions 64 and 128, got {q.shape[-1]}"
     if block_m not in BLOCK_M or block_n not in BLOCK_N:
         return f"takes block_m 64 or 128 and block_n 32, 64 or 128, got {block_m} and {block_n}"
-    return device_reason()
+    return device_reason(q)

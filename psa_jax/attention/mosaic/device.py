@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from psa_jax._arrays import platform_of
+
 HOPPER = "9.0"
 H100_MULTIPROCESSORS = 132
 """Thread blocks of a program that is compiled without a GPU in the machine."""
@@ -29,7 +31,8 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
     that was traced outside.
 
     Args:
-        detect_races: also record unordered accesses to shared memory (`races_found`).
+        detect_races: raise on accesses to shared memory that no barrier orders (JAX 0.12 and
+            later).
     """
     token = _interpreter.set(_interpreter_params(detect_races))
     try:
@@ -38,11 +41,11 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
         _interpreter.reset(token)
 
 
-def races_found() -> bool:
-    """Whether the last interpreted kernel with `detect_races` had a race."""
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+def reset() -> None:
+    """Make the interpreter usable again after an exception inside it."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    return interpret_pallas_call.get_races().races_found
+    gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
 def _interpreter_params(detect_races: bool) -> Any:
@@ -58,15 +61,14 @@ def multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else H100_MULTIPROCESSORS
 
 
-def device_reason() -> str | None:
-    """Why the kernels cannot run on the default device, or None."""
+def device_reason(x: jax.Array) -> str | None:
+    """Why the kernels cannot run where `x` is, or None."""
     if interpreter() is not None:
         return None
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return (
-            f"needs a Hopper GPU (compute capability 9.0), the default device is {device.platform}"
-        )
+    platform = platform_of(x)
+    if platform != "gpu":
+        return f"needs a Hopper GPU (compute capability 9.0), the array is on {platform}"
+    device = jax.devices("gpu")[0]
     capability = str(getattr(device, "compute_capability", "unknown"))
     if capability != HOPPER:
         return (

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from psa_jax.attention.mosaic import products
-from psa_jax.attention.mosaic.forward import masked_logits
+from psa_jax.attention.mosaic.forward_kernel import masked_logits
 from psa_jax.attention.mosaic.geometry import CONSUMERS, ROWS
 from psa_jax.attention.mosaic.plan import ENDS, HALF, TAIL, WalkPlan
 from psa_jax.attention.mosaic.walk import (

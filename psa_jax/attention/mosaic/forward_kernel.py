@@ -1,4 +1,4 @@
-"""The forward kernel: one online softmax over the tiles of a table row (specification, section 4)."""
+"""The forward kernel: one online softmax over the tiles of a table row."""
 
 from __future__ import annotations
 

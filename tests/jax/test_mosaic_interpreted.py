@@ -1,0 +1,188 @@
+"""The mosaic kernels in Pallas' interpreter, against the float64 oracle.
+
+The interpreter runs every warpgroup, copy and barrier; its race detector (JAX 0.12 and
+later) raises on reads and writes of shared memory that no barrier orders. Outputs and shared
+memory start as NaN. It is slow, so every case is a few tiles; older JAX runs two of them.
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from psa_jax import sparse_attention
+from psa_jax.attention import mosaic
+from psa_jax.attention.mosaic import api, forward_kernel, walk
+from psa_jax.attention.mosaic.config import Config, default_config
+from psa_jax.attention.mosaic.device import reset
+from tests.jax.attention_contract import (
+    Case,
+    assert_close,
+    expected,
+    plain_attention,
+    relative_errors,
+    run,
+)
+
+RACES = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
+SLOW_ON_OLD = () if RACES else (pytest.mark.slow,)
+TOLERANCE = {"bfloat16": 4e-3, "float16": 5e-4}
+"""Half a unit in the last place, relative: what rounding the result alone may cost."""
+
+pytestmark = pytest.mark.timeout(240)
+
+SMALL = Case(
+    batch=1, heads=1, kv_heads=1, head_dim=64, dtype="bfloat16", block_m=128, q_len=100, kv_len=200
+)
+case_of = functools.partial(dataclasses.replace, SMALL)
+
+CASES = [
+    case_of(level=1, kv_len=130),
+    case_of(level=8, block_n=32, kv_len=310, dtype="float16"),
+]
+NEWER = [
+    case_of(heads=2, kv_heads=1, block_n=64, kv_len=300),
+    case_of(block_m=64, block_n=128, q_len=130, kv_len=260, is_causal=True),
+    case_of(level="empty", heads=2, kv_heads=2, block_m=64),
+    case_of(level=4, block_n=128, q_len=128, kv_len=256, scale=-0.2),
+]
+SLOW = [
+    case_of(level=2),
+    case_of(level=0),
+    case_of(head_dim=128),
+    case_of(head_dim=128, block_m=64, q_len=192),
+    case_of(q_len=1, kv_len=1),
+    case_of(q_len=300, kv_len=77, is_causal=True),
+    case_of(q_len=77, kv_len=300, is_causal=True, block_n=32),
+    case_of(block_n=32, block_m=64, level="empty", is_causal=True, heads=4, kv_heads=2),
+    case_of(block_n=128, q_len=300, kv_len=600, heads=3, kv_heads=1, is_causal=True),
+    case_of(batch=2, heads=2, kv_heads=2, block_n=32, dtype="float16"),
+    case_of(scale=0.0),
+    case_of(scale=30.0),
+]
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Kernels in the interpreter, cut small: two thread blocks share all the work."""
+
+    def small(head_dim, block_m):
+        config = default_config(head_dim, block_m)
+        return Config(
+            forward=dataclasses.replace(config.forward, tile=64, stages=2, blocks=2),
+            query_gradient=dataclasses.replace(config.query_gradient, tile=64, stages=2, blocks=2),
+            key_gradient=dataclasses.replace(config.key_gradient, stages=2, blocks=2),
+        )
+
+    monkeypatch.setattr(api, "default_config", small)
+    with mosaic.interpreted(detect_races=RACES):
+        yield
+    reset()  # after an exception the interpreter is not usable until then
+
+
+@pytest.mark.parametrize(
+    "case",
+    CASES
+    + [pytest.param(case, marks=SLOW_ON_OLD) for case in NEWER]
+    + [pytest.param(case, marks=pytest.mark.slow) for case in SLOW],
+    ids=str,
+)
+def test_forward_and_backward(case, interpreter, rng):
+    inputs = case.inputs(rng)
+    got = run(inputs, "mosaic", **case.settings())
+    tolerance = TOLERANCE[case.dtype] * (4 if case.scale == 30.0 else 1)
+    assert_close(got, expected(inputs, **case.settings()), tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_as_good_as_plain_attention_in_the_same_dtype(dtype, interpreter, rng):
+    case = case_of(dtype=dtype, kv_len=192)
+    inputs = case.inputs(rng)
+    want = expected(inputs, **case.settings())
+    ours = relative_errors(run(inputs, "mosaic", **case.settings()), want)
+    plain = relative_errors(plain_attention(inputs, **case.settings()), want)
+    assert all(ours[name] <= 2 * plain[name] for name in ours), (ours, plain)
+
+
+def forward_errors(case, rng):
+    inputs = case.inputs(rng)
+    attend = jax.jit(
+        functools.partial(
+            sparse_attention, implementation="mosaic", return_lse=True, **case.settings()
+        )
+    )
+    out, lse = attend(*inputs[:4])
+    want = expected(inputs, **case.settings())
+    error = np.linalg.norm(np.asarray(out, np.float64) - want.out) / np.linalg.norm(want.out)
+    return error, np.abs(lse - want.lse).max()
+
+
+def one_level_for_all(t, ends):
+    return jnp.int32(0)
+
+
+def tail_counted_as_full(packed):
+    count, last = packed & 15, packed >> 4
+    return jnp.where(count > 0, 8, 0), last
+
+
+MISTAKES = {
+    "no log bias": (
+        case_of(kv_len=1024),
+        forward_kernel,
+        "level_of_tile",
+        one_level_for_all,
+    ),
+    "tail counted as full": (
+        case_of(level=8),
+        forward_kernel,
+        "unpack_covers",
+        tail_counted_as_full,
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_broken_kernel_is_caught(mistake, interpreter, monkeypatch, rng):
+    case, module, name, broken = MISTAKES[mistake]
+    monkeypatch.setattr(module, name, broken)
+    error, lse_error = forward_errors(case, rng)
+    assert error > TOLERANCE["bfloat16"] and lse_error > 0.02
+
+
+@pytest.mark.skipif(not RACES, reason="JAX before 0.12 records races but does not raise")
+def test_a_buffer_filled_too_early_is_a_race(interpreter, monkeypatch, rng):
+    """The mistake that no result shows on a good day: a copy that does not wait for readers."""
+    impatient = types.SimpleNamespace(**vars(plgpu))
+    impatient.barrier_wait = lambda barrier: None
+    monkeypatch.setattr(walk, "plgpu", impatient)
+    with pytest.raises(Exception, match="[Rr]ace"):
+        forward_errors(case_of(level=1, kv_len=512), rng)
+
+
+def test_results_repeat_bit_for_bit(interpreter, rng):
+    case = case_of(kv_len=128)
+    inputs = case.inputs(rng)
+    first, second = (run(inputs, "mosaic", **case.settings()) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_unsupported_says_why():
+    def array(dtype="bfloat16", dim=64):
+        return jnp.zeros((1, 1, 128, dim), dtype)
+
+    def reason(x, block_m=128, block_n=64):
+        return mosaic.unsupported(x, x, x, block_m, block_n)
+
+    assert "float32" in reason(array("float32"))
+    assert "64 and 128, got 32" in reason(array(dim=32))
+    if jax.default_backend() == "cpu":
+        assert "cpu" in reason(array())
+        with mosaic.interpreted():
+            assert reason(array()) is None
