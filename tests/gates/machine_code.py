@@ -14,9 +14,11 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -63,17 +65,55 @@ def signature(fn, types: dict[str, str], constants: dict):
 
 
 def compile_kernel(
-    fn, types: dict[str, str], constants: dict, *, arch: int, warps: int, stages: int, **options
-):
-    """Machine code of one specialisation of a `triton.jit` function for `sm_<arch>`."""
+    fn,
+    types: dict[str, str],
+    constants: dict,
+    *,
+    arch: int,
+    warps: int,
+    stages: int = 3,
+    **options,
+) -> MachineCode:
+    """Machine code of one specialisation of a Triton or Gluon function for `sm_<arch>`."""
+    source = GluonASTSource if fn.is_gluon() else ASTSource
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         kernel = triton.compile(
-            ASTSource(fn, *signature(fn, types, constants)),
+            source(fn, *signature(fn, types, constants)),
             target=GPUTarget("cuda", arch, 32),
             options={"num_warps": warps, "num_stages": stages, **options},
         )
     return read(kernel, arch, warps, log.getvalue())
+
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+}
+
+
+def compile_launch(kernel, args: tuple, options: dict, arch: int) -> MachineCode:
+    """Machine code of a launch `kernel[grid](*args, **options)`, specialised as the launcher does.
+
+    Tensors may be on any device; their addresses count as multiples of 16.
+    """
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+    types, constants = {}, {}
+    for parameter in kernel.params:
+        value = values.pop(parameter.name)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = f"*{TYPES[value.dtype]}:16"
+        elif isinstance(value, int):
+            width = "i32" if value < 2**31 else "i64"
+            types[parameter.name] = width + (":16" if value % 16 == 0 else "")
+        else:
+            types[parameter.name] = "fp32"
+    warps, stages = values.pop("num_warps"), values.pop("num_stages", 3)
+    return compile_kernel(kernel, types, constants, arch=arch, warps=warps, stages=stages, **values)
 
 
 def read(kernel, arch: int, warps: int, log: str) -> MachineCode:
@@ -82,7 +122,7 @@ def read(kernel, arch: int, warps: int, log: str) -> MachineCode:
     registers = re.search(r"Used (\d+) registers", log)
     return MachineCode(
         arch=arch,
-        warps=kernel.metadata.num_warps if warps is None else warps,
+        warps=warps,
         registers=int(registers[1]),
         spill_bytes=int(spills[1]) + int(spills[2]),
         shared_bytes=kernel.metadata.shared,

@@ -55,10 +55,10 @@ def forward_tiles(rows, tile, tail, contiguous):
     return ForwardConfig(rows=rows, tile=tile, tail=tail, contiguous=contiguous, warps=4, stages=2)
 
 
-def backward_tiles(query_rows, tile, tail, key_rows):
+def backward_tiles(query_rows, tile, tail, key_rows, keys):
     return BackwardConfig(
         query=QueryGradConfig(rows=query_rows, tile=tile, tail=tail, warps=4, stages=2),
-        key=(KeyGradConfig(rows=key_rows, warps=4, stages=2),) * 4,
+        key=(KeyGradConfig(keys=keys, rows=key_rows, warps=4, stages=2),) * 4,
     )
 
 
@@ -73,14 +73,14 @@ def test_tile_sizes_do_not_change_the_answer(rows, tile, tail, contiguous, is_ca
         case,
         rng,
         forward_tiles(rows, tile, tail, contiguous),
-        backward_tiles(rows, tile, tail, key_rows=rows),
+        backward_tiles(rows, tile, tail, key_rows=rows, keys=tile),
     )
 
 
 def test_rows_of_long_streams_run_in_full_tiles(rng):
     """Every level has both full tiles and a remainder."""
     case = Case(batch=1, heads=1, kv_heads=1, q_len=64, kv_len=2000, block_n=32)
-    check(case, rng, forward_tiles(64, 32, 16, True), backward_tiles(64, 32, 16, 64))
+    check(case, rng, forward_tiles(64, 32, 16, True), backward_tiles(64, 32, 16, 64, 16))
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.4, 1.0, 3000.0])

@@ -297,28 +297,30 @@ def key_gradient(
     BLOCK_M: tl.constexpr,
     LOG_BLOCK_N: tl.constexpr,
     G: tl.constexpr,
+    MAX_KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
-    """Gradients of the rows of one key block at level `2**G`, from all heads of its group.
+    """Gradients of `MAX_KEYS` rows, or fewer, of a key block at level `2**G`, from its heads.
 
     dk_pooled, dv_pooled: float32 `[B, Hk, P - Lk', D]`, what each pooled row owes to every key
     that it covers (dk before the factor `scale`), coarser levels included.
     Level 1 writes dk, dv `[B, Hk, Lk, D]` instead.
     The row strides are compile-time constants because the loop has no registers to spare.
     """
-    block = tl.program_id(0)
+    RUN: tl.constexpr = (1 << LOG_BLOCK_N) >> G
+    OWN: tl.constexpr = RUN if RUN < MAX_KEYS else MAX_KEYS
+    # Tensor-core products have at least 16 columns: fewer rows repeat their last one.
+    KEYS: tl.constexpr = OWN if OWN > 16 else 16
+    # The keys are the tall side of the products where they can be (64 rows on Hopper).
+    KEYS_FIRST: tl.constexpr = OWN >= 64
+    block = tl.program_id(0) // (RUN // OWN)
     batch_kv_head = tl.program_id(1)
     batch = batch_kv_head // kv_heads
     kv_head = batch_kv_head % kv_heads
-    RUN: tl.constexpr = (1 << LOG_BLOCK_N) >> G
-    # Tensor-core products have at least 16 columns: a shorter run repeats its last row.
-    KEYS: tl.constexpr = RUN if RUN > 16 else 16
-    # The keys are the tall side of the products where they can be (64 rows on Hopper).
-    KEYS_FIRST: tl.constexpr = RUN >= 64
     lane = tl.arange(0, KEYS)
-    run = block * RUN + tl.minimum(lane, RUN - 1)
+    run = tl.program_id(0) * OWN + tl.minimum(lane, OWN - 1)
     d = tl.arange(0, D)
     rows = level_start(padded_len, G) + run
     pyramid = batch_kv_head.to(tl.int64) * (2 * padded_len - padded_len // 8) * D
@@ -331,11 +333,11 @@ def key_gradient(
     if KEYS_FIRST:
         column = d[None, :]
         run = run[:, None]
-        live = (lane < RUN)[:, None]
+        live = (lane < OWN)[:, None]
     else:
         column = d[:, None]
         run = run[None, :]
-        live = (lane < RUN)[None, :]
+        live = (lane < OWN)[None, :]
     # The exponent below carries +G, for the range of float16, so sums are 2**G times what a
     # key is owed. They start from what the level above owes, before the loop needs registers.
     if G < 3:
@@ -594,7 +596,9 @@ def _key_gradients(
     dv = torch.empty_like(dk)
     # Coarsest first: each level adds what the level above owes to its rows.
     for g in reversed(range(len(LEVELS))):
-        key_gradient[plan.entries.shape[2], batch * kv_heads](
+        run = block_n >> g
+        programs = plan.entries.shape[2] * triton.cdiv(run, min(run, config[g].keys))
+        key_gradient[programs, batch * kv_heads](
             q,
             pyramid.k,
             pyramid.v,
@@ -622,6 +626,7 @@ def _key_gradients(
             BLOCK_M=block_m,
             LOG_BLOCK_N=block_n.bit_length() - 1,
             G=g,
+            MAX_KEYS=config[g].keys,
             ROWS=config[g].rows,
             STAGES=config[g].stages,
             IS_CAUSAL=is_causal,

@@ -61,11 +61,13 @@ class QueryGradConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyGradConfig:
-    """dk/dv kernel of one level: the rows of one key block by `rows` queries a step.
+    """dk/dv kernel of one level: up to `keys` rows of one key block by `rows` queries a step.
 
+    keys: a power of two, 16 or more.
     rows: a divisor of block_m.
     """
 
+    keys: int
     rows: int
     warps: int
     stages: int
@@ -96,16 +98,24 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 def _register_dtype(q: Tensor) -> torch.dtype:
     """The interpreter has no registers to save and likes few large tiles, whatever the dtype."""
-    return q.dtype if q.is_cuda else torch.bfloat16
+    return torch.bfloat16 if q.device.type == "cpu" else q.dtype
 
 
 def choose_forward(
     capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int, block_n: int
-) -> ForwardConfig:
+) -> ForwardConfig | HopperForwardConfig:
     """Forward tile sizes; `capability` is the compute capability of the GPU."""
     if dtype == torch.float32:
-        return ForwardConfig(rows=16, tile=16, tail=16, warps=4, stages=1)
-    return ForwardConfig(rows=block_m, tile=128, tail=64, warps=8, stages=3)
+        rows, tile, warps = {32: (32, 32, 8), 64: (32, 32, 8), 128: (32, 32, 16)}.get(
+            head_dim, (16, 32, 16)
+        )
+        return ForwardConfig(rows=rows, tile=tile, tail=tile, warps=warps, stages=1)
+    warps = block_m // 16
+    if head_dim == 256:
+        return ForwardConfig(rows=block_m, tile=64, tail=32, warps=warps, stages=2)
+    if not _has_large_shared_memory(capability):
+        return ForwardConfig(rows=block_m, tile=64, tail=32, warps=warps, stages=3)
+    return ForwardConfig(rows=block_m, tile=128, tail=64, warps=warps, stages=3)
 
 
 def choose_backward(
@@ -113,12 +123,32 @@ def choose_backward(
 ) -> BackwardConfig:
     """Backward tile sizes; `capability` is the compute capability of the GPU."""
     if dtype == torch.float32:
+        keys = 16 if head_dim == 256 else 32
         return BackwardConfig(
-            query=QueryGradConfig(rows=16, tile=16, tail=16, warps=4, stages=1),
-            key=(KeyGradConfig(rows=16, warps=8, stages=1),) * 4,
+            query=QueryGradConfig(rows=16, tile=32, tail=32, warps=8, stages=1),
+            key=(KeyGradConfig(keys=keys, rows=16, warps=8, stages=1),) * 4,
+        )
+    if head_dim == 256:
+        return BackwardConfig(
+            query=QueryGradConfig(rows=64, tile=32, tail=32, warps=4, stages=2),
+            key=tuple(
+                KeyGradConfig(keys=64, rows=32 if block_n >> g >= 64 else 64, warps=8, stages=1)
+                for g in range(4)
+            ),
         )
     return BackwardConfig(
-        query=QueryGradConfig(rows=block_m, tile=64, tail=32, warps=8, stages=3),
-        key=(KeyGradConfig(rows=64, warps=4, stages=2),)
-        + (KeyGradConfig(rows=block_m, warps=8, stages=2),) * 3,
+        query=QueryGradConfig(rows=block_m, tile=64, tail=32, warps=block_m // 16, stages=3),
+        key=tuple(_key_config(block_n >> g, block_m) for g in range(4)),
     )
+
+
+def _key_config(run: int, block_m: int) -> KeyGradConfig:
+    """`run` rows of a block at one level: tall enough for the tall side of products, or not."""
+    if run >= 64:
+        return KeyGradConfig(keys=128, rows=64, warps=run // 16, stages=2)
+    return KeyGradConfig(keys=32, rows=block_m, warps=block_m // 16, stages=2)
+
+
+def _has_large_shared_memory(capability: tuple[int, int]) -> bool:
+    """Whether a block may use more than 200 KiB: H100, H200 and the B series."""
+    return capability[0] in (9, 10)
