@@ -245,13 +245,12 @@ def _peak_kernel(
     Q_BLOCKS: tl.constexpr = ROWS // Q_COUNT  # query blocks per item
     K_BLOCKS: tl.constexpr = COLUMNS // K_COUNT  # key blocks per tile of columns
     row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
     tile_block = tl.arange(0, K_BLOCKS)
     swept = tl.arange(0, SWEEP)
     item_block = tl.arange(0, Q_BLOCKS)
     d = tl.arange(0, BLOCK_D)
     row_in_item = (row // Q_COUNT) * (BLOCK_M // SIZE) + _in_block(Q_OFFSETS, row, Q_COUNT)
-    column_in_block = _in_block(K_OFFSETS, column, K_COUNT)
+    column_in_block = _in_block(K_OFFSETS, tl.arange(0, COLUMNS), K_COUNT)
     SLAB += tl.program_id(0).to(tl.int64) * ROWS * width
     slab_row = SLAB + row[:, None] * width.to(tl.int64)
     column_tiles = tl.cdiv(k_blocks, K_BLOCKS)
@@ -279,25 +278,56 @@ def _peak_kernel(
                 tl.cdiv(tl.maximum(last_position + 1, 0), tile_keys), column_tiles
             )
         for tile in tl.range(0, open_tiles, num_stages=STAGES):
-            column_block = tl.minimum(tile * K_BLOCKS + column // K_COUNT, k_blocks - 1)
-            index = tl.minimum(column_block * (BLOCK_N // SIZE) + column_in_block, k_rows - 1)
-            factor = _block_factors(K_SCALE, kv_bh, tile * K_BLOCKS + tile_block, k_blocks)
-            k = _load_rows(k_head, index, d, k_stride_l, k_stride_d, HEAD_DIM, BLOCK_D)
-            s = _products(q, k, NEGATIVE, PRECISION)
-            peak = _block_peaks(s, ROWS, K_BLOCKS, K_COUNT)
-            peak = peak * factor[None, :]
+            peak = _tile_peaks(
+                q,
+                k_head,
+                K_SCALE,
+                kv_bh,
+                tile,
+                column_in_block,
+                row_position,
+                k_stride_l,
+                k_stride_d,
+                k_rows,
+                k_blocks,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_N,
+                SIZE,
+                K_COUNT,
+                ROWS,
+                COLUMNS,
+                False,
+                NEGATIVE,
+                PRECISION,
+            )
             row_max = tl.maximum(row_max, tl.max(peak, 1))
             tl.store(slab_row + (tile * K_BLOCKS + tile_block)[None, :], peak)
         if CAUSAL:
             for tile in tl.range(open_tiles, seen_tiles, num_stages=STAGES):
-                column_block = tl.minimum(tile * K_BLOCKS + column // K_COUNT, k_blocks - 1)
-                index = tl.minimum(column_block * (BLOCK_N // SIZE) + column_in_block, k_rows - 1)
-                factor = _block_factors(K_SCALE, kv_bh, tile * K_BLOCKS + tile_block, k_blocks)
-                k = _load_rows(k_head, index, d, k_stride_l, k_stride_d, HEAD_DIM, BLOCK_D)
-                s = _products(q, k, NEGATIVE, PRECISION)
-                visible = (index * SIZE)[None, :] <= row_position[:, None]
-                peak = _block_peaks(tl.where(visible, s, float("-inf")), ROWS, K_BLOCKS, K_COUNT)
-                peak = peak * factor[None, :]
+                peak = _tile_peaks(
+                    q,
+                    k_head,
+                    K_SCALE,
+                    kv_bh,
+                    tile,
+                    column_in_block,
+                    row_position,
+                    k_stride_l,
+                    k_stride_d,
+                    k_rows,
+                    k_blocks,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    BLOCK_N,
+                    SIZE,
+                    K_COUNT,
+                    ROWS,
+                    COLUMNS,
+                    True,
+                    NEGATIVE,
+                    PRECISION,
+                )
                 row_max = tl.maximum(row_max, tl.max(peak, 1))
                 tl.store(slab_row + (tile * K_BLOCKS + tile_block)[None, :], peak)
 
@@ -355,19 +385,44 @@ def _block_factors(SCALE, bh, block, blocks):
 
 
 @triton.jit
-def _products(q, k, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr):
-    """q.k for every pair; its sign turned where the scale is negative, so that maxima stay so."""
+def _tile_peaks(
+    q,
+    K,
+    SCALE,
+    kv_bh,
+    tile,
+    column_in_block,
+    row_position,
+    stride_l,
+    stride_d,
+    k_rows,
+    k_blocks,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SIZE: tl.constexpr,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Largest visible product of each row with each key block of a tile, `[ROWS, key blocks]`.
+
+    For a negative scale the largest of the negated products.
+    """
+    BLOCKS: tl.constexpr = COLUMNS // COUNT
+    block = tile * BLOCKS + tl.arange(0, COLUMNS) // COUNT
+    index = tl.minimum(block, k_blocks - 1) * (BLOCK_N // SIZE) + column_in_block
+    index = tl.minimum(index, k_rows - 1)
+    factor = _block_factors(SCALE, kv_bh, tile * BLOCKS + tl.arange(0, BLOCKS), k_blocks)
+    k = _load_rows(K, index, tl.arange(0, BLOCK_D), stride_l, stride_d, HEAD_DIM, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if NEGATIVE:
         s = -s
-    return s
-
-
-@triton.jit
-def _block_peaks(s, ROWS: tl.constexpr, BLOCKS: tl.constexpr, COUNT: tl.constexpr):
-    """`[ROWS, BLOCKS * COUNT]` to `[ROWS, BLOCKS]`, maxima over COUNT."""
-    if COUNT == 1:
-        peaks = s
-    else:
-        peaks = tl.max(tl.reshape(s, (ROWS, BLOCKS, COUNT)), 2)
-    return peaks
+    if MASKED:
+        s = tl.where((index * SIZE)[None, :] <= row_position[:, None], s, float("-inf"))
+    if COUNT > 1:
+        s = tl.max(tl.reshape(s, (ROWS, BLOCKS, COUNT)), 2)
+    return s * factor[None, :]
