@@ -31,8 +31,9 @@ __all__ = [
     "sta_order",
 ]
 
-DISTANCE_ELEMENTS = 1 << 25
-"""Most token-to-centroid distances held at a time: 128 MB in float32, whatever the length."""
+DISTANCE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
+"""Most token-to-centroid distances held at a time, whatever the length: what fits the cache of a
+CPU; 128 MB of float32 on a GPU, where each chunk costs some kernel launches."""
 
 
 class TokenOrder(TokenOrderBase):
@@ -187,22 +188,24 @@ def _lloyd_step(tokens: Tensor, centroids: Tensor, *, move: bool) -> tuple[Tenso
     count = centroids.shape[2]
     # Distances are measured from the mean centroid: a common offset then costs no precision.
     centre = centroids.mean(2, keepdim=True)
-    shifted = centroids - centre
-    half_norm = shifted.square().sum(-1)[:, :, None] / 2
+    shifted = (centroids - centre).flatten(0, 1)
+    half_norm = shifted.square().sum(-1)[:, None] / 2
     columns = shifted.mT
-    chunk = max(1, DISTANCE_ELEMENTS // (b * h * count))
+    most = DISTANCE_ELEMENTS.get(tokens.device.type, DISTANCE_ELEMENTS["cuda"])
+    chunk = max(1, most // (b * h * count))
     ids = torch.arange(count, device=tokens.device)
     labels = []
-    sums, sizes = torch.zeros_like(centroids), torch.zeros_like(centroids[..., :1])
+    sums, sizes = torch.zeros_like(shifted), torch.zeros_like(shifted[..., :1])
     for part in tokens.split(chunk, 2):
-        part = part.float() - centre
-        label = (part @ columns - half_norm).argmax(-1)
+        part = (part.float() - centre).flatten(0, 1)
+        label = torch.baddbmm(half_norm, part, columns, beta=-1).argmax(-1)
         labels.append(label.int())
         if move:
             # A product with the one-hot labels adds in a fixed order; scattered adds would not.
             chosen = (label[..., None] == ids).float()
-            sums += chosen.mT @ part
-            sizes += chosen.sum(2)[..., None]
+            sums.baddbmm_(chosen.mT, part)
+            sizes += chosen.sum(1)[..., None]
     if move:
-        centroids = torch.where(sizes > 0, sums / sizes.clamp(min=1) + centre, centroids)
-    return torch.cat(labels, 2), centroids
+        means = (sums / sizes.clamp(min=1)).unflatten(0, (b, h)) + centre
+        centroids = torch.where(sizes.unflatten(0, (b, h)) > 0, means, centroids)
+    return torch.cat(labels, 1).unflatten(0, (b, h)), centroids

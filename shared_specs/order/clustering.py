@@ -12,7 +12,7 @@ MAX_QUERY_CENTROIDS = 256
 MAX_KEY_CENTROIDS = 1000
 """Most clusters of queries and of keys. Keys get more: their clusters are what blocks pool over."""
 
-TOKENS_PER_CENTROID = 32
+TOKENS_PER_CENTROID = 64
 """Short sequences get fewer clusters: at least this many tokens per cluster on average."""
 
 COLD_STEPS = 8

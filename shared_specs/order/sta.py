@@ -6,8 +6,8 @@ import numpy as np
 
 from shared_specs.order.checks import check_grid, check_tile
 
-DEFAULT_TILE = (4, 4, 8)
-"""Tile used when a configuration names none: 128 tokens, one block of queries."""
+DEFAULT_TILE = (8, 4, 4)
+"""Tile used when a configuration names none: one block of 128 queries, two cubes of 64 keys."""
 
 
 def sta_order(grid: tuple[int, int, int], tile: tuple[int, int, int]) -> np.ndarray:

@@ -91,16 +91,16 @@ def test_separate_clusters_are_found(rng):
 
 
 def test_tokens_of_a_cluster_become_neighbours(rng):
-    tokens, truth = clusters(rng, count=4, each=64)
-    config = PSAConfig(rearrange_method="SemanticAware", grid=(4, 8, 8))
+    tokens, truth = clusters(rng, count=4, each=256)
+    config = PSAConfig(rearrange_method="SemanticAware", grid=(8, 8, 16))
     x = tokens[None, None]
-    moved = TokenOrder.from_config(config, 256, 256).apply(x, x, x)[1]
+    moved = TokenOrder.from_config(config, 1024, 1024).apply(x, x, x)[1]
 
     def changes(keys):
         return np.sum(np.linalg.norm(np.diff(keys[0, 0], axis=0), axis=-1) > 1)
 
-    assert changes(moved) < 16 < 100 < changes(x)
-    assert np.sum(np.diff(truth) != 0) > 100
+    assert changes(moved) < 32 < 400 < changes(x)
+    assert np.sum(np.diff(truth) != 0) > 400
 
 
 def test_tokens_keep_their_order_inside_a_cluster(rng):
