@@ -98,7 +98,12 @@ class JaxSession:
         return build
 
     def _chunked(self) -> Provider:
-        build = self._passes(chunked_dense, (self.q, self.k, self.v), self.dout)
+        def attend(q, k, v):
+            if self.workload.config.causal:
+                raise ValueError("the chunked dense baseline has no causal mask")
+            return chunked_dense(q, k, v)
+
+        build = self._passes(attend, (self.q, self.k, self.v), self.dout)
         return Provider(name="jax-dense-chunked", kind=DENSE, build=build)
 
     def _cudnn(self) -> Provider:

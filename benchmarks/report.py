@@ -106,7 +106,8 @@ def _table(workload: str, rows: list[Row]) -> str:
             cells += _time_cells(timed[which], rows, which)
         last = next(timed[which] for which in reversed(passes) if timed[which] is not None)
         peak = "-" if last["peak_bytes"] is None else f"{last['peak_bytes'] / 2**20:,.0f}"
-        error = "-" if first["kind"] == DENSE else f"{first['error_dense']:.3f}"
+        compared = first["kind"] != DENSE and first["error_dense"] is not None
+        error = f"{first['error_dense']:.3f}" if compared else "-"
         lines.append([*cells, f"{first['tflops_per_s']:.3g}", error, peak])
     return title + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

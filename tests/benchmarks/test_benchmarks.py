@@ -209,6 +209,16 @@ def test_a_wrong_provider_is_marked_wrong(tmp_path, monkeypatch):
     assert row_of(done, "torch-sdpa")["status"] == "ok"
 
 
+def test_without_a_dense_row_there_is_no_speed_up_and_no_error_against_it(tmp_path, capsys):
+    work = small(config=PSAConfig(causal=True), passes=(FORWARD,))
+    output = tmp_path / "rows.jsonl"
+    done = runner.run([work], output, provider="gather", repeats=1, frameworks=("jax",))
+    assert row_of(done, "jax-dense-chunked")["status"] == "skipped"
+    row = row_of(done, "jax-psa-gather")
+    assert row["status"] == "ok" and row["error_dense"] is None
+    assert "| - |" in report.write([output])
+
+
 def test_report_is_made_from_rows_alone_and_leaves_wrong_ones_out(rows, tmp_path, capsys):
     stored = tmp_path / "rows.jsonl"
     wrong = {**row_of(rows, "jax-psa-gather"), "status": "wrong", "reason": "error 1 against"}
