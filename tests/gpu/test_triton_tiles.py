@@ -1,0 +1,88 @@
+"""Tile sizes and kernels of the Triton attention on a CUDA device: every one gives the answer."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from psa_torch.attention.triton import configs
+from psa_torch.attention.triton.configs import ForwardConfig, HopperForwardConfig
+from psa_torch.attention.triton.forward import forward
+from shared_specs import attention as oracle
+from tests.torch.attention_contract import Case, to_numpy
+
+pytestmark = pytest.mark.gpu
+
+HOPPER = {64: HopperForwardConfig(tile=128, slots=3), 128: HopperForwardConfig(tile=128, slots=2)}
+
+CASES = [
+    Case(block_m=128, head_dim=128, q_len=300, kv_len=1000),
+    Case(block_m=128, head_dim=64, q_len=128, kv_len=4096, block_n=32),
+    Case(block_m=128, head_dim=128, q_len=1, kv_len=1),
+    Case(block_m=128, head_dim=128, q_len=500, kv_len=2049, block_n=128, heads=4, kv_heads=2),
+    Case(block_m=128, head_dim=128, q_len=700, kv_len=700, level="empty"),
+    Case(block_m=128, head_dim=128, q_len=1000, kv_len=1000, is_causal=True, scale=-0.2),
+    Case(block_m=128, head_dim=64, q_len=1000, kv_len=333, is_causal=True, block_n=32),
+    Case(block_m=128, head_dim=64, q_len=200, kv_len=3000, is_causal=True, level=1),
+    *(Case(block_m=128, head_dim=128, kv_len=777, level=level) for level in (0, 1, 2, 4, 8)),
+]
+
+
+def hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def settings(case: Case) -> dict:
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    return {**case.settings(), "scale": scale}
+
+
+def check(case: Case, config, rng) -> None:
+    """Within twice the error of the plain table kernel, or the rounding of the output."""
+    inputs = case.inputs(rng, "cuda")
+    q, k, v, levels = inputs[:4]
+    out, lse = forward(q, k, v, levels, config=config, **settings(case))
+    arrays = (to_numpy(q), to_numpy(k), to_numpy(v), levels.cpu().numpy())
+    want, want_lse = oracle.sparse_attention(*arrays, return_lse=True, **settings(case))
+    blind = np.isneginf(want_lse)
+    np.testing.assert_array_equal(np.isneginf(to_numpy(lse)), blind)
+    assert (to_numpy(out)[blind] == 0).all()
+    step = 2.0 ** (-8 if case.dtype == torch.bfloat16 else -11)
+    assert np.abs(to_numpy(out) - want).max() <= 4 * step * np.abs(arrays[2]).max()
+    assert np.abs(to_numpy(lse) - want_lse)[~blind].max(initial=0) <= 8 * step
+
+
+@pytest.mark.skipif(not hopper(), reason="needs compute capability 9.0")
+@pytest.mark.timeout(120)
+class TestHopperForward:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_against_the_oracle(self, case, dtype, rng):
+        check(dataclasses.replace(case, dtype=dtype), HOPPER[case.head_dim], rng)
+
+    @pytest.mark.parametrize("tile,slots", [(64, 2), (64, 4), (128, 2)])
+    def test_ring_sizes(self, tile, slots, rng):
+        case = dataclasses.replace(CASES[0], dtype=torch.bfloat16)
+        check(case, HopperForwardConfig(tile=tile, slots=slots), rng)
+
+    def test_same_bits_on_every_run(self, rng):
+        case = dataclasses.replace(CASES[3], dtype=torch.bfloat16)
+        q, k, v, levels = case.inputs(rng, "cuda")[:4]
+        calls = [forward(q, k, v, levels, config=HOPPER[128], **settings(case)) for _ in range(5)]
+        for out, lse in calls[1:]:
+            assert torch.equal(out, calls[0][0]) and torch.equal(lse, calls[0][1])
+
+
+@pytest.mark.parametrize("dtype", configs.DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", configs.HEAD_DIMS)
+def test_shipped_tile_sizes(head_dim, dtype, rng):
+    for block_m, block_n in ((128, 64), (64, 128), (128, 32)):
+        case = Case(head_dim=head_dim, block_m=block_m, block_n=block_n, kv_len=900, dtype=dtype)
+        check(case, None, rng)
+
+
+@pytest.mark.parametrize("tile,tail", [(64, 32), (128, 64)])
+def test_other_tile_sizes(tile, tail, rng):
+    case = dataclasses.replace(CASES[0], dtype=torch.bfloat16)
+    check(case, ForwardConfig(rows=128, tile=tile, tail=tail, warps=8, stages=3), rng)
