@@ -139,7 +139,7 @@ MISTAKES = {
         one_level_for_all,
     ),
     "tail counted as full": (
-        case_of(level=8),
+        case_of(level=8, kv_len=36),
         forward_kernel,
         "unpack_covers",
         tail_counted_as_full,

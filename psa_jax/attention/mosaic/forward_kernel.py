@@ -49,19 +49,19 @@ def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpr
     lse = jax.ShapeDtypeStruct((q.shape[0], walk.geometry.padded_queries), jnp.float32)
     arrays, tree = jax.tree.flatten((q, k, v, plan))
 
-    def body(*refs):
+    def forward(*refs):
         q_ref, k_ref, v_ref, plan_refs = tree.unflatten(refs[: len(arrays)])
         _warpgroup(q_ref, k_ref, v_ref, plan_refs, *refs[len(arrays) :], walk=walk, scale=scale)
 
     kernel = plgpu.kernel(
-        body,
+        forward,
         out_type=(jax.ShapeDtypeStruct(q.shape, dtype), lse),
         scratch_types=(scratch,),
         grid=(walk.blocks,),
         grid_names=("block",),
         num_threads=CONSUMERS + walk.lanes,
         thread_name="warpgroup",
-        compiler_params=products.compiler_params(),
+        compiler_params=products.compiler_params(rereads=False),
         **({} if interpret is None else {"interpret": interpret}),
     )
     return kernel(*arrays)

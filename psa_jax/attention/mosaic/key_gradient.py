@@ -132,20 +132,20 @@ def key_gradient_kernel(q, k, v, dout, numbers, plan: KeyPlan, walk: KeyWalk, *,
     rows = jax.ShapeDtypeStruct((k.shape[0], walk.tiles.total * ROWS, head_dim), jnp.float32)
     arrays, tree = jax.tree.flatten((q, dout, numbers, k, v, plan))
 
-    def body(*refs):
+    def key_gradient(*refs):
         inputs = tree.unflatten(refs[: len(arrays)])
         dk_ref, dv_ref, scoped = refs[len(arrays) :]
         _warpgroup(*inputs, dk_ref, dv_ref, Scratch(**scoped), walk=walk, scale=scale)
 
     kernel = plgpu.kernel(
-        body,
+        key_gradient,
         out_type=(rows, rows),
         scratch_types=({f.name: getattr(scratch, f.name) for f in dataclasses.fields(scratch)},),
         grid=(walk.blocks,),
         grid_names=("block",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
-        compiler_params=products.compiler_params(),
+        compiler_params=products.compiler_params(rereads=True),
         **({} if interpret is None else {"interpret": interpret}),
     )
     return kernel(*arrays)

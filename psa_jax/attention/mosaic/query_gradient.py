@@ -52,20 +52,20 @@ def query_gradient_kernel(q, k, v, dout, numbers, plan: WalkPlan, walk: Walk, *,
     }
     arrays, tree = jax.tree.flatten((q, dout, numbers, k, v, plan))
 
-    def body(*refs):
+    def query_gradient(*refs):
         *row_refs, k_ref, v_ref, plan_refs = tree.unflatten(refs[: len(arrays)])
         out_ref, scoped = refs[len(arrays) :]
         _warpgroup(row_refs, k_ref, v_ref, plan_refs, out_ref, scoped, walk=walk, scale=scale)
 
     kernel = plgpu.kernel(
-        body,
+        query_gradient,
         out_type=jax.ShapeDtypeStruct(q.shape, dtype),
         scratch_types=(scratch,),
         grid=(walk.blocks,),
         grid_names=("block",),
         num_threads=CONSUMERS + walk.lanes,
         thread_name="warpgroup",
-        compiler_params=products.compiler_params(),
+        compiler_params=products.compiler_params(rereads=False),
         **({} if interpret is None else {"interpret": interpret}),
     )
     return kernel(*arrays)

@@ -1,0 +1,23 @@
+"""The mosaic kernels compile for an H200 within their budgets (see mosaic_aot.py)."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GATE = Path(__file__).with_name("mosaic_aot.py")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None
+    or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="needs jax-cuda13-plugin and nvidia-cuda-nvcc to compile for CUDA",
+)
+def test_every_kernel_is_within_its_budget():
+    run = subprocess.run([sys.executable, GATE, "--all"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "negative control caught" in run.stdout
