@@ -1,16 +1,18 @@
 """Pyramid sparse attention as a function: from q, k and v to the output."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from psa_jax._arrays import describe
 from psa_jax._sharding import per_shard
-from psa_jax.attention import IMPLEMENTATIONS, sparse_attention
+from psa_jax.attention import IMPLEMENTATIONS, choose, sparse_attention
 from psa_jax.importance import block_scores
-from psa_jax.masks import check_level_values, from_segments, to_segments
+from psa_jax.masks import check_levels_of_form, from_segments, to_segments
 from psa_jax.order import TokenOrder
 from psa_jax.selection import select_levels
 from psa_jax.similarity import similarity_cap
@@ -64,41 +66,64 @@ def psa_attention(
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     sizes = describe("q", q), describe("k", k), describe("v", v)
     checks.check_qkv(*sizes)
-    order = TokenOrder.from_config(config, q.shape[2], k.shape[2])
-    given = ()
+    TokenOrder.from_config(config, q.shape[2], k.shape[2])  # refuses lengths that do not fit
+    form, given = None, ()
+    blocks = {"block_m": config.block_m, "block_n": config.block_n}
     if levels is not None:
-        blocks = {"block_m": config.block_m, "block_n": config.block_n}
         form = checks.check_levels_shape(describe("levels", levels), *sizes[:2], **blocks)
-        if form == "dense":
-            check_level_values(levels)
+        check_levels_of_form(levels, form)
         given = (lax.stop_gradient(levels),)
-
-    def of_shard(q, k, v, *given):
-        q, k, v, state = order.apply(q, k, v)
-        if given:
-            dense = from_segments(*given) if form == "segments" else given[0].astype(np.int32)
-            chosen = Chosen(dense, None)
-        else:
-            chosen = choose_levels(q, k, config)
-        attended = sparse_attention(
-            q,
-            k,
-            v,
-            chosen.levels,
-            block_m=config.block_m,
-            block_n=config.block_n,
-            scale=config.scale,
-            is_causal=config.causal,
-            implementation=implementation,
-            return_lse=return_lse,
-        )
-        results = [order.undo(x, state) for x in (attended if return_lse else (attended,))]
-        if return_levels:
-            results.append(serial_levels(chosen, config))
-        return tuple(results)
-
-    results = per_shard(of_shard, q, k, v, *given)
+    run = functools.partial(
+        _attend,
+        config=config,
+        form=form,
+        return_lse=return_lse,
+        return_levels=return_levels,
+        implementation=choose(implementation, q, k, v, **blocks),
+    )
+    results = per_shard(run, q, k, v, *given)
     return results[0] if len(results) == 1 else results
+
+
+# One program, compiled once for a configuration and shapes, with or without `jit` around it.
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "form", "return_lse", "return_levels", "implementation"),
+)
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array | None = None,
+    *,
+    config: PSAConfig,
+    form: str | None,
+    return_lse: bool,
+    return_levels: bool,
+    implementation: str,
+) -> tuple[Array, ...]:
+    order = TokenOrder.from_config(config, q.shape[2], k.shape[2])
+    q, k, v, state = order.apply(q, k, v)
+    if form is None:
+        chosen = choose_levels(q, k, config)
+    else:
+        chosen = Chosen(from_segments(levels) if form == "segments" else levels, None)
+    attended = sparse_attention(
+        q,
+        k,
+        v,
+        chosen.levels,
+        block_m=config.block_m,
+        block_n=config.block_n,
+        scale=config.scale,
+        is_causal=config.causal,
+        implementation=implementation,
+        return_lse=return_lse,
+    )
+    results = [order.undo(x, state) for x in (attended if return_lse else (attended,))]
+    if return_levels:
+        results.append(serial_levels(chosen, config))
+    return tuple(results)
 
 
 class Chosen(NamedTuple):
@@ -124,7 +149,7 @@ def choose_levels(q: Array, k: Array, config: PSAConfig) -> Chosen:
 def serial_levels(chosen: Chosen, config: PSAConfig) -> Array:
     """Levels in the form that `config.attn_impl` names, int32."""
     if config.attn_impl == "old_mask_type":
-        return chosen.levels
+        return chosen.levels.astype(jnp.int32)
     return to_segments(chosen.levels, chosen.scores)
 
 

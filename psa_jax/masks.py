@@ -67,8 +67,7 @@ def from_segments(segments: Array) -> Array:
         raise ValueError(
             f"segments must be [..., Nq, Nk + 5] with Nk >= 1, got {tuple(segments.shape)}"
         )
-    if is_known(segments):
-        return jnp.asarray(specification.from_segments(np.asarray(segments)))
+    _check_segments(segments)
     n = segments.shape[-1] - len(MASK_LEVELS)
     segment = jnp.cumsum(segments == SEPARATOR, axis=-1, dtype=jnp.int32)
     value = jnp.int32(0)
@@ -109,6 +108,11 @@ def check_level_values(levels: Array) -> None:
         specification.check_levels(np.asarray(levels))
 
 
+def check_levels_of_form(levels: Array, form: str) -> None:
+    """Raise if levels are known not to be levels, in the form 'dense' or 'segments'."""
+    (_check_segments if form == "segments" else check_level_values)(levels)
+
+
 def put_along_last(x: Array, index: Array, values: Array) -> Array:
     """`x` with `values` written at `index` along the last axis, row by row; indices are in bounds.
 
@@ -121,6 +125,11 @@ def put_along_last(x: Array, index: Array, values: Array) -> Array:
     for _ in range(x.ndim - 1):
         put = jax.vmap(put)
     return put(x, index, values)
+
+
+def _check_segments(segments: Array) -> None:
+    if is_known(segments):
+        specification.from_segments(np.asarray(segments))
 
 
 def _require_integers(name: str, x: Any) -> None:

@@ -1,13 +1,16 @@
 """Attention over a pyramid at given levels (specification, section 4)."""
 
-import numpy as np
+import functools
+
+import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from psa_jax._arrays import describe
 from psa_jax._sharding import per_shard
 from psa_jax.attention.differentiable import Call, attention, attention_with_lse
 from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
-from psa_jax.masks import check_level_values, from_segments
+from psa_jax.masks import check_levels_of_form, from_segments
 from shared_specs import checks
 
 __all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
@@ -66,15 +69,18 @@ def sparse_attention(
     form = checks.check_levels_shape(
         describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
     )
-    if form == "dense":
-        check_level_values(levels)
+    check_levels_of_form(levels, form)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
 
-    def of_shard(q, k, v, levels):
-        dense = from_segments(levels) if form == "segments" else levels.astype(np.int32)
-        name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
-        call = Call(name, block_m, block_n, scale, is_causal)
-        run = attention_with_lse if return_lse else attention
-        return run(call, q, k, v, dense)
+    name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
+    call = Call(name, block_m, block_n, scale, is_causal)
+    run = functools.partial(_attend, call=call, form=form, return_lse=return_lse)
+    return per_shard(run, q, k, v, lax.stop_gradient(levels))
 
-    return per_shard(of_shard, q, k, v, lax.stop_gradient(levels))
+
+# Compiled as one program and kept, also for callers that do not use `jit` themselves: run
+# operation by operation, the loops inside would be compiled anew in every call.
+@functools.partial(jax.jit, static_argnames=("call", "form", "return_lse"))
+def _attend(q, k, v, levels, *, call: Call, form: str, return_lse: bool):
+    dense = from_segments(levels) if form == "segments" else levels.astype(jnp.int32)
+    return (attention_with_lse if return_lse else attention)(call, q, k, v, dense)
