@@ -16,7 +16,7 @@ from psa_torch.attention.triton.configs import (
     QueryGradConfig,
 )
 from psa_torch.attention.triton.forward import forward, forward_planned
-from psa_torch.attention.triton.plan import key_plan, query_plan
+from psa_torch.attention.triton.plan import key_plans, query_plan
 from psa_torch.pyramid import build_pyramid
 from shared_specs.constants import BLOCK_M, BLOCK_N
 from shared_specs.pyramid import pooled_counts
@@ -114,7 +114,9 @@ def test_rows_that_cover_no_key_are_never_used(is_causal, rng):
     q, k, v, levels, dout, dlse = case.inputs(rng)
     lengths = dict(q_len=case.q_len, kv_len=case.kv_len)
     geometry = dict(block_m=case.block_m, block_n=case.block_n, is_causal=is_causal)
-    by_query, by_key = (f(levels, **lengths, **geometry) for f in (query_plan, key_plan))
+    by_query = query_plan(levels, **lengths, **geometry)
+    config = backward_tiles(64, 32, 16, key_rows=32, keys=32)
+    by_key = key_plans(levels, config.merged(case.block_n), **lengths, **geometry)
     empty = torch.from_numpy(pooled_counts(case.kv_len, case.block_n) == 0)
     assert empty.any()
 
@@ -124,7 +126,8 @@ def test_rows_that_cover_no_key_are_never_used(is_causal, rng):
             rows[:, :, empty] = fill
         shared = dict(kv_len=case.kv_len, scale=0.2, **geometry)
         out, lse = forward_planned(q, pyramid, by_query, **shared)
-        grads = backward_planned(dout, dlse, q, pyramid, by_query, by_key, out, lse, **shared)
+        plans = (levels, by_query, by_key)
+        grads = backward_planned(dout, dlse, q, pyramid, *plans, out, lse, config=config, **shared)
         return out, lse, *grads
 
     for clean, poisoned in zip(results(0.0), results(float("nan")), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.configs import BackwardConfig, KeyGradConfig, QueryGradConfig
-from psa_torch.attention.triton.plan import Plan, key_plan, query_plan
+from psa_torch.attention.triton.plan import Plan, key_plans, query_plan
 from psa_torch.attention.triton.walk import (
     gather_rows,
     in_full_tiles,
@@ -215,6 +215,7 @@ def _add_queries(
     first,
     scale,
     last,
+    seen,
     q_len,
     kv_len,
     Q_STRIDE_M: tl.constexpr,
@@ -223,9 +224,13 @@ def _add_queries(
     ROWS: tl.constexpr,
     D: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
+    SHARED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds to dk and dv what `ROWS` queries from row `first` on contribute."""
+    """Adds to dk and dv what `ROWS` queries from row `first` on contribute.
+
+    SHARED: only the keys that are `seen`; MASKED: only those that causality leaves visible.
+    """
     m = tl.arange(0, ROWS)
     d = tl.arange(0, D)
     real = (first + m < q_len)[:, None]
@@ -244,6 +249,8 @@ def _add_queries(
     if KEYS_FIRST:
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         s = s * (scale * LOG2E) + shift[None, :]
+        if SHARED:
+            s = tl.where(seen[:, None], s, float("-inf"))
         if MASKED:
             s = tl.where(last[:, None] <= position[None, :], s, float("-inf"))
         p = tl.math.exp2(s)
@@ -254,6 +261,8 @@ def _add_queries(
     else:
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         s = s * (scale * LOG2E) + shift[:, None]
+        if SHARED:
+            s = tl.where(seen[None, :], s, float("-inf"))
         if MASKED:
             s = tl.where(last[None, :] <= position[:, None], s, float("-inf"))
         p = tl.math.exp2(s)
@@ -275,6 +284,7 @@ def key_gradient(
     entries,
     counts,
     full_counts,
+    levels,
     dk_pooled,
     dv_pooled,
     dk_pointer,
@@ -291,36 +301,41 @@ def key_gradient(
     padded_len,
     q_blocks,
     k_blocks,
+    lists,
     Q_STRIDE_M: tl.constexpr,
     DOUT_STRIDE_M: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     LOG_BLOCK_N: tl.constexpr,
     G: tl.constexpr,
-    MAX_KEYS: tl.constexpr,
+    OWN: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
-    """Gradients of `MAX_KEYS` rows, or fewer, of a key block at level `2**G`, from its heads.
+    """Gradients of `OWN` pyramid rows of level `2**G`, from all heads of their group.
 
+    The rows are part of one key block, or several adjacent blocks that share one of the `lists`
+    walks of each head; `levels` `[B, H, Nq, Nk]` then says which of them a query block sees.
     dk_pooled, dv_pooled: float32 `[B, Hk, P - Lk', D]`, what each pooled row owes to every key
     that it covers (dk before the factor `scale`), coarser levels included.
     Level 1 writes dk, dv `[B, Hk, Lk, D]` instead.
     The row strides are compile-time constants because the loop has no registers to spare.
     """
     RUN: tl.constexpr = (1 << LOG_BLOCK_N) >> G
-    OWN: tl.constexpr = RUN if RUN < MAX_KEYS else MAX_KEYS
+    SHARED: tl.constexpr = OWN > RUN
     # Tensor-core products have at least 16 columns: fewer rows repeat their last one.
     KEYS: tl.constexpr = OWN if OWN > 16 else 16
     # The keys are the tall side of the products where they can be (64 rows on Hopper).
     KEYS_FIRST: tl.constexpr = OWN >= 64
-    block = tl.program_id(0) // (RUN // OWN)
+    walk = tl.program_id(0) if SHARED else tl.program_id(0) // (RUN // OWN)
     batch_kv_head = tl.program_id(1)
     batch = batch_kv_head // kv_heads
     kv_head = batch_kv_head % kv_heads
     lane = tl.arange(0, KEYS)
-    run = tl.program_id(0) * OWN + tl.minimum(lane, OWN - 1)
+    run = tl.program_id(0) * OWN + lane
+    real = (lane < OWN) & (run < padded_len >> G)
+    run = tl.minimum(run, (padded_len >> G) - 1)
     d = tl.arange(0, D)
     rows = level_start(padded_len, G) + run
     pyramid = batch_kv_head.to(tl.int64) * (2 * padded_len - padded_len // 8) * D
@@ -330,14 +345,15 @@ def key_gradient(
     pooled = batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * D
     dk_pooled += pooled
     dv_pooled += pooled
+    key_block = run // RUN
     if KEYS_FIRST:
         column = d[None, :]
         run = run[:, None]
-        live = (lane < OWN)[:, None]
+        live = real[:, None]
     else:
         column = d[:, None]
         run = run[None, :]
-        live = (lane < OWN)[None, :]
+        live = real[None, :]
     # The exponent below carries +G, for the range of float16, so sums are 2**G times what a
     # key is owed. They start from what the level above owes, before the loop needs registers.
     if G < 3:
@@ -355,12 +371,17 @@ def key_gradient(
     for member in tl.range(0, group, num_stages=1):
         head = kv_head * group + member
         batch_head = batch_kv_head * group + member
-        table_row = batch_head * k_blocks + block
-        n0, n1, n2, n3 = load4(counts, table_row)
-        level_entries = (
-            entries + table_row.to(tl.int64) * q_blocks + select4(G, 0, n0, n0 + n1, n0 + n1 + n2)
-        )
-        count = select4(G, n0, n1, n2, n3)
+        list_row = batch_head * lists + walk
+        n0, n1, n2, n3 = load4(counts, list_row)
+        listed = entries + list_row.to(tl.int64) * q_blocks
+        full = full_counts + list_row.to(tl.int64) * 4
+        if SHARED:
+            count = n0
+        else:
+            listed += select4(G, 0, n0, n0 + n1, n0 + n1 + n2)
+            full += G
+            count = select4(G, n0, n1, n2, n3)
+        seen_at = levels + batch_head.to(tl.int64) * q_blocks * k_blocks + key_block
         q_base = q_pointer + batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
         dout_base = (
             dout_pointer + batch.to(tl.int64) * dout_stride_b + head.to(tl.int64) * dout_stride_h
@@ -368,13 +389,17 @@ def key_gradient(
         statistics = batch_head.to(tl.int64) * (q_blocks * BLOCK_M)
         masked = 0
         if IS_CAUSAL:
-            masked = count - tl.load(full_counts + table_row.to(tl.int64) * 4 + G)
+            masked = count - tl.load(full)
         # The query blocks that straddle the diagonal come first in the list.
         for MASKED in tl.static_range(1 if IS_CAUSAL else 0, -1, -1):
             begin = 0 if MASKED else masked
             end = masked if MASKED else count
             for t in tl.range(begin * PARTS, end * PARTS, num_stages=STAGES):
-                first = tl.load(level_entries + t // PARTS) * BLOCK_M + t % PARTS * ROWS
+                query_block = tl.load(listed + t // PARTS)
+                first = query_block * BLOCK_M + t % PARTS * ROWS
+                seen = lane >= 0
+                if SHARED:
+                    seen = tl.load(seen_at + query_block * k_blocks) == 1 << G
                 dk, dv = _add_queries(
                     k,
                     v,
@@ -387,6 +412,7 @@ def key_gradient(
                     first,
                     scale,
                     last,
+                    seen,
                     q_len,
                     kv_len,
                     Q_STRIDE_M,
@@ -395,6 +421,7 @@ def key_gradient(
                     ROWS,
                     D,
                     KEYS_FIRST,
+                    SHARED,
                     MASKED,
                 )
 
@@ -444,13 +471,15 @@ def backward(
     """
     geometry = dict(block_m=block_m, block_n=block_n, is_causal=is_causal)
     lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
+    config = config or configs.backward_config(q, block_m, block_n)
     return backward_planned(
         dout,
         dlse,
         q,
         build_pyramid(k, v, block_n),
+        levels,
         query_plan(levels, **lengths, **geometry),
-        key_plan(levels, **lengths, **geometry),
+        key_plans(levels, config.merged(block_n), **lengths, **geometry),
         out,
         lse,
         kv_len=k.shape[2],
@@ -465,8 +494,9 @@ def backward_planned(
     dlse: Tensor | None,
     q: Tensor,
     pyramid: Pyramid,
+    levels: Tensor,
     by_query: Plan,
-    by_key: Plan,
+    by_key: tuple[Plan, Plan, Plan, Plan],
     out: Tensor,
     lse: Tensor,
     *,
@@ -477,7 +507,10 @@ def backward_planned(
     is_causal: bool,
     config: BackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`backward` for a pyramid and plans that exist already; the part that benchmarks time."""
+    """`backward` for a pyramid and plans that exist already; the part that benchmarks time.
+
+    by_key: `key_plans(levels, config.merged(block_n), ...)`.
+    """
     config = config or configs.backward_config(q, block_m, block_n)
     q, dout, out = (configs.rows_contiguous(x) for x in (q, dout.to(q.dtype), out))
     geometry = dict(kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal)
@@ -487,7 +520,15 @@ def backward_planned(
             q, pyramid, dout, statistics, by_query, scale=scale, config=config.query, **geometry
         )
         dk, dv = _key_gradients(
-            q, pyramid, dout, statistics, by_key, scale=scale, config=config.key, **geometry
+            q,
+            pyramid,
+            dout,
+            statistics,
+            levels.contiguous(),
+            by_key,
+            scale=scale,
+            config=config.key,
+            **geometry,
         )
     return dq, dk, dv
 
@@ -576,7 +617,8 @@ def _key_gradients(
     pyramid: Pyramid,
     dout: Tensor,
     statistics: tuple[Tensor, Tensor],
-    plan: Plan,
+    levels: Tensor,
+    plans: tuple[Plan, ...],
     *,
     kv_len: int,
     block_m: int,
@@ -596,9 +638,8 @@ def _key_gradients(
     dv = torch.empty_like(dk)
     # Coarsest first: each level adds what the level above owes to its rows.
     for g in reversed(range(len(LEVELS))):
-        run = block_n >> g
-        programs = plan.entries.shape[2] * triton.cdiv(run, min(run, config[g].keys))
-        key_gradient[programs, batch * kv_heads](
+        plan, keys = plans[g], config[g].keys
+        key_gradient[triton.cdiv(padded_len >> g, keys), batch * kv_heads](
             q,
             pyramid.k,
             pyramid.v,
@@ -606,6 +647,7 @@ def _key_gradients(
             lse2,
             delta,
             *plan,
+            levels,
             pooled[0],
             pooled[1],
             dk,
@@ -618,7 +660,8 @@ def _key_gradients(
             q_len,
             kv_len,
             padded_len,
-            plan.entries.shape[3],
+            levels.shape[2],
+            levels.shape[3],
             plan.entries.shape[2],
             Q_STRIDE_M=q.stride(2),
             DOUT_STRIDE_M=dout.stride(2),
@@ -626,7 +669,7 @@ def _key_gradients(
             BLOCK_M=block_m,
             LOG_BLOCK_N=block_n.bit_length() - 1,
             G=g,
-            MAX_KEYS=config[g].keys,
+            OWN=keys,
             ROWS=config[g].rows,
             STAGES=config[g].stages,
             IS_CAUSAL=is_causal,

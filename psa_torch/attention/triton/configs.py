@@ -61,9 +61,10 @@ class QueryGradConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyGradConfig:
-    """dk/dv kernel of one level: up to `keys` rows of one key block by `rows` queries a step.
+    """dk/dv kernel of one level: `keys` pyramid rows by `rows` queries a step.
 
-    keys: a power of two, 16 or more.
+    keys: a power of two. A block with more rows is split; blocks with fewer share a walk over
+        the query blocks that see any of them, which reads those once for all.
     rows: a divisor of block_m.
     """
 
@@ -79,6 +80,10 @@ class BackwardConfig:
 
     query: QueryGradConfig
     key: tuple[KeyGradConfig, KeyGradConfig, KeyGradConfig, KeyGradConfig]
+
+    def merged(self, block_n: int) -> tuple[int, int, int, int]:
+        """Key blocks that share a walk at each level."""
+        return tuple(max(1, level.keys // (block_n >> g)) for g, level in enumerate(self.key))
 
 
 def forward_config(q: Tensor, block_m: int, block_n: int) -> ForwardConfig:
@@ -123,30 +128,27 @@ def choose_backward(
 ) -> BackwardConfig:
     """Backward tile sizes; `capability` is the compute capability of the GPU."""
     if dtype == torch.float32:
-        keys = 16 if head_dim == 256 else 32
+        most = 16 if head_dim == 256 else 32
         return BackwardConfig(
             query=QueryGradConfig(rows=16, tile=32, tail=32, warps=8, stages=1),
-            key=(KeyGradConfig(keys=keys, rows=16, warps=8, stages=1),) * 4,
+            key=tuple(
+                KeyGradConfig(keys=min(most, block_n >> g), rows=16, warps=8, stages=1)
+                for g in range(4)
+            ),
         )
     if head_dim == 256:
         return BackwardConfig(
             query=QueryGradConfig(rows=64, tile=32, tail=32, warps=4, stages=2),
-            key=tuple(
-                KeyGradConfig(keys=64, rows=32 if block_n >> g >= 64 else 64, warps=8, stages=1)
-                for g in range(4)
-            ),
+            key=(KeyGradConfig(keys=64, rows=32, warps=8, stages=1),) * 4,
         )
     return BackwardConfig(
         query=QueryGradConfig(rows=block_m, tile=64, tail=32, warps=block_m // 16, stages=3),
-        key=tuple(_key_config(block_n >> g, block_m) for g in range(4)),
+        key=tuple(_key_config(max(64, block_n >> g)) for g in range(4)),
     )
 
 
-def _key_config(run: int, block_m: int) -> KeyGradConfig:
-    """`run` rows of a block at one level: tall enough for the tall side of products, or not."""
-    if run >= 64:
-        return KeyGradConfig(keys=128, rows=64, warps=run // 16, stages=2)
-    return KeyGradConfig(keys=32, rows=block_m, warps=block_m // 16, stages=2)
+def _key_config(keys: int) -> KeyGradConfig:
+    return KeyGradConfig(keys=keys, rows=64, warps=keys // 16, stages=2)
 
 
 def _has_large_shared_memory(capability: tuple[int, int]) -> bool:
