@@ -21,6 +21,9 @@ from shared_specs.pyramid import build_pyramid, pooled_counts
 
 FLOAT32_TOLERANCE = 2e-6
 
+QUICK = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+"""Compiling is most of the time of these tests."""
+
 
 class Inputs(NamedTuple):
     q: Array
@@ -99,7 +102,7 @@ def to_numpy(x: Array) -> np.ndarray:
 def run(inputs: Inputs, implementation: str | None, **settings) -> Results:
     """Forward and backward through the public function, in one program."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def both(q, k, v, levels, dout, dlse):
         def attend(q, k, v):
             return sparse_attention(

@@ -61,6 +61,7 @@ def test_gradients_in_float64(case, rng, float64):
 @pytest.mark.parametrize(("apart", "chunk"), [(True, 1), (False, 3)])
 def test_every_way_of_taking_heads_and_blocks(apart, chunk, rng, monkeypatch):
     """Neither the loop over heads nor the number of blocks taken at a time shows in the result."""
+    jax.clear_caches()  # of programs made before what follows
     for module in (gather.forward, gather.backward):
         monkeypatch.setitem(module.__globals__, "head_by_head", lambda shape: apart)
     monkeypatch.setattr(walk.Shape, "chunk", property(lambda shape: chunk))
