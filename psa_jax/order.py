@@ -134,46 +134,43 @@ def lloyd(tokens: Array, centroids: Array, steps: int | Array) -> tuple[Array, A
 def _lloyd(
     tokens: Array, centroids: Array, steps: int | Array, *, chunk: int
 ) -> tuple[Array, Array]:
-    b, h, n, d = tokens.shape
-    count = centroids.shape[2]
-    chunks = -(-n // chunk)
-    padded = jnp.pad(tokens, ((0, 0), (0, 0), (0, chunks * chunk - n), (0, 0)))
-    parts = padded.reshape(b, h, chunks, chunk, d).transpose(2, 0, 1, 3, 4)
-    real = (jnp.arange(chunks * chunk) < n).reshape(chunks, chunk)
+    n, count = tokens.shape[2], centroids.shape[2]
+    starts = jnp.arange(0, n, chunk)
     exact = lax.Precision.HIGHEST  # float32 products: the default of a GPU is tf32
 
-    def origin_and_columns(centroids):
+    def origin(centroids):
         # Distances are measured from the mean centroid: a common offset then costs no precision.
         centre = centroids.mean(2, keepdims=True)
         shifted = centroids - centre
         return centre, shifted, jnp.square(shifted).sum(-1)[:, :, None] / 2
 
-    def nearest(part, shifted, half_norm):
+    def nearest(start, centre, shifted, half_norm):
+        # A slice that would pass the end is moved back: the last chunk overlaps the one before.
+        part = lax.dynamic_slice_in_dim(tokens, start, chunk, 2).astype(jnp.float32) - centre
         distances = jnp.einsum("bhnd,bhcd->bhnc", part, shifted, precision=exact) - half_norm
-        return jnp.argmax(distances, -1).astype(jnp.int32)
+        return part, jnp.argmax(distances, -1).astype(jnp.int32)
 
     def step(_, centroids):
-        centre, shifted, half_norm = origin_and_columns(centroids)
+        centre, *columns = origin(centroids)
 
-        def add(carry, chunk_of_tokens):
+        def add(carry, start):
             sums, sizes = carry
-            part, is_real = chunk_of_tokens
-            part = part.astype(jnp.float32) - centre
-            label = nearest(part, shifted, half_norm)
+            part, label = nearest(start, centre, *columns)
+            is_new = jnp.arange(chunk) + jnp.minimum(start, n - chunk) >= start
             # A product with the one-hot labels adds in a fixed order; scattered adds would not.
-            chosen = (label[..., None] == jnp.arange(count)) & is_real[:, None]
+            chosen = (label[..., None] == jnp.arange(count)) & is_new[:, None]
             chosen = chosen.astype(jnp.float32)
             sums += jnp.einsum("bhnc,bhnd->bhcd", chosen, part, precision=exact)
             return (sums, sizes + chosen.sum(2)[..., None]), None
 
         zero = (jnp.zeros_like(centroids), jnp.zeros_like(centroids[..., :1]))
-        (sums, sizes), _ = lax.scan(add, zero, (parts, real))
+        (sums, sizes), _ = lax.scan(add, zero, starts)
         return jnp.where(sizes > 0, sums / jnp.maximum(sizes, 1) + centre, centroids)
 
+    def label(labels, start):
+        part_labels = nearest(start, *origin(centroids))[1]
+        return lax.dynamic_update_slice_in_dim(labels, part_labels, start, 2), None
+
     centroids = lax.fori_loop(0, steps, step, centroids)
-    centre, shifted, half_norm = origin_and_columns(centroids)
-    labels = lax.map(
-        lambda part: nearest(part.astype(jnp.float32) - centre, shifted, half_norm), parts
-    )
-    labels = labels.transpose(1, 2, 0, 3).reshape(b, h, chunks * chunk)
-    return labels[..., :n], centroids
+    labels, _ = lax.scan(label, jnp.zeros(tokens.shape[:3], jnp.int32), starts)
+    return labels, centroids

@@ -11,8 +11,8 @@ from shared_specs import order as spec
 from shared_specs.order import clustering
 
 METHODS = ("Gilbert", "STA", "SemanticAware", "Hybrid")
-GRID, TEXT = (3, 6, 9), 7
-LENGTH = 3 * 6 * 9 + TEXT
+GRID, TEXT = (4, 8, 9), 7
+LENGTH = 4 * 8 * 9 + TEXT
 
 
 def config_of(method, **fields):
