@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from tests.torch.attention_contract import (
@@ -10,6 +11,8 @@ from tests.torch.attention_contract import (
     LENGTHS,
     SHAPES,
     AttentionContract,
+    Case,
+    run,
 )
 
 
@@ -45,3 +48,10 @@ class TestTriton(AttentionContract):
     @sampled(CAUSAL, 3)
     def test_causal_with_offset(self, case, rng):
         self.check(case, rng)
+
+    def test_same_bits_on_every_run(self, rng):
+        case = Case(batch=1, heads=2, kv_heads=1)
+        inputs = case.inputs(rng)
+        first, again = (run(inputs, "triton", **case.settings()) for _ in range(2))
+        for x, y in zip(first, again, strict=True):
+            np.testing.assert_array_equal(x, y)

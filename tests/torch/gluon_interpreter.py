@@ -1,0 +1,268 @@
+"""Runs Gluon kernels in plain Python, for tests: Triton's interpreter does not know Gluon.
+
+The source of a kernel runs with `gl` and its companions replaced by NumPy. The partitions of a
+warp-specialised region run as threads, barriers block them as the hardware's do (phases
+included), copies land when their barrier is told, and products read shared memory only when they
+are waited for: a missing wait, a wrong phase or an early release gives a wrong answer or a
+deadlock, which is reported. Layouts mean nothing here.
+"""
+
+import threading
+import time
+import types
+
+import numpy as np
+
+TIMEOUT = 60.0
+"""Seconds that a barrier may block before the run counts as a deadlock."""
+
+
+COPY_SECONDS = PRODUCT_SECONDS = 0.0
+"""How long copies and products take; tests slow one of them down to provoke races."""
+
+
+class Array(np.ndarray):
+    """NumPy array with the methods of a Gluon tensor."""
+
+    def to(self, dtype):
+        return array(np.asarray(self).astype(dtype))
+
+    @property
+    def type(self):
+        return types.SimpleNamespace(layout=None)
+
+
+def array(x) -> Array:
+    return np.asarray(x).view(Array)
+
+
+class Pointer:
+    """A flat array and offsets into it."""
+
+    def __init__(self, base: np.ndarray, offset=0):
+        self.base, self.offset = base, offset
+        self.dtype = types.SimpleNamespace(element_ty=base.dtype)
+
+    def __add__(self, offset):
+        return Pointer(self.base, self.offset + np.asarray(offset, np.int64))
+
+    def load(self, mask=None, other=0):
+        offset = np.asarray(self.offset)
+        if mask is None:
+            return array(self.base[offset])
+        mask, offset = np.broadcast_arrays(np.asarray(mask), offset)
+        return array(np.where(mask, self.base[np.where(mask, offset, 0)], other))
+
+    def store(self, value, mask=None):
+        offset, value = np.broadcast_arrays(np.asarray(self.offset), np.asarray(value))
+        mask = np.broadcast_to(True if mask is None else np.asarray(mask), offset.shape)
+        self.base[offset[mask]] = value[mask]
+
+
+class Shared:
+    """A piece of shared memory, born full of NaN."""
+
+    def __init__(self, data: np.ndarray):
+        self.data, self.shape, self.dtype = data, data.shape, data.dtype
+
+    def index(self, i):
+        return Shared(self.data[int(i)])
+
+    def permute(self, order):
+        return Shared(self.data.transpose(order))
+
+    def store(self, value):
+        self.data[...] = value
+
+
+class Barrier:
+    """One mbarrier, or an array of them."""
+
+    def __init__(self, count: int):
+        self.all = [self] if count == 1 else [Barrier(1) for _ in range(count)]
+        self.changed = threading.Condition()
+        self.expected = self.pending = self.phase = 0
+
+    def index(self, i):
+        return self.all[int(i)]
+
+    def init(self, count):
+        self.expected = self.pending = count
+
+    def arrive(self, count):
+        with self.changed:
+            self.pending -= count
+            assert self.pending >= 0, "more arrivals than the barrier expects"
+            if self.pending == 0:
+                self.phase += 1
+                self.pending = self.expected
+                self.changed.notify_all()
+
+    def wait(self, parity):
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.phase & 1 != parity, TIMEOUT):
+                raise TimeoutError("deadlock: a barrier was never completed")
+
+
+class Run:
+    """One program of a kernel: the names that replace Gluon's."""
+
+    def __init__(self, program: tuple[int, int], grid: tuple[int, int]):
+        self.program, self.grid = program, grid
+        self.copies = threading.local()
+        language = types.SimpleNamespace(
+            **{name: value for name, value in vars(_Language).items() if not name.startswith("_")},
+            program_id=lambda axis: array(np.int32(program[axis])),
+            num_programs=lambda axis: grid[axis],
+            warp_specialize=self._warp_specialize,
+        )
+        language.math = language
+        self.names = {
+            "gl": language,
+            "tl": language,
+            "mbarrier": types.SimpleNamespace(
+                MBarrierLayout=lambda: None,
+                init=lambda barrier, count: barrier.init(count),
+                wait=lambda barrier, phase, pred=True: pred and barrier.wait(int(phase)),
+                arrive=lambda barrier, count=1, pred=True: pred and barrier.arrive(count),
+            ),
+            "copy_async": self._copy_async,
+            "async_copy": types.SimpleNamespace(mbarrier_arrive=self._copies_arrive),
+            "fence_async_shared": lambda: None,
+            "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=False: (a, b, acc, use_acc),
+            "warpgroup_mma_wait": self._product,
+        }
+
+    def function(self, jitted):
+        """The Python function behind a jitted one, with the names replaced in it."""
+        plain = jitted.fn
+        scope = dict(plain.__globals__)
+        for name, value in scope.items():
+            if hasattr(value, "fn") and hasattr(value, "arg_names"):
+                scope[name] = _Late(self, value)
+            elif type(value).__name__ == "constexpr":
+                scope[name] = value.value
+        scope.update({name: x for name, x in self.names.items() if name in scope})
+        return types.FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__)
+
+    def _copy_async(self, target, pointer):
+        self.copies.__dict__.setdefault("waiting", []).append((target, pointer))
+
+    def _copies_arrive(self, barrier, increment_count):
+        assert not increment_count
+        time.sleep(COPY_SECONDS)
+        for target, pointer in self.copies.waiting:
+            target.data[...] = pointer.load()
+        self.copies.waiting.clear()
+        barrier.arrive(128)
+
+    @staticmethod
+    def _product(outstanding, deps):
+        (a, b, acc, use_acc), *rest = deps
+        assert outstanding == 0 and not rest
+        time.sleep(PRODUCT_SECONDS)
+        left = a.data if isinstance(a, Shared) else np.asarray(a)
+        product = left.astype(np.float32) @ b.data.astype(np.float32)
+        return array(product + np.asarray(acc) if use_acc else product)
+
+    def _warp_specialize(self, partitions, warps, registers):
+        errors = []
+
+        def run(function, args):
+            try:
+                function(*args)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+
+class _Late:
+    """A jitted function that is rewritten when it is called."""
+
+    def __init__(self, run: Run, jitted):
+        self.run, self.jitted = run, jitted
+
+    def __call__(self, *args):
+        return self.run.function(self.jitted)(*args)
+
+
+class _Language:
+    """`triton.language` and `triton.experimental.gluon.language`, as far as kernels use them."""
+
+    int32, int64, float32 = np.int32, np.int64, np.float32
+    static_range = range
+
+    def constexpr(x):
+        return x
+
+    def allocate_shared_memory(dtype, shape, layout):
+        if np.issubdtype(dtype, np.integer):
+            return Barrier(shape[0])
+        return Shared(np.full(shape, np.nan, dtype))
+
+    def _layout(*args):
+        return None
+
+    BlockedLayout = SliceLayout = NVMMADistributedLayout = DotOperandLayout = _layout
+    NVMMASharedLayout = types.SimpleNamespace(get_default_for=_layout)
+
+    def arange(start, end, layout):
+        return array(np.arange(start, end, dtype=np.int32))
+
+    def zeros(shape, dtype, layout):
+        return array(np.zeros(shape, dtype))
+
+    def full(shape, value, dtype, layout):
+        return array(np.full(shape, value, dtype))
+
+    def load(pointer, mask=None, other=0):
+        return pointer.load(mask, other)
+
+    def store(pointer, value, mask=None):
+        pointer.store(value, mask)
+
+    def cast(x, dtype):
+        return array(x).to(dtype)
+
+    def where(condition, x, y):
+        return array(np.where(condition, x, y))
+
+    def expand_dims(x, axis):
+        return array(np.expand_dims(x, axis))
+
+    def convert_layout(x, layout):
+        return x
+
+    def maximum(x, y):
+        return array(np.maximum(x, y))
+
+    def minimum(x, y):
+        return array(np.minimum(x, y))
+
+    def max(x, axis):
+        return array(np.asarray(x).max(axis))
+
+    def sum(x, axis):
+        return array(np.asarray(x).sum(axis))
+
+    def exp2(x):
+        return array(np.exp2(x))
+
+    def log2(x):
+        return array(np.log2(x))
+
+
+def launch(kernel, grid: tuple[int, int], *args, **constants) -> None:
+    """Run every program of a Gluon kernel; tensors are read and written in place."""
+    arguments = [Pointer(x.numpy().reshape(-1)) if hasattr(x, "numpy") else x for x in args]
+    for y in range(grid[1]):
+        for x in range(grid[0]):
+            with np.errstate(all="ignore"):
+                Run((x, y), grid).function(kernel)(*arguments, **constants)
