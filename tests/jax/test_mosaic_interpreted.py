@@ -99,7 +99,10 @@ def test_forward_and_backward(case, interpreter, rng):
     assert_close(got, expected(inputs, **case.settings()), tolerance)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param("bfloat16", marks=SLOW_ON_OLD), pytest.param("float16", marks=pytest.mark.slow)],
+)
 def test_as_good_as_plain_attention_in_the_same_dtype(dtype, interpreter, rng):
     case = case_of(dtype=dtype, kv_len=192)
     inputs = case.inputs(rng)
@@ -147,7 +150,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize(
+    "mistake", ["no log bias", pytest.param("tail counted as full", marks=SLOW_ON_OLD)]
+)
 def test_a_broken_kernel_is_caught(mistake, interpreter, monkeypatch, rng):
     case, module, name, broken = MISTAKES[mistake]
     monkeypatch.setattr(module, name, broken)
@@ -165,6 +170,7 @@ def test_a_buffer_filled_too_early_is_a_race(interpreter, monkeypatch, rng):
         forward_errors(case_of(level=1, kv_len=512), rng)
 
 
+@pytest.mark.slow
 def test_results_repeat_bit_for_bit(interpreter, rng):
     case = case_of(kv_len=128)
     inputs = case.inputs(rng)

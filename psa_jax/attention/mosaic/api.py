@@ -11,7 +11,7 @@ from jax import Array
 from psa_jax.attention.mosaic.config import Config, KeyConfig, WalkConfig, default_config
 from psa_jax.attention.mosaic.device import interpreter, multiprocessors
 from psa_jax.attention.mosaic.forward_kernel import forward_kernel
-from psa_jax.attention.mosaic.geometry import CHUNK, Geometry, cdiv
+from psa_jax.attention.mosaic.geometry import CHUNK, ROWS, Geometry, cdiv
 from psa_jax.attention.mosaic.key_gradient import KeyWalk, key_gradient_kernel
 from psa_jax.attention.mosaic.key_plan import KeyTiles, key_plan, unpool
 from psa_jax.attention.mosaic.plan import MASKED, kernel_pyramid, walk_plan
@@ -98,7 +98,7 @@ def backward(
     empty = jnp.isneginf(lse)
     lse2 = jnp.where(empty, -MASKED, lse * math.log2(math.e))
     walk = call.walk(call.config.query_gradient)
-    keys, values = (kernel_pyramid(rows, walk.geometry) for rows in pyramid)
+    keys, values = (call.key_rows(kernel_pyramid(rows, walk.geometry)) for rows in pyramid)
     inputs = (
         call.query_rows(q * sign),
         keys,
@@ -190,6 +190,10 @@ class _Call:
         missing = cdiv(x.shape[2], whole) * whole - x.shape[2]
         rows = x.reshape(-1, *x.shape[2:])
         return jnp.pad(rows, [(0, 0), (0, missing), (0, 0)]) if missing else rows
+
+    def key_rows(self, rows: Array) -> Array:
+        """Pyramid rows `[B * Hk, P, D]` for the key tiles, the last of which may end past `P`."""
+        return rows if self.interpret is None else jnp.pad(rows, [(0, 0), (0, ROWS), (0, 0)])
 
     def query_numbers(self, x: Array, fill: float) -> Array:
         """`[B, H, Lq]` as float32 `[B * H, padded_queries]`."""
