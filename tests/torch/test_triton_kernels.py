@@ -188,6 +188,6 @@ def test_tile_sizes_divide_their_blocks(dtype, head_dim):
             for block_n in BLOCK_N:
                 key = (capability, head_dim, dtype, block_m, block_n)
                 backward_sizes = configs.choose_backward(*key)
-                rows = [configs.choose_forward(*key).rows, backward_sizes.query.rows]
+                rows = [configs.choose_plain_forward(*key).rows, backward_sizes.query.rows]
                 rows += [level.rows for level in backward_sizes.key]
                 assert all(block_m % size == 0 for size in rows)

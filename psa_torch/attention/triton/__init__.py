@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from psa_torch.attention.triton.backward import backward
-from psa_torch.attention.triton.configs import DTYPES, HEAD_DIMS
+from psa_torch.attention.triton.configs import DTYPES, head_dims
 from psa_torch.attention.triton.forward import attention_forward, forward
 from psa_torch.kernels._launch import capability
 from shared_specs.constants import BLOCK_M, BLOCK_N
@@ -59,8 +59,9 @@ def _unsupported_shape(q: Tensor, k: Tensor, block_m: int, block_n: int) -> str 
     if q.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return f"dtype must be one of {names}, got {str(q.dtype).removeprefix('torch.')}"
-    if head_dim not in HEAD_DIMS:
-        return f"head dimension must be one of {HEAD_DIMS}, got {head_dim}"
+    accepted = head_dims(capability(q))
+    if head_dim not in accepted:
+        return f"head dimension must be one of {accepted}, got {head_dim}"
     if block_m not in BLOCK_M or block_n not in BLOCK_N:
         return (
             f"block_m must be one of {BLOCK_M} and block_n one of {BLOCK_N}, "

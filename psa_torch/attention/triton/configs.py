@@ -11,6 +11,10 @@ from torch import Tensor
 from psa_torch.kernels._launch import capability
 
 HEAD_DIMS = (32, 64, 128, 256)
+SMALL_HEAD_DIMS = (32, 64, 128)
+"""What fits the 99 KiB of shared memory of compute capabilities 8.6, 8.9 and 12."""
+
+HOPPER = (9, 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -86,9 +90,11 @@ class BackwardConfig:
         return tuple(max(1, level.keys // (block_n >> g)) for g, level in enumerate(self.key))
 
 
-def forward_config(q: Tensor, block_m: int, block_n: int) -> ForwardConfig:
+def forward_config(q: Tensor, block_m: int, block_n: int) -> ForwardConfig | HopperForwardConfig:
     """The forward's tile sizes for `q` `[B, H, Lq, D]`."""
-    return choose_forward(capability(q), q.shape[-1], _register_dtype(q), block_m, block_n)
+    # On the CPU the interpreter plays an H100, but cannot run its warp-specialised kernel.
+    choose = choose_plain_forward if q.device.type == "cpu" else choose_forward
+    return choose(capability(q), q.shape[-1], _register_dtype(q), block_m, block_n)
 
 
 def backward_config(q: Tensor, block_m: int, block_n: int) -> BackwardConfig:
@@ -109,7 +115,20 @@ def _register_dtype(q: Tensor) -> torch.dtype:
 def choose_forward(
     capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int, block_n: int
 ) -> ForwardConfig | HopperForwardConfig:
-    """Forward tile sizes; `capability` is the compute capability of the GPU."""
+    """Forward tile sizes; `capability` is the compute capability of the GPU.
+
+    Those of compute capability 9.0 were measured on an H200 (`benchmarks/LOG.md`).
+    """
+    warp_specialised = block_m == 128 and head_dim in (64, 128) and dtype != torch.float32
+    if capability == HOPPER and warp_specialised:
+        return HopperForwardConfig(tile=128, slots=2)
+    return choose_plain_forward(capability, head_dim, dtype, block_m, block_n)
+
+
+def choose_plain_forward(
+    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int, block_n: int
+) -> ForwardConfig:
+    """Tile sizes of the kernel that runs on every GPU, and in the interpreter."""
     if dtype == torch.float32:
         rows, tile, warps = {32: (32, 32, 8), 64: (32, 32, 8), 128: (32, 32, 16)}.get(
             head_dim, (16, 32, 16)
@@ -118,6 +137,8 @@ def choose_forward(
     warps = block_m // 16
     if head_dim == 256:
         return ForwardConfig(rows=block_m, tile=64, tail=32, warps=warps, stages=2)
+    if capability == HOPPER and block_m == 64:
+        return ForwardConfig(rows=block_m, tile=64, tail=32, warps=4, stages=2)
     if not _has_large_shared_memory(capability):
         return ForwardConfig(rows=block_m, tile=64, tail=32, warps=warps, stages=3)
     return ForwardConfig(rows=block_m, tile=128, tail=64, warps=warps, stages=3)
@@ -126,7 +147,10 @@ def choose_forward(
 def choose_backward(
     capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int, block_n: int
 ) -> BackwardConfig:
-    """Backward tile sizes; `capability` is the compute capability of the GPU."""
+    """Backward tile sizes; `capability` is the compute capability of the GPU.
+
+    Those of compute capability 9.0 were measured on an H200 (`benchmarks/LOG.md`).
+    """
     if dtype == torch.float32:
         most = 16 if head_dim == 256 else 32
         return BackwardConfig(
@@ -141,16 +165,30 @@ def choose_backward(
             query=QueryGradConfig(rows=64, tile=32, tail=32, warps=4, stages=2),
             key=(KeyGradConfig(keys=64, rows=32, warps=8, stages=1),) * 4,
         )
+    if capability == HOPPER:
+        rows = 64 if head_dim == 128 else block_m
+        return BackwardConfig(
+            query=QueryGradConfig(rows=rows, tile=64, tail=32, warps=4, stages=2),
+            # A run of 32 rows has enough to do alone; shorter ones share a walk.
+            key=tuple(_key_config(32 if block_n >> g == 32 else 64) for g in range(4)),
+        )
+    most = 128 if _has_large_shared_memory(capability) else 64
     return BackwardConfig(
         query=QueryGradConfig(rows=block_m, tile=64, tail=32, warps=block_m // 16, stages=3),
-        key=tuple(_key_config(max(64, block_n >> g)) for g in range(4)),
+        key=tuple(_key_config(max(64, min(most, block_n >> g))) for g in range(4)),
     )
 
 
 def _key_config(keys: int) -> KeyGradConfig:
-    return KeyGradConfig(keys=keys, rows=64, warps=keys // 16, stages=2)
+    return KeyGradConfig(keys=keys, rows=64, warps=max(4, keys // 16), stages=2)
 
 
 def _has_large_shared_memory(capability: tuple[int, int]) -> bool:
     """Whether a block may use more than 200 KiB: H100, H200 and the B series."""
     return capability[0] in (9, 10)
+
+
+def head_dims(capability: tuple[int, int]) -> tuple[int, ...]:
+    """Head dimensions whose tiles fit the shared memory of the GPU."""
+    large = capability == (8, 0) or _has_large_shared_memory(capability)
+    return HEAD_DIMS if large else SMALL_HEAD_DIMS
