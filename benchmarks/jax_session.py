@@ -48,8 +48,11 @@ class JaxSession:
     def providers(self) -> list[Provider]:
         from psa_jax.attention import IMPLEMENTATIONS
 
-        dense = self._cudnn() if self.workload.device == "gpu" else self._chunked()
-        found = [dense, *(self._given(name) for name in IMPLEMENTATIONS), self._whole()]
+        gpu = self.workload.device == "gpu"
+        # On a GPU `gather` is a reference, not a contender, and its runs take most of the time.
+        names = [name for name in IMPLEMENTATIONS if not (gpu and name == "gather")]
+        dense = self._cudnn() if gpu else self._chunked()
+        found = [dense, *(self._given(name) for name in names), self._whole()]
         return found + self._parts()
 
     def numpy(self, x, heads):
@@ -91,8 +94,9 @@ class JaxSession:
             if which == FORWARD:
                 return Compiled(attend, *inputs, *extra)
             if which == BACKWARD:
-                forward = jax.jit(lambda *x: jax.vjp(lambda *y: attend(*y, *extra), *x))
-                return Compiled(lambda pull, dout: pull(dout), forward(*inputs)[1], dout)
+                # `extra` goes in as an argument: as a constant, XLA would fold sorts of it.
+                forward = jax.jit(lambda extra, *x: jax.vjp(lambda *y: attend(*y, *extra), *x))
+                return Compiled(lambda pull, dout: pull(dout), forward(extra, *inputs)[1], dout)
             return Compiled(gradients, inputs, dout, *extra)
 
         return build
