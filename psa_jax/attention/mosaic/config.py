@@ -51,8 +51,8 @@ def forward_config(head_dim: int, block_m: int) -> WalkConfig:
     return WalkConfig(
         tile=128,
         stages=2 if head_dim == 128 else 4,
-        consumer_registers=224,
-        producer_registers=56,
+        consumer_registers=232,
+        producer_registers=40,
     )
 
 
