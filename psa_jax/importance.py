@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from psa_jax._arrays import platform_of
 from psa_jax.pyramid import accumulator, group_means, split_tokens
 from shared_specs.config import PSAConfig
 from shared_specs.sampling import SamplePlan
 
-CHUNK_ELEMENTS = 1 << 22
-"""Logits held at one time, unless one query block of all heads alone has more."""
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "gpu": 1 << 26}
+"""Logits held at one time, unless one query block of all heads alone has more: what stays in a
+CPU's cache; on a GPU, what makes the launches of a chunk short beside its work."""
 
 
 def block_scores(q: Array, k: Array, config: PSAConfig) -> Array:
@@ -116,7 +118,8 @@ def _scores(
     scale = d**-0.5 if config.scale is None else config.scale
     n_q, n_k, group = -(-q_len // config.block_m), -(-kv_len // config.block_n), h // h_kv
     m, n, width = rows.tokens.shape[2] // n_q, cols.tokens.shape[2] // n_k, rows.tokens.shape[3]
-    chunk = min(n_q, max(1, CHUNK_ELEMENTS // (b * h * m * n * n_k)))
+    most = CHUNK_ELEMENTS["gpu" if platform_of(q) == "gpu" else "cpu"]
+    chunk = min(n_q, max(1, most // (b * h * m * n * n_k)))
     chunks = -(-n_q // chunk)
     query = rows.tokens.reshape(b, h_kv, group, n_q, m, width) * scale
     query = jnp.pad(query, [(0, 0)] * 3 + [(0, chunks * chunk - n_q), (0, 0), (0, 0)])
