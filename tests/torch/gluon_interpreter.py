@@ -74,16 +74,6 @@ class Shared:
     def store(self, value):
         self.data[...] = value
 
-    def slice(self, start, length):
-        return Shared(self.data[start : start + length])
-
-
-class Descriptor:
-    """Boxes of adjacent rows of a matrix."""
-
-    def __init__(self, matrix: np.ndarray, block_shape):
-        self.matrix, self.block_shape = matrix, block_shape
-
 
 class Barrier:
     """One mbarrier, or an array of them."""
@@ -91,7 +81,7 @@ class Barrier:
     def __init__(self, count: int):
         self.all = [self] if count == 1 else [Barrier(1) for _ in range(count)]
         self.changed = threading.Condition()
-        self.expected = self.pending = self.phase = self.bytes = 0
+        self.expected = self.pending = self.phase = 0
 
     def index(self, i):
         return self.all[int(i)]
@@ -103,23 +93,10 @@ class Barrier:
         with self.changed:
             self.pending -= count
             assert self.pending >= 0, "more arrivals than the barrier expects"
-            self._complete()
-
-    def expect(self, count):
-        with self.changed:
-            self.bytes += count
-        self.arrive(1)
-
-    def land(self, count):
-        with self.changed:
-            self.bytes -= count
-            self._complete()
-
-    def _complete(self):
-        if self.pending == 0 and self.bytes == 0:
-            self.phase += 1
-            self.pending = self.expected
-            self.changed.notify_all()
+            if self.pending == 0:
+                self.phase += 1
+                self.pending = self.expected
+                self.changed.notify_all()
 
     def wait(self, parity):
         with self.changed:
@@ -147,11 +124,9 @@ class Run:
                 MBarrierLayout=lambda: None,
                 init=lambda barrier, count: barrier.init(count),
                 wait=lambda barrier, phase, pred=True: pred and barrier.wait(int(phase)),
-                expect=lambda barrier, count: barrier.expect(count),
                 arrive=lambda barrier, count=1, pred=True: pred and barrier.arrive(count),
             ),
             "copy_async": self._copy_async,
-            "load_async": self._load_async,
             "async_copy": types.SimpleNamespace(mbarrier_arrive=self._copies_arrive),
             "fence_async_shared": lambda: None,
             "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=False: (a, b, acc, use_acc),
@@ -172,16 +147,6 @@ class Run:
 
     def _copy_async(self, target, pointer):
         self.copies.__dict__.setdefault("waiting", []).append((target, pointer))
-
-    @staticmethod
-    def _load_async(box, corner, barrier, target):
-        time.sleep(COPY_SECONDS)
-        row, column = (int(x) for x in corner)
-        rows, columns = target.shape
-        assert [rows, columns] == list(box.block_shape)
-        target.data[...] = box.matrix[row : row + rows, column : column + columns]
-        # The kernels count two bytes a number, whatever numbers are made of here.
-        barrier.land(rows * columns * 2)
 
     def _copies_arrive(self, barrier, increment_count):
         assert not increment_count
@@ -296,14 +261,8 @@ class _Language:
 
 def launch(kernel, grid: tuple[int, int], *args, **constants) -> None:
     """Run every program of a Gluon kernel; tensors are read and written in place."""
-    arguments = [_argument(x) for x in args]
+    arguments = [Pointer(x.numpy().reshape(-1)) if hasattr(x, "numpy") else x for x in args]
     for y in range(grid[1]):
         for x in range(grid[0]):
             with np.errstate(all="ignore"):
                 Run((x, y), grid).function(kernel)(*arguments, **constants)
-
-
-def _argument(x):
-    if hasattr(x, "block_shape"):
-        return Descriptor(x.base.numpy(), x.block_shape)
-    return Pointer(x.numpy().reshape(-1)) if hasattr(x, "numpy") else x

@@ -14,17 +14,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from psa_torch.attention.triton.configs import HopperForwardConfig
 from psa_torch.attention.triton.walk import (
     gather_rows,
     in_full_tiles,
     load4,
+    select4,
     tail_length,
     tail_rows,
 )
@@ -32,9 +31,6 @@ from psa_torch.kernels._launch import capability
 
 # Renamed between Triton 3.6 and 3.9.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-load_async = tma.async_copy_global_to_shared
-if hasattr(tma, "async_load"):
-    load_async = tma.async_load
 
 BLOCK_M = 128
 HEAD_DIMS = (64, 128)
@@ -71,62 +67,9 @@ def _copy_rows(
 
 
 @gluon.jit
-def _load_boxes(
-    k_box,
-    v_box,
-    entries,
-    first_row,
-    position,
-    t,
-    padded_len,
-    k_ring,
-    v_ring,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
-    G: gl.constexpr,
-    LOG_BLOCK_N: gl.constexpr,
-    SLOTS: gl.constexpr,
-):
-    """Loads tile `t` by tensor copies, a box for each run of adjacent rows of level `2**G`.
-
-    entries: points at the first block id of the level.
-    first_row: row of the descriptors at which the pyramid of this head starts.
-    """
-    BOX: gl.constexpr = k_box.block_shape[0]
-    TILE: gl.constexpr = k_ring.shape[1]
-    BYTES: gl.constexpr = TILE * k_ring.shape[2] * 2
-    slot = t % SLOTS
-    lap = (t // SLOTS) & 1
-    rows = ()
-    for j in gl.static_range(TILE // BOX):
-        row = gather_rows(entries, 0, position + j * BOX, G, padded_len, LOG_BLOCK_N)
-        rows = rows + (first_row + row,)
-    # The bytes count as the arrival of one thread; the other 127 have nothing to wait for.
-    mbarrier.wait(k_empty.index(slot), lap ^ 1)
-    mbarrier.expect(k_full.index(slot), BYTES)
-    for j in gl.static_range(TILE // BOX):
-        box = k_ring.index(slot).slice(j * BOX, BOX)
-        load_async(k_box, [rows[j], 0], k_full.index(slot), box)
-    mbarrier.arrive(k_full.index(slot), count=127)
-    mbarrier.wait(v_empty.index(slot), lap ^ 1)
-    mbarrier.expect(v_full.index(slot), BYTES)
-    for j in gl.static_range(TILE // BOX):
-        box = v_ring.index(slot).slice(j * BOX, BOX)
-        load_async(v_box, [rows[j], 0], v_full.index(slot), box)
-    mbarrier.arrive(v_full.index(slot), count=127)
-
-
-@gluon.jit
 def _copy_tiles(
     k_pointer,
     v_pointer,
-    k_long,
-    k_half,
-    v_long,
-    v_half,
-    first_row,
     entries,
     counts,
     full_counts,
@@ -143,11 +86,7 @@ def _copy_tiles(
     TILE: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
-    """The copying warpgroup: every tile of the table row, full ones first.
-
-    Full tiles of levels 1 and 2 are a few long runs, loaded as boxes; rows of the others are
-    gathered one by one.
-    """
+    """The copying warpgroup: every tile of the table row, full ones first."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     n0, n1, n2, n3 = load4(counts, 0)
     u0, u1, u2, u3 = load4(full_counts, 0)
@@ -163,48 +102,10 @@ def _copy_tiles(
     end1 = end0 + done1 // TILE
     end2 = end1 + done2 // TILE
     end3 = end2 + done3 // TILE
-    for t in range(end0):
-        _load_boxes(
-            k_long,
-            v_long,
-            entries,
-            first_row,
-            t * TILE,
-            t,
-            padded_len,
-            k_ring,
-            v_ring,
-            k_full,
-            k_empty,
-            v_full,
-            v_empty,
-            0,
-            LOG_BLOCK_N,
-            SLOTS,
-        )
-    for t in range(end0, end1):
-        _load_boxes(
-            k_half,
-            v_half,
-            entries + n0,
-            first_row,
-            (t - end0) * TILE,
-            t,
-            padded_len,
-            k_ring,
-            v_ring,
-            k_full,
-            k_empty,
-            v_full,
-            v_empty,
-            1,
-            LOG_BLOCK_N,
-            SLOTS,
-        )
-    for t in range(end1, end3):
-        g = 2 + (t >= end2).to(gl.int32)
-        level_entry = n0 + n1 + gl.where(g == 2, 0, n2)
-        position = (t - gl.where(g == 2, end1, end2)) * TILE + lane
+    for t in range(end3):
+        g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
+        level_entry = select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
+        position = (t - select4(g, 0, end0, end1, end2)) * TILE + lane
         rows = gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N)
         rows = gl.convert_layout(rows, row_layout)
         _copy_rows(
@@ -259,19 +160,11 @@ def _copy_tiles(
 
 
 @gluon.jit
-def _start_logits(
-    q,
-    k_ring,
-    k_full,
-    t,
-    there,
-    SLOTS: gl.constexpr,
-    S_LAYOUT: gl.constexpr,
-):
+def _start_logits(q, k_ring, k_full, t, there, SLOTS: gl.constexpr, S_LAYOUT: gl.constexpr):
     """Starts q k^T of tile `t` as soon as its keys are in place."""
     slot = t % SLOTS
     mbarrier.wait(k_full.index(slot), (t // SLOTS) & 1, pred=there)
-    # Gathered rows are ordinary writes; tensor cores read through another path.
+    # The copies were ordinary writes; tensor cores read through another path.
     fence_async_shared()
     ROWS: gl.constexpr = q.shape[0]
     TILE: gl.constexpr = k_ring.shape[1]
@@ -280,16 +173,7 @@ def _start_logits(
 
 
 @gluon.jit
-def _add_values(
-    acc,
-    p,
-    shrink,
-    v_ring,
-    v_full,
-    v_empty,
-    t,
-    SLOTS: gl.constexpr,
-):
+def _add_values(acc, p, shrink, v_ring, v_full, v_empty, t, SLOTS: gl.constexpr):
     """acc * shrink + p v of tile `t`; then its place in the ring is free."""
     layout: gl.constexpr = acc.type.layout
     shrink = gl.convert_layout(shrink, gl.SliceLayout(1, layout))
@@ -457,10 +341,6 @@ def attention_forward_hopper(
     padded_len,
     q_blocks,
     k_blocks,
-    k_long,
-    k_half,
-    v_long,
-    v_half,
     D: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
@@ -470,11 +350,7 @@ def attention_forward_hopper(
     IS_CAUSAL: gl.constexpr,
     NEGATE: gl.constexpr,
 ):
-    """128 query rows of one head; arguments as in `forward.attention_forward`, block_m 128.
-
-    k_long, v_long: descriptors of the pyramids as `[B * Hk * P, D]` with boxes of the rows of a
-    level-1 block; k_half, v_half: of a level-2 block.
-    """
+    """128 query rows of one head; arguments as in `forward.attention_forward`, block_m 128."""
     block = gl.program_id(0)
     if IS_CAUSAL:
         block = gl.num_programs(0) - 1 - block
@@ -482,7 +358,7 @@ def attention_forward_hopper(
     batch = batch_head // heads
     head = batch_head % heads
     kv_head = batch.to(gl.int64) * (heads // group) + head // group
-    pyramid = kv_head * (2 * padded_len - padded_len // 8)
+    pyramid = kv_head * (2 * padded_len - padded_len // 8) * D
     q_pointer += batch.to(gl.int64) * q_stride_b + head.to(gl.int64) * q_stride_h
     table_row = batch_head * q_blocks + block
     counts += table_row.to(gl.int64) * 4
@@ -500,8 +376,8 @@ def attention_forward_hopper(
     k_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    # All 128 copying threads arrive as their copies land; each multiplying warpgroup once.
     for slot in gl.static_range(SLOTS):
+        # All 128 copying threads arrive as their copies land; each multiplying warpgroup once.
         mbarrier.init(k_full.index(slot), count=128)
         mbarrier.init(k_empty.index(slot), count=2)
         mbarrier.init(v_full.index(slot), count=128)
@@ -576,13 +452,8 @@ def attention_forward_hopper(
             (
                 _copy_tiles,
                 (
-                    k_pointer + pyramid * D,
-                    v_pointer + pyramid * D,
-                    k_long,
-                    k_half,
-                    v_long,
-                    v_half,
-                    pyramid.to(gl.int32),
+                    k_pointer + pyramid,
+                    v_pointer + pyramid,
                     entries,
                     counts,
                     full_counts,
@@ -623,10 +494,8 @@ def launch(
             f"block_m {BLOCK_M} and compute capability 9.0, "
             f"got {head_dim}, {q.dtype}, {block_m} and {capability(q)}"
         )
-    boxes = [min(block_n >> g, config.tile) for g in (0, 1)]
     attention_forward_hopper[(q_len + BLOCK_M - 1) // BLOCK_M, batch * heads](
         *arguments,
-        *(_descriptor(rows, box) for rows in arguments[1:3] for box in boxes),
         D=head_dim,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         TILE=config.tile,
@@ -636,11 +505,3 @@ def launch(
         num_warps=4,
         **constants,
     )
-
-
-def _descriptor(rows: Tensor, box: int) -> TensorDescriptor:
-    """Tensor copies of `box` adjacent rows of a pyramid `[B, Hk, P, D]`."""
-    shape = [box, rows.shape[-1]]
-    dtype = getattr(gl, str(rows.dtype).removeprefix("torch."))
-    layout = gl.NVMMASharedLayout.get_default_for(shape, dtype)
-    return TensorDescriptor.from_tensor(rows.view(-1, rows.shape[-1]), shape, layout)
