@@ -100,6 +100,30 @@ def test_forward_and_backward(case, interpreter, rng):
 
 
 @pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case_of(kv_len=700, heads=2), marks=SLOW_ON_OLD),
+        pytest.param(case_of(block_n=32, block_m=64, is_causal=True), marks=pytest.mark.slow),
+        pytest.param(case_of(level=0), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_look_ahead(case, interpreter, monkeypatch, rng):
+    """The forward kernel that multiplies a tile's keys before the values of the one before."""
+    plain = api.default_config
+
+    def look_ahead(head_dim, block_m):
+        config = plain(head_dim, block_m)
+        return dataclasses.replace(
+            config, forward=dataclasses.replace(config.forward, look_ahead=True)
+        )
+
+    monkeypatch.setattr(api, "default_config", look_ahead)
+    error, lse_error = forward_errors(case, rng)
+    assert error <= TOLERANCE[case.dtype] and lse_error <= 2e-3
+
+
+@pytest.mark.parametrize(
     "dtype",
     [pytest.param("bfloat16", marks=SLOW_ON_OLD), pytest.param("float16", marks=pytest.mark.slow)],
 )
@@ -121,8 +145,11 @@ def forward_errors(case, rng):
     )
     out, lse = attend(*inputs[:4])
     want = expected(inputs, **case.settings())
-    error = np.linalg.norm(np.asarray(out, np.float64) - want.out) / np.linalg.norm(want.out)
-    return error, np.abs(lse - want.lse).max()
+    error = np.linalg.norm(np.asarray(out, np.float64) - want.out)
+    seen = np.isfinite(want.lse)
+    np.testing.assert_array_equal(np.isfinite(lse), seen)
+    lse_error = np.abs(np.asarray(lse)[seen] - want.lse[seen]).max(initial=0)
+    return error / (np.linalg.norm(want.out) or 1), lse_error
 
 
 def one_level_for_all(t, ends):

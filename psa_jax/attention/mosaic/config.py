@@ -48,12 +48,9 @@ def forward_config(head_dim: int, block_m: int) -> WalkConfig:
             producer_registers=40,
             ping_pong=False,
         )
-    return WalkConfig(
-        tile=128,
-        stages=2 if head_dim == 128 else 4,
-        consumer_registers=232,
-        producer_registers=40,
-    )
+    if head_dim == 128:
+        return WalkConfig(tile=128, stages=2, consumer_registers=232, producer_registers=40)
+    return WalkConfig(tile=128, stages=4, consumer_registers=224, producer_registers=56)
 
 
 def query_gradient_config(head_dim: int, block_m: int) -> WalkConfig:
