@@ -1,7 +1,7 @@
 """Small cases of every kernel, forward and backward, for a memory and race checker:
 
-compute-sanitizer --tool memcheck python tests/gpu/sanitized_case.py torch
-compute-sanitizer --tool racecheck python tests/gpu/sanitized_case.py torch
+compute-sanitizer --tool memcheck python -m tests.gpu.sanitized_case torch
+compute-sanitizer --tool racecheck python -m tests.gpu.sanitized_case torch
 """
 
 import sys
