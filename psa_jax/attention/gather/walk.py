@@ -23,7 +23,7 @@ from shared_specs.pyramid import level_start, pyramid_rows
 TILE_ROWS = 256
 """Pyramid rows of one tile: little waste on a part-full last tile, enough for fast products."""
 
-CPU_BLOCKS, OTHER_BLOCKS = 8, 128
+CPU_BLOCKS, OTHER_BLOCKS = 16, 128
 """Query blocks (over batch and heads) taken at a time: a cache full, or enough for many cores."""
 
 
