@@ -100,30 +100,6 @@ def test_forward_and_backward(case, interpreter, rng):
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case_of(kv_len=700, heads=2), marks=SLOW_ON_OLD),
-        pytest.param(case_of(block_n=32, block_m=64, is_causal=True), marks=pytest.mark.slow),
-        pytest.param(case_of(level=0), marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_look_ahead(case, interpreter, monkeypatch, rng):
-    """The forward kernel that multiplies a tile's keys before the values of the one before."""
-    plain = api.default_config
-
-    def look_ahead(head_dim, block_m):
-        config = plain(head_dim, block_m)
-        return dataclasses.replace(
-            config, forward=dataclasses.replace(config.forward, look_ahead=True)
-        )
-
-    monkeypatch.setattr(api, "default_config", look_ahead)
-    error, lse_error = forward_errors(case, rng)
-    assert error <= TOLERANCE[case.dtype] and lse_error <= 2e-3
-
-
-@pytest.mark.parametrize(
     "dtype",
     [pytest.param("bfloat16", marks=SLOW_ON_OLD), pytest.param("float16", marks=pytest.mark.slow)],
 )
