@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from shared_specs.config import PSAConfig
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = (FORWARD, BACKWARD, BOTH)
+
+VIDEO_SIZE = (1280, 768, 69)
+"""Width, height and frames of the full-size presets: 80 x 48 x 18 tokens for Wan 2.1."""
+
+FULL_SIZE_PRESETS = (
+    "wan2.1-14b",
+    "wan2.1-1.3b-topk",
+    "wan2.2-a14b",
+    "wan2.2-5b",
+    "cogvideox1.5-5b",
+    "cogvideox-5b",
+    "cogvideox-5b-4step",
+)
+"""Those without a similarity cap, which levels given to a kernel do not have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +71,12 @@ def _gpu(name: str, heads: int, length: int, head_dim: int, config: PSAConfig, *
     )
 
 
+def _preset(name: str) -> Workload:
+    config = dataclasses.replace(PSAConfig.preset(name, VIDEO_SIZE), rearrange_method=None)
+    length = math.prod(config.grid) + config.text_length
+    return _gpu(f"gpu-preset-{name}", 24, length, 128, config)
+
+
 def workloads(device: str) -> list[Workload]:
     """The workloads of a device, 'cpu' or 'gpu'."""
     default = PSAConfig()
@@ -73,7 +94,7 @@ def workloads(device: str) -> list[Workload]:
                 passes=(FORWARD, BOTH),
             )
         ]
-    # No token order: what is timed is the mask, and the order is a gather of its own.
+    # No token order here and below: what is timed is the mask, and the order is a gather.
     wan = dataclasses.replace(PSAConfig.preset("wan2.1-14b"), rearrange_method=None)
     return [
         _gpu("gpu-17k-h24-d128-default", 24, 17_776, 128, default),
@@ -90,4 +111,5 @@ def workloads(device: str) -> list[Workload]:
             dataclasses.replace(default, causal=True),
             kv_heads=4,
         ),
+        *(_preset(name) for name in FULL_SIZE_PRESETS),
     ]
