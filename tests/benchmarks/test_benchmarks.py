@@ -63,7 +63,10 @@ def test_every_workload_of_the_plan_is_there():
     gpu = {(work.heads, work.kv_heads, work.length, work.head_dim) for work in workloads("gpu")}
     assert {(24, 24, n, 128) for n in (17_776, 32_768, 69_120)} <= gpu
     assert {(12, 12, 32_768, 128), (16, 16, 32_768, 64), (28, 4, 32_768, 128)} <= gpu
-    assert len({work.name for work in workloads("gpu") + workloads("cpu")}) == 8
+    assert {"gpu-preset-wan2.1-14b", "gpu-preset-cogvideox-5b"} <= {
+        w.name for w in workloads("gpu")
+    }
+    assert len({work.name for work in workloads("gpu") + workloads("cpu")}) == 15
     assert workloads("cpu")[0].length == 8192
 
 
