@@ -5,11 +5,10 @@
 operator runs, on the tensors it then gets.
 """
 
-import contextlib
-
 import torch
 from torch import Tensor
 
+from psa_torch._checks import without_autocast
 from psa_torch._vmap import register_batch_rule
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
 from psa_torch.masks import check_level_values
@@ -39,7 +38,7 @@ def attention_forward(
     """
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     check_level_values(levels)
-    with _without_autocast(q.device.type):
+    with without_autocast(q):
         return IMPLEMENTATIONS[name].forward(
             q,
             k,
@@ -76,7 +75,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, from the gradients of out and lse (None for 0) and what forward returned."""
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
-    with _without_autocast(q.device.type):
+    with without_autocast(q):
         return IMPLEMENTATIONS[name].backward(
             dout,
             dlse,
@@ -123,10 +122,3 @@ attention_forward.register_autograd(_backward, setup_context=_setup_context)
 attention_backward.register_autograd(_no_second_derivative)
 register_batch_rule(attention_forward)
 register_batch_rule(attention_backward)
-
-
-def _without_autocast(device_type: str):
-    """Implementations choose their own precision; autocast has already cast the inputs."""
-    if not torch.amp.is_autocast_available(device_type):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
