@@ -47,7 +47,7 @@ class JaxAdapter(Adapter):
 
     def capabilities(self) -> Mapping[str, Any]:
         if self.implementation == "mosaic":
-            return {"dtype": {"float16", "bfloat16"}, "head_dim": {64, 128}}
+            return {"dtype": {"float16", "bfloat16"}}
         return {}
 
     def scores(self, q: np.ndarray, k: np.ndarray, config: PSAConfig) -> np.ndarray:

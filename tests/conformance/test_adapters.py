@@ -52,7 +52,7 @@ def test_jax_gather_passes_the_whole_suite():
     assert_conforms(jax_adapters.JaxAdapter("gather"), SUITE, at_least=400)
 
 
-@pytest.mark.parametrize("case", ["forward-dim-64", "forward-dim-128-causal", "backward-dim-64"])
+@pytest.mark.parametrize("case", ["forward-dim-64", "forward-dim-128-causal", "backward-level-8"])
 def test_jax_mosaic_sample(case):
     adapter = jax_adapters.JaxAdapter("mosaic", context=mosaic.interpreted)
     assert_conforms(adapter, [c for c in SUITE if c.id == case], ["bfloat16"])
@@ -62,4 +62,4 @@ def test_jax_mosaic_sample(case):
 @pytest.mark.timeout(3600)
 def test_jax_mosaic_passes_what_it_claims():
     adapter = jax_adapters.JaxAdapter("mosaic", context=mosaic.interpreted)
-    assert_conforms(adapter, SMOOTH, ["bfloat16"], at_least=5)
+    assert_conforms(adapter, SMOOTH, ["bfloat16"], at_least=80)

@@ -7,11 +7,11 @@ Kernels: `forward_kernel`, `query_gradient` (dq) and `key_gradient` (dk, dv). Ea
 from jax import Array
 
 from psa_jax.attention.mosaic.api import backward, forward
+from psa_jax.attention.mosaic.channels import HEAD_DIMS
 from psa_jax.attention.mosaic.device import device_reason, interpreted
 
 __all__ = ["backward", "forward", "interpreted", "unsupported"]
 
-HEAD_DIMS = (64, 128)
 DTYPES = ("float16", "bfloat16")
 BLOCK_M = (64, 128)
 BLOCK_N = (32, 64, 128)
@@ -23,8 +23,8 @@ def unsupported(q: Array, k: Array, v: Array, block_m: int, block_n: int) -> str
         return "takes float16 and bfloat16: wgmma has no true float32 product"
     if str(q.dtype) not in DTYPES:
         return f"takes float16 and bfloat16, got {q.dtype}"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"takes head dimensions 64 and 128, got {q.shape[-1]}"
+    if q.shape[-1] > max(HEAD_DIMS):
+        return f"takes head dimensions up to {max(HEAD_DIMS)}, got {q.shape[-1]}"
     if block_m not in BLOCK_M or block_n not in BLOCK_N:
         return f"takes block_m 64 or 128 and block_n 32, 64 or 128, got {block_m} and {block_n}"
     return device_reason(q)

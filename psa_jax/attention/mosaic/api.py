@@ -8,6 +8,7 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
+from psa_jax.attention.mosaic.channels import pad_channels
 from psa_jax.attention.mosaic.config import Config, KeyConfig, WalkConfig, default_config
 from psa_jax.attention.mosaic.device import interpreter, multiprocessors
 from psa_jax.attention.mosaic.forward_kernel import forward_kernel
@@ -35,7 +36,7 @@ def forward(
     """Attention over the pyramid at the given levels (specification, section 4).
 
     Args:
-        q: `[B, H, Lq, D]`, float16 or bfloat16, D 64 or 128.
+        q: `[B, H, Lq, D]`, float16 or bfloat16, D up to 128.
         k, v: `[B, Hk, Lk, D]`, same dtype.
         levels: int32 `[B, H, Nq, Nk]`, values in {0, 1, 2, 4, 8}.
         block_m, block_n: queries and keys per block.
@@ -46,6 +47,8 @@ def forward(
     Returns:
         out like `q`, and lse float32 `[B, H, Lq]` (natural log, -inf on rows without keys).
     """
+    q_len, dim = q.shape[2:]
+    q, k, v = (pad_channels(x) for x in (q, k, v))
     call = _Call(q, k, block_m, block_n, is_causal, config)
     walk = call.walk(call.config.forward)
     sign, scale = _split(scale)
@@ -59,8 +62,7 @@ def forward(
         scale=scale,
         interpret=call.interpret,
     )
-    q_len = q.shape[2]
-    return out[:, :q_len].reshape(q.shape), lse[:, :q_len].reshape(q.shape[:3])
+    return out[:, :q_len].reshape(q.shape)[..., :dim], lse[:, :q_len].reshape(q.shape[:3])
 
 
 def backward(
@@ -89,6 +91,8 @@ def backward(
     Returns:
         dq, dk, dv in the dtypes and shapes of q, k and v.
     """
+    dim = q.shape[-1]
+    dout, q, k, v, out = (pad_channels(x) for x in (dout, q, k, v, out))
     call = _Call(q, k, block_m, block_n, is_causal, config)
     sign, scale = _split(scale)
     pyramid = build_pyramid(k, v, block_n)
@@ -120,7 +124,7 @@ def backward(
         *inputs, key_plan(levels, k.shape[1], key_walk.tiles.geometry), key_walk, **options
     )
     dk, dv = (unpool(rows, key_walk.tiles, k.shape) for rows in gradients)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    return tuple(x[..., :dim].astype(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
 
 
 def _split(scale: float) -> tuple[float, float]:
