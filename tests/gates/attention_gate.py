@@ -23,7 +23,11 @@ import torch  # noqa: E402
 from machine_code import MachineCode  # noqa: E402
 
 from psa_torch.attention.triton import configs, forward_hopper  # noqa: E402
-from psa_torch.attention.triton.configs import ForwardConfig, HopperForwardConfig  # noqa: E402
+from psa_torch.attention.triton.configs import (  # noqa: E402
+    BackwardConfig,
+    ForwardConfig,
+    HopperForwardConfig,
+)
 from psa_torch.attention.triton.plan import Plan  # noqa: E402
 from psa_torch.pyramid import Pyramid  # noqa: E402
 from shared_specs.constants import BLOCK_M, BLOCK_N  # noqa: E402
@@ -32,14 +36,20 @@ from shared_specs.pyramid import pyramid_rows  # noqa: E402
 # The package exports functions of these names.
 forward = importlib.import_module("psa_torch.attention.triton.forward")
 backward = importlib.import_module("psa_torch.attention.triton.backward")
+row_statistics, query_gradient, key_gradient, pooled_gradient = (
+    importlib.import_module(f"psa_torch.attention.triton.{name}")
+    for name in ("row_statistics", "query_gradient", "key_gradient", "pooled_gradient")
+)
 
 REGISTERS = 65_536
 KERNELS = [
     (forward, "attention_forward"),
     (forward_hopper, "attention_forward_hopper"),
-    (backward, "row_statistics"),
-    (backward, "query_gradient"),
-    (backward, "key_gradient"),
+    (row_statistics, "row_statistics"),
+    (query_gradient, "query_gradient"),
+    (key_gradient, "key_gradient"),
+    (pooled_gradient, "pooled_partials"),
+    (pooled_gradient, "pooled_sums"),
 ]
 CONFIGURED = [configs, forward_hopper]
 LENGTH = 75_600
@@ -53,14 +63,30 @@ LOOP_BUDGETS = {
     ("query_gradient", 128): 465,
     ("key_gradient", 64): 575,
     ("key_gradient", 128): 720,
+    ("pooled_partials", 64): 800,
+    ("pooled_partials", 128): 1000,
 }
-"""Instructions of a pipelined loop on sm_90 by (kernel, D): 5 % over the larger of 3.6 and 3.9."""
+"""Instructions of a main loop on sm_90 by (kernel, D): 5 % over the larger of 3.6 and 3.9."""
 
-SPILLS = {"key_gradient": 700}
+SPILLS = {"key_gradient": 700, "pooled_partials": 620}
 """Bytes that a kernel may spill, nearly all of it outside its loops."""
 
-LOCAL_IN_LOOP = {("key_gradient", False): 12, ("key_gradient", True): 48}
-"""Loads and stores of spilled registers in one pipelined loop, by (kernel, causal)."""
+LOCAL_IN_LOOP = {
+    ("key_gradient", False): 12,
+    ("key_gradient", True): 48,
+    ("pooled_partials", False): 19,
+    ("pooled_partials", True): 3,
+}
+"""Loads and stores of spilled registers in one main loop, by (kernel, causal)."""
+
+WIDE = {"pooled_partials": "STG.128", "pooled_sums": "LDG.128"}
+"""How a kernel moves the bulk of its numbers."""
+
+TWO_PROGRAMS = {"pooled_partials"}
+"""Kernels of which two programs share a multiprocessor of sm_90."""
+
+HALF_PROCESSOR = 228 * 1024 // 2 - 1024
+"""Shared memory of a program for that, less what the system takes."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +100,7 @@ class Case:
     block_n: int = 64
     is_causal: bool = False
     arch: int = 90
-    config: ForwardConfig | HopperForwardConfig | None = None
+    config: ForwardConfig | HopperForwardConfig | BackwardConfig | None = None
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
@@ -131,7 +157,6 @@ def launches(case: Case) -> list[Launch]:
         scale=0.1,
         is_causal=case.is_causal,
     )
-    levels = tensor(1, heads, q_blocks, k_blocks, dtype=torch.int32)
     by_query = plan(q_blocks, k_blocks)
     lse = tensor(1, heads, LENGTH, dtype=torch.float32)
     found: list[Launch] = []
@@ -147,10 +172,10 @@ def launches(case: Case) -> list[Launch]:
                 q, Pyramid(rows, rows), by_query, config=case.config, **settings
             )
         else:
-            tiles = configs.backward_config(q, case.block_m, case.block_n)
-            by_key = tuple(plan(-(-k_blocks // n), q_blocks) for n in tiles.merged(case.block_n))
+            pyramid = Pyramid(rows, rows)
+            plans = (by_query, plan(k_blocks, q_blocks))
             backward.backward_planned(
-                q, lse, q, Pyramid(rows, rows), levels, by_query, by_key, q, lse, **settings
+                q, lse, q, pyramid, *plans, q, lse, config=case.config, **settings
             )
     return found
 
@@ -175,17 +200,25 @@ def breaches(case: Case, launch: Launch, code: MachineCode) -> list[str]:
 
 
 def _loop_breaches(case: Case, launch: Launch, code: MachineCode) -> list[str]:
-    if launch.name == "row_statistics":
-        return []
     found = []
+    wide = WIDE.get(launch.name)
+    if wide and not any(x.opcodes[wide] for x in code.loops):
+        found.append(f"no loop with {wide}")
+    if launch.name in TWO_PROGRAMS and code.shared_bytes > HALF_PROCESSOR:
+        found.append(f"{code.shared_bytes} B of shared memory leave no room for a second program")
+    if launch.name in ("row_statistics", "pooled_sums"):
+        return found
     specialised = launch.name == "attention_forward_hopper"
     loops = code.tensor_loops()
     if any(x.opcodes["HMMA"] for x in loops):
         found.append("a loop multiplies by HMMA instead of wgmma")
-    # The masked tail is not pipelined; in the warp-specialised kernel others do the copying.
+    # The masked tail is not pipelined. In the warp-specialised kernel others do the copying; the
+    # sums per query block have one loop without a mask, and another program multiplies meanwhile.
     main = [x for x in loops if x.opcodes["LDGSTS.128"]]
     if specialised:
         main = sorted(loops, key=lambda x: x.size)[:2]
+    if launch.name == "pooled_partials":
+        main = sorted(loops, key=lambda x: x.size)[:1]
     if not main:
         found.append("no pipelined loop with 16-byte copies")
     budget = LOOP_BUDGETS[launch.name, case.head_dim]

@@ -103,13 +103,14 @@ def compile_launch(kernel, args: tuple, options: dict, arch: int) -> MachineCode
     types, constants = {}, {}
     for parameter in kernel.params:
         value = values.pop(parameter.name)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        special = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
             constants[parameter.name] = value
         elif isinstance(value, torch.Tensor):
             types[parameter.name] = f"*{TYPES[value.dtype]}:16"
         elif isinstance(value, int):
             width = "i32" if value < 2**31 else "i64"
-            types[parameter.name] = width + (":16" if value % 16 == 0 else "")
+            types[parameter.name] = width + (":16" if special and value % 16 == 0 else "")
         else:
             types[parameter.name] = "fp32"
     warps, stages = values.pop("num_warps"), values.pop("num_stages", 3)
@@ -165,6 +166,6 @@ def _opcodes(code: list[str]) -> collections.Counter:
     for instruction in code:
         opcode = re.sub(r"^@!?U?P\d+\s+", "", instruction).split()[0]
         counter[opcode.split(".")[0]] += 1
-        if opcode.startswith("LDGSTS") and "128" in opcode:
-            counter["LDGSTS.128"] += 1
+        if opcode.startswith(("LDG", "STG")) and "128" in opcode:
+            counter[opcode.split(".")[0] + ".128"] += 1
     return counter

@@ -13,10 +13,11 @@ from psa_torch.attention.triton.configs import (
     BackwardConfig,
     ForwardConfig,
     KeyGradConfig,
+    PooledGradConfig,
     QueryGradConfig,
 )
 from psa_torch.attention.triton.forward import forward, forward_planned
-from psa_torch.attention.triton.plan import key_plans, query_plan
+from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.pyramid import build_pyramid
 from shared_specs.constants import BLOCK_M, BLOCK_N
 from shared_specs.pyramid import pooled_counts
@@ -55,10 +56,13 @@ def forward_tiles(rows, tile, tail, contiguous):
     return ForwardConfig(rows=rows, tile=tile, tail=tail, contiguous=contiguous, warps=4, stages=2)
 
 
-def backward_tiles(query_rows, tile, tail, key_rows, keys):
+def backward_tiles(query_rows, tile, tail, key_rows, keys, block_n=64):
+    """Key blocks with at least `keys` rows of a level hold them, the others' go by query blocks."""
+    key = KeyGradConfig(keys=keys, rows=key_rows, warps=4, stages=2)
+    pooled = PooledGradConfig(tile=tile, rows=query_rows, warps=4, stages=2)
     return BackwardConfig(
         query=QueryGradConfig(rows=query_rows, tile=tile, tail=tail, warps=4, stages=2),
-        key=(KeyGradConfig(keys=keys, rows=key_rows, warps=4, stages=2),) * 4,
+        key=tuple(key if block_n >> g >= keys else pooled for g in range(4)),
     )
 
 
@@ -80,7 +84,9 @@ def test_tile_sizes_do_not_change_the_answer(rows, tile, tail, contiguous, is_ca
 def test_rows_of_long_streams_run_in_full_tiles(rng):
     """Every level has both full tiles and a remainder."""
     case = Case(batch=1, heads=1, kv_heads=1, q_len=64, kv_len=2000, block_n=32)
-    check(case, rng, forward_tiles(64, 32, 16, True), backward_tiles(64, 32, 16, 64, 16))
+    check(
+        case, rng, forward_tiles(64, 32, 16, True), backward_tiles(64, 32, 16, 64, 16, block_n=32)
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.4, 1.0, 3000.0])
@@ -116,7 +122,7 @@ def test_rows_that_cover_no_key_are_never_used(is_causal, rng):
     geometry = dict(block_m=case.block_m, block_n=case.block_n, is_causal=is_causal)
     by_query = query_plan(levels, **lengths, **geometry)
     config = backward_tiles(64, 32, 16, key_rows=32, keys=32)
-    by_key = key_plans(levels, config.merged(case.block_n), **lengths, **geometry)
+    by_key = key_plan(levels, **lengths, **geometry)
     empty = torch.from_numpy(pooled_counts(case.kv_len, case.block_n) == 0)
     assert empty.any()
 
@@ -126,7 +132,7 @@ def test_rows_that_cover_no_key_are_never_used(is_causal, rng):
             rows[:, :, empty] = fill
         shared = dict(kv_len=case.kv_len, scale=0.2, **geometry)
         out, lse = forward_planned(q, pyramid, by_query, **shared)
-        plans = (levels, by_query, by_key)
+        plans = (by_query, by_key)
         grads = backward_planned(dout, dlse, q, pyramid, *plans, out, lse, config=config, **shared)
         return out, lse, *grads
 
@@ -191,3 +197,8 @@ def test_tile_sizes_divide_their_blocks(dtype, head_dim):
                 rows = [configs.choose_plain_forward(*key).rows, backward_sizes.query.rows]
                 rows += [level.rows for level in backward_sizes.key]
                 assert all(block_m % size == 0 for size in rows)
+                assert isinstance(backward_sizes.key[0], KeyGradConfig)
+                assert isinstance(backward_sizes.key[3], PooledGradConfig)
+                for g, level in enumerate(backward_sizes.key):
+                    if isinstance(level, KeyGradConfig):
+                        assert level.keys >= 16 and (block_n >> g) % level.keys == 0

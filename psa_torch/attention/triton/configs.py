@@ -3,6 +3,7 @@
 Shared memory and registers bound every entry; `tests/gates` compiles all of them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,10 +66,9 @@ class QueryGradConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyGradConfig:
-    """dk/dv kernel of one level: `keys` pyramid rows by `rows` queries a step.
+    """dk/dv kernel of one level below 8: `keys` pyramid rows by `rows` queries a step.
 
-    keys: a power of two. A block with more rows is split; blocks with fewer share a walk over
-        the query blocks that see any of them, which reads those once for all.
+    keys: a power of two from 16 to the rows of a block.
     rows: a divisor of block_m.
     """
 
@@ -79,15 +79,36 @@ class KeyGradConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PooledGradConfig:
+    """dk and dv of one level above 1 by query blocks: `tile` pyramid rows a step.
+
+    rows: queries a product; block_m keeps the query block in shared memory, a divisor reads it
+        again for every tile.
+    workspace: bytes that the sums of one round of query blocks may take (see `round_blocks`).
+    """
+
+    tile: int
+    rows: int
+    warps: int
+    stages: int
+    workspace: int = 2**30
+
+
+LevelConfigs = tuple[
+    KeyGradConfig,
+    KeyGradConfig | PooledGradConfig,
+    KeyGradConfig | PooledGradConfig,
+    PooledGradConfig,
+]
+"""How each level's share of dk and dv is computed, finest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackwardConfig:
-    """All of the backward; `key` has one entry per level, finest first."""
+    """All of the backward."""
 
     query: QueryGradConfig
-    key: tuple[KeyGradConfig, KeyGradConfig, KeyGradConfig, KeyGradConfig]
-
-    def merged(self, block_n: int) -> tuple[int, int, int, int]:
-        """Key blocks that share a walk at each level."""
-        return tuple(max(1, level.keys // (block_n >> g)) for g, level in enumerate(self.key))
+    key: LevelConfigs
 
 
 def forward_config(q: Tensor, block_m: int, block_n: int) -> ForwardConfig | HopperForwardConfig:
@@ -155,32 +176,59 @@ def choose_backward(
         most = 16 if head_dim == 256 else 32
         return BackwardConfig(
             query=QueryGradConfig(rows=16, tile=32, tail=32, warps=8, stages=1),
-            key=tuple(
-                KeyGradConfig(keys=min(most, block_n >> g), rows=16, warps=8, stages=1)
-                for g in range(4)
+            key=_levels(
+                block_n,
+                lambda run: KeyGradConfig(keys=min(most, run), rows=16, warps=8, stages=1),
+                PooledGradConfig(tile=most, rows=16, warps=8, stages=1),
             ),
         )
     if head_dim == 256:
         return BackwardConfig(
             query=QueryGradConfig(rows=64, tile=32, tail=32, warps=4, stages=2),
-            key=(KeyGradConfig(keys=64, rows=32, warps=8, stages=1),) * 4,
+            key=_levels(
+                block_n,
+                lambda run: KeyGradConfig(keys=min(64, run), rows=32, warps=8, stages=1),
+                PooledGradConfig(tile=64, rows=32, warps=8, stages=1),
+            ),
         )
     if capability == HOPPER:
         rows = 64 if head_dim == 128 else block_m
         return BackwardConfig(
             query=QueryGradConfig(rows=rows, tile=64, tail=32, warps=4, stages=2),
-            # A run of 32 rows has enough to do alone; shorter ones share a walk.
-            key=tuple(_key_config(32 if block_n >> g == 32 else 64) for g in range(4)),
+            key=_levels(
+                block_n,
+                lambda run: _key_config(min(64, run)),
+                _pooled_config(capability, head_dim, block_m),
+            ),
         )
     most = 128 if _has_large_shared_memory(capability) else 64
     return BackwardConfig(
         query=QueryGradConfig(rows=block_m, tile=64, tail=32, warps=block_m // 16, stages=3),
-        key=tuple(_key_config(max(64, min(most, block_n >> g))) for g in range(4)),
+        key=_levels(
+            block_n,
+            lambda run: _key_config(min(most, run)),
+            _pooled_config(capability, head_dim, block_m),
+        ),
     )
 
 
 def _key_config(keys: int) -> KeyGradConfig:
     return KeyGradConfig(keys=keys, rows=64, warps=max(4, keys // 16), stages=2)
+
+
+def _pooled_config(capability: tuple[int, int], head_dim: int, block_m: int) -> PooledGradConfig:
+    if not _has_large_shared_memory(capability):
+        return PooledGradConfig(tile=64, rows=32, warps=4, stages=2)
+    # Two programs share a multiprocessor, which leaves room for one buffer or for two.
+    roomy = capability == HOPPER and block_m * head_dim < 128 * 128
+    return PooledGradConfig(tile=64, rows=block_m, warps=4, stages=2 if roomy else 1)
+
+
+def _levels(
+    block_n: int, by_key: Callable[[int], KeyGradConfig], pooled: PooledGradConfig
+) -> LevelConfigs:
+    """`by_key(run)` for runs of rows long enough to pay for reading queries, else `pooled`."""
+    return tuple(by_key(block_n >> g) if block_n >> g >= 32 else pooled for g in range(4))
 
 
 def _has_large_shared_memory(capability: tuple[int, int]) -> bool:

@@ -1,0 +1,213 @@
+"""dk and dv of one level, one program per group of pyramid rows of one key block.
+
+For rows enough to pay for reading the query blocks that see them; shorter runs of rows take
+`pooled_gradient`.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psa_torch.attention.triton.configs import KeyGradConfig
+from psa_torch.attention.triton.plan import Plan
+from psa_torch.attention.triton.products import add_products, load_queries
+from psa_torch.attention.triton.row_statistics import RowStatistics
+from psa_torch.attention.triton.walk import level_start, load4, select4
+from psa_torch.pyramid import Pyramid
+from shared_specs.pyramid import padded_length
+
+
+@triton.jit
+def key_gradient(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    dout_pointer,
+    lse2_pointer,
+    delta_pointer,
+    entries,
+    counts,
+    full_counts,
+    dk_pooled,
+    dv_pooled,
+    dk_pointer,
+    dv_pointer,
+    q_stride_b,
+    q_stride_h,
+    dout_stride_b,
+    dout_stride_h,
+    scale,
+    kv_heads,
+    group,
+    q_len,
+    kv_len,
+    padded_len,
+    q_blocks,
+    k_blocks,
+    Q_STRIDE_M: tl.constexpr,
+    DOUT_STRIDE_M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LOG_BLOCK_N: tl.constexpr,
+    G: tl.constexpr,
+    OWN: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """Gradients of `OWN` pyramid rows of level `2**G < 8`, from all heads of their group.
+
+    dk_pooled, dv_pooled: float32 `[B, Hk, P - Lk', D]`, what each pooled row owes to every key
+    that it covers (dk before the factor `scale`), coarser levels included.
+    Level 1 writes dk, dv `[B, Hk, Lk, D]` instead.
+    The row strides are compile-time constants because the loop has no registers to spare.
+    """
+    RUN: tl.constexpr = (1 << LOG_BLOCK_N) >> G
+    # The keys are the tall side of the products where they can be (64 rows on Hopper).
+    KEYS_FIRST: tl.constexpr = OWN >= 64
+    key_block = tl.program_id(0) // (RUN // OWN)
+    batch_kv_head = tl.program_id(1)
+    batch = batch_kv_head // kv_heads
+    kv_head = batch_kv_head % kv_heads
+    run = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    d = tl.arange(0, D)
+    rows = level_start(padded_len, G) + run
+    pyramid = batch_kv_head.to(tl.int64) * (2 * padded_len - padded_len // 8) * D
+    k = tl.load(k_pointer + pyramid + (rows[:, None] * D + d[None, :]))
+    v = tl.load(v_pointer + pyramid + (rows[:, None] * D + d[None, :]))
+    last = tl.minimum((run + 1) << G, kv_len) - 1
+    pooled = batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * D
+    dk_pooled += pooled
+    dv_pooled += pooled
+    if KEYS_FIRST:
+        column = d[None, :]
+        run = run[:, None]
+    else:
+        column = d[:, None]
+        run = run[None, :]
+    # Sums are 2**G times what a key is owed (see `add_products`). They start from what the
+    # level above owes, before the loop needs registers.
+    above = (level_start(padded_len, G + 1) - padded_len + (run >> 1)) * D + column
+    dk = tl.load(dk_pooled + above) * (1 << G)
+    dv = tl.load(dv_pooled + above) * (1 << G)
+
+    PARTS: tl.constexpr = BLOCK_M // ROWS
+    for member in tl.range(0, group, num_stages=1):
+        head = kv_head * group + member
+        batch_head = batch_kv_head * group + member
+        table_row = batch_head * k_blocks + key_block
+        n0, n1, n2, n3 = load4(counts, table_row)
+        listed = entries + table_row.to(tl.int64) * q_blocks
+        listed += select4(G, 0, n0, n0 + n1, n0 + n1 + n2)
+        count = select4(G, n0, n1, n2, n3)
+        q_base = q_pointer + batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+        dout_base = (
+            dout_pointer + batch.to(tl.int64) * dout_stride_b + head.to(tl.int64) * dout_stride_h
+        )
+        statistics = batch_head.to(tl.int64) * (q_blocks * BLOCK_M)
+        masked = 0
+        if IS_CAUSAL:
+            masked = count - tl.load(full_counts + table_row.to(tl.int64) * 4 + G)
+        # The query blocks that straddle the diagonal come first in the list.
+        for MASKED in tl.static_range(1 if IS_CAUSAL else 0, -1, -1):
+            begin = 0 if MASKED else masked
+            end = masked if MASKED else count
+            for t in tl.range(begin * PARTS, end * PARTS, num_stages=STAGES):
+                first = tl.load(listed + t // PARTS) * BLOCK_M + t % PARTS * ROWS
+                q, dout = load_queries(
+                    q_base, dout_base, first, q_len, Q_STRIDE_M, DOUT_STRIDE_M, ROWS, D
+                )
+                dk, dv = add_products(
+                    k,
+                    v,
+                    dk,
+                    dv,
+                    q,
+                    dout,
+                    lse2_pointer + statistics,
+                    delta_pointer + statistics,
+                    first,
+                    scale,
+                    last,
+                    kv_len - q_len,
+                    G,
+                    ROWS,
+                    KEYS_FIRST,
+                    MASKED,
+                )
+
+    if G > 0:
+        here = (level_start(padded_len, G) - padded_len + run) * D + column
+        tl.store(dk_pooled + here, dk * (1.0 / (1 << G)))
+        tl.store(dv_pooled + here, dv * (1.0 / (1 << G)))
+    else:
+        keys = batch_kv_head.to(tl.int64) * kv_len * D
+        here = run * D + column
+        live = run < kv_len
+        tl.store(dk_pointer + keys + here, (dk * scale).to(dk_pointer.dtype.element_ty), mask=live)
+        tl.store(dv_pointer + keys + here, dv.to(dv_pointer.dtype.element_ty), mask=live)
+
+
+def launch_key_gradient(
+    q: Tensor,
+    pyramid: Pyramid,
+    dout: Tensor,
+    statistics: RowStatistics,
+    plan: Plan,
+    pooled: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    g: int,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+    config: KeyGradConfig,
+) -> None:
+    """Level `2**g < 8` of the gradients: into its rows of `pooled`, or dk and dv at level 1.
+
+    Args:
+        plan: the key plan of the level mask.
+        pooled: float32 `[2, B, Hk, P - Lk', D]`, whose rows of the level above are complete.
+        dk, dv: `[B, Hk, Lk, D]`.
+    """
+    _, heads, q_len, head_dim = q.shape
+    batch, kv_heads = pyramid.k.shape[:2]
+    padded_len = padded_length(kv_len, block_n)
+    key_gradient[(padded_len >> g) // config.keys, batch * kv_heads](
+        q,
+        pyramid.k,
+        pyramid.v,
+        dout,
+        statistics.lse2,
+        statistics.delta,
+        *plan,
+        pooled[0],
+        pooled[1],
+        dk,
+        dv,
+        *q.stride()[:2],
+        *dout.stride()[:2],
+        scale,
+        kv_heads,
+        heads // kv_heads,
+        q_len,
+        kv_len,
+        padded_len,
+        plan.entries.shape[3],
+        plan.entries.shape[2],
+        Q_STRIDE_M=q.stride(2),
+        DOUT_STRIDE_M=dout.stride(2),
+        D=head_dim,
+        BLOCK_M=block_m,
+        LOG_BLOCK_N=block_n.bit_length() - 1,
+        G=g,
+        OWN=config.keys,
+        ROWS=config.rows,
+        STAGES=config.stages,
+        IS_CAUSAL=is_causal,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )

@@ -1,0 +1,120 @@
+"""What a tile of queries adds to the gradients of a tile of pyramid rows."""
+
+import triton
+import triton.language as tl
+
+from psa_torch.attention.triton.row_statistics import LOG2E
+
+
+@triton.jit
+def load_queries(
+    q_base,
+    dout_base,
+    first,
+    q_len,
+    Q_STRIDE_M: tl.constexpr,
+    DOUT_STRIDE_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """`ROWS` rows of q and dout of one head from row `first` on, zero past the last query."""
+    m = tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    real = (first + m < q_len)[:, None]
+    first64 = tl.cast(first, tl.int64)
+    q = tl.load(
+        q_base + first64 * Q_STRIDE_M + (m[:, None] * Q_STRIDE_M + d[None, :]), mask=real, other=0.0
+    )
+    dout = tl.load(
+        dout_base + first64 * DOUT_STRIDE_M + (m[:, None] * DOUT_STRIDE_M + d[None, :]),
+        mask=real,
+        other=0.0,
+    )
+    return q, dout
+
+
+@triton.jit
+def add_products(
+    k,
+    v,
+    dk,
+    dv,
+    q,
+    dout,
+    lse2_base,
+    delta_base,
+    first,
+    scale,
+    last,
+    offset,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """dk and dv, `[keys, D]` (`[D, keys]` unless KEYS_FIRST), plus what `ROWS` queries owe.
+
+    What is added is `2**G` times what one key is owed, dk before the factor `scale`: the weights
+    of rows with full counts, a size that float16 can have.
+
+    Args:
+        lse2_base, delta_base: statistics of the head; `first` is the first query row.
+        last: last key that each row of k covers; `offset` is kv_len - q_len.
+        MASKED: queries see only rows whose last key is not after their own position.
+    """
+    m = first + tl.arange(0, ROWS)
+    shift = G - tl.load(lse2_base + m)
+    delta = tl.load(delta_base + m)
+    if KEYS_FIRST:
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        s = s * (scale * LOG2E) + shift[None, :]
+        if MASKED:
+            s = tl.where(last[:, None] <= (m + offset)[None, :], s, float("-inf"))
+        p = tl.math.exp2(s)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    else:
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = s * (scale * LOG2E) + shift[:, None]
+        if MASKED:
+            s = tl.where(last[None, :] <= (m + offset)[:, None], s, float("-inf"))
+        p = tl.math.exp2(s)
+        dv = tl.dot(tl.trans(dout), p.to(dout.dtype), dv, input_precision="ieee")
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dk = tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def weights(
+    k,
+    v,
+    q,
+    dout,
+    lse2_pointer,
+    delta_pointer,
+    first,
+    scale,
+    last,
+    offset,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Weights and gradients of logits, `[keys, ROWS]` in the dtype of q, as in `add_products`.
+
+    Both are made before either is used: where dk and dv start from zero, their accumulators need
+    not stand beside the float32 form of these.
+    """
+    m = first + tl.arange(0, ROWS)
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    s = s * (scale * LOG2E) + (G - tl.load(lse2_pointer + m))[None, :]
+    if MASKED:
+        s = tl.where(last[:, None] <= (m + offset)[None, :], s, float("-inf"))
+    p = tl.math.exp2(s)
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    ds = p * (dp - tl.load(delta_pointer + m)[None, :])
+    return p.to(dout.dtype), ds.to(q.dtype)

@@ -1,0 +1,191 @@
+"""dq: one program per group of query rows, over the tiles that the forward visited."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psa_torch.attention.triton.configs import QueryGradConfig
+from psa_torch.attention.triton.plan import Plan
+from psa_torch.attention.triton.row_statistics import LOG2E, RowStatistics
+from psa_torch.attention.triton.walk import (
+    gather_rows,
+    in_full_tiles,
+    load4,
+    select4,
+    tail_length,
+    tail_rows,
+)
+from psa_torch.pyramid import Pyramid
+from shared_specs.pyramid import padded_length
+
+
+@triton.jit
+def query_gradient(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    dout_pointer,
+    lse2_pointer,
+    delta_pointer,
+    entries,
+    counts,
+    full_counts,
+    dq_pointer,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    dout_stride_b,
+    dout_stride_h,
+    dout_stride_m,
+    scale,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    padded_len,
+    q_blocks,
+    k_blocks,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LOG_BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    TAIL: tl.constexpr,
+    STAGES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """dq of `ROWS` query rows of one head, over the tiles that the forward visited."""
+    part = tl.num_programs(0) - 1 - tl.program_id(0) if IS_CAUSAL else tl.program_id(0)
+    batch_head = tl.program_id(1)
+    batch = batch_head // heads
+    head = batch_head % heads
+    kv_head = batch.to(tl.int64) * (heads // group) + head // group
+    pyramid = kv_head * (2 * padded_len - padded_len // 8) * D
+    k_pointer += pyramid
+    v_pointer += pyramid
+
+    m = part * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    m64 = m.to(tl.int64)[:, None]
+    real_row = m[:, None] < q_len
+    q_pointer += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+    dout_pointer += batch.to(tl.int64) * dout_stride_b + head.to(tl.int64) * dout_stride_h
+    q = tl.load(q_pointer + m64 * q_stride_m + d[None, :], mask=real_row, other=0.0)
+    dout = tl.load(dout_pointer + m64 * dout_stride_m + d[None, :], mask=real_row, other=0.0)
+    padded_row = batch_head.to(tl.int64) * (q_blocks * BLOCK_M) + m
+    lse2 = tl.load(lse2_pointer + padded_row)
+    delta = tl.load(delta_pointer + padded_row)
+
+    table_row = batch_head * q_blocks + part * ROWS // BLOCK_M
+    n0, n1, n2, n3 = load4(counts, table_row)
+    u0, u1, u2, u3 = load4(full_counts, table_row)
+    entries += table_row.to(tl.int64) * k_blocks
+    dq = tl.zeros([ROWS, D], tl.float32)
+
+    done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
+    done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
+    done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
+    done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
+    end0 = done0 // TILE
+    end1 = end0 + done1 // TILE
+    end2 = end1 + done2 // TILE
+    end3 = end2 + done3 // TILE
+    for t in tl.range(0, end3, num_stages=STAGES):
+        g = (t >= end0).to(tl.int32) + (t >= end1).to(tl.int32) + (t >= end2).to(tl.int32)
+        level_entry = select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
+        position = (t - select4(g, 0, end0, end1, end2)) * TILE + tl.arange(0, TILE)
+        rows = gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N)
+        at = rows[:, None] * D + d[None, :]
+        k = tl.load(k_pointer + at)
+        v = tl.load(v_pointer + at)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.math.exp2(s * (scale * LOG2E) + (g.to(tl.float32) - lse2)[:, None])
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+    left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
+    for first in tl.range(0, left, TAIL, num_stages=1):
+        rows, last, bias = tail_rows(
+            entries,
+            first + tl.arange(0, TAIL),
+            n0,
+            n1,
+            n2,
+            n3,
+            done0,
+            done1,
+            done2,
+            done3,
+            padded_len,
+            kv_len,
+            LOG_BLOCK_N,
+        )
+        real = (bias > float("-inf"))[:, None]
+        at = rows[:, None] * D + d[None, :]
+        k = tl.load(k_pointer + at, mask=real, other=0.0)
+        v = tl.load(v_pointer + at, mask=real, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + bias[None, :]
+        if IS_CAUSAL:
+            s = tl.where(last[None, :] <= m[:, None] + (kv_len - q_len), s, float("-inf"))
+        p = tl.math.exp2(s - lse2[:, None])
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+    dq_row = batch_head.to(tl.int64) * q_len + m
+    tl.store(
+        dq_pointer + dq_row[:, None] * D + d[None, :],
+        (dq * scale).to(dq_pointer.dtype.element_ty),
+        mask=real_row,
+    )
+
+
+def launch_query_gradient(
+    q: Tensor,
+    pyramid: Pyramid,
+    dout: Tensor,
+    statistics: RowStatistics,
+    plan: Plan,
+    *,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+    config: QueryGradConfig,
+) -> Tensor:
+    """dq `[B, H, Lq, D]`; `plan` is the query plan of the level mask."""
+    batch, heads, q_len, head_dim = q.shape
+    dq = q.new_empty(q.shape)
+    query_gradient[triton.cdiv(q_len, config.rows), batch * heads](
+        q,
+        pyramid.k,
+        pyramid.v,
+        dout,
+        statistics.lse2,
+        statistics.delta,
+        *plan,
+        dq,
+        *q.stride()[:3],
+        *dout.stride()[:3],
+        scale,
+        heads,
+        heads // pyramid.k.shape[1],
+        q_len,
+        kv_len,
+        padded_length(kv_len, block_n),
+        plan.entries.shape[2],
+        plan.entries.shape[3],
+        D=head_dim,
+        BLOCK_M=block_m,
+        LOG_BLOCK_N=block_n.bit_length() - 1,
+        ROWS=config.rows,
+        TILE=config.tile,
+        TAIL=config.tail,
+        STAGES=config.stages,
+        IS_CAUSAL=is_causal,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return dq

@@ -1,0 +1,166 @@
+"""dk and dv of pooled levels by query blocks: any rounds, and no slot read that was not written."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from psa_torch.attention.triton import configs
+from psa_torch.attention.triton.backward import backward, backward_planned
+from psa_torch.attention.triton.configs import BackwardConfig, KeyGradConfig, PooledGradConfig
+from psa_torch.attention.triton.forward import forward
+from psa_torch.attention.triton.plan import key_plan, query_plan
+from psa_torch.attention.triton.pooled_gradient import round_blocks
+from psa_torch.pyramid import build_pyramid
+from tests.torch.attention_contract import (
+    FLOAT32_TOLERANCE,
+    Case,
+    Results,
+    expected,
+    plain_attention,
+    relative_errors,
+    to_numpy,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+ONE_BLOCK_ROUNDS = 1
+"""Bytes of workspace in which no slot fits."""
+
+
+def all_pooled(case: Case, workspace=2**30, tile=32, rows=None) -> BackwardConfig:
+    """Every level but the first by query blocks."""
+    shipped = configs.choose_backward((9, 0), case.head_dim, case.dtype, case.block_m, case.block_n)
+    pooled = PooledGradConfig(
+        tile=tile, rows=rows or case.block_m, warps=4, stages=2, workspace=workspace
+    )
+    key = KeyGradConfig(keys=32, rows=64, warps=4, stages=2)
+    return dataclasses.replace(shipped, key=(key, pooled, pooled, pooled))
+
+
+def settings(case: Case) -> dict:
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    return {**case.settings(), "scale": scale}
+
+
+def gradients(case: Case, inputs, config: BackwardConfig) -> Results:
+    q, k, v, levels, dout, dlse = inputs
+    out, lse = forward(q, k, v, levels, **settings(case))
+    grads = backward(dout, dlse, q, k, v, levels, out, lse, config=config, **settings(case))
+    return Results(*(to_numpy(x) for x in (out, lse, *grads)))
+
+
+def check(case: Case, rng, **config) -> None:
+    inputs = case.inputs(rng)
+    got = gradients(case, inputs, all_pooled(case, **config))
+    errors = relative_errors(got, expected(inputs, **settings(case)))
+    assert max(errors.values()) <= FLOAT32_TOLERANCE, errors
+
+
+ONE = Case(batch=1, heads=1, kv_heads=1)
+
+
+@pytest.mark.parametrize("block_n", [32, 64, 128])
+@pytest.mark.parametrize(("block_m", "workspace"), [(64, ONE_BLOCK_ROUNDS), (128, 2**30)])
+def test_block_sizes_in_one_round_or_many(block_m, block_n, workspace, rng):
+    case = dataclasses.replace(ONE, block_m=block_m, block_n=block_n, q_len=300, kv_len=333)
+    check(case, rng, workspace=workspace)
+
+
+@pytest.mark.parametrize("level", [2, 4, 8])
+@pytest.mark.parametrize("kv_len", [193, 199])
+def test_one_level_alone_with_every_tail(level, kv_len, rng):
+    check(dataclasses.replace(ONE, level=level, kv_len=kv_len), rng)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(256, 256), (77, 300), (300, 77), (200, 201)])
+def test_causal_with_offset(q_len, kv_len, rng):
+    """Blocks that causality hides are not written, whatever their level says."""
+    lengths = dict(q_len=q_len, kv_len=kv_len)
+    case = dataclasses.replace(ONE, is_causal=True, block_n=32, **lengths)
+    check(case, rng, workspace=2 * 300 * 32 * 4)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_grouped_heads_batches_and_empty_rows(is_causal, rng):
+    case = Case(kv_heads=1, q_len=130, kv_len=130, level="empty", is_causal=is_causal)
+    check(case, rng, workspace=ONE_BLOCK_ROUNDS)
+
+
+@pytest.mark.parametrize(("tile", "rows"), [(16, 64), (64, 32), (128, 16)])
+def test_tile_sizes_do_not_change_the_answer(tile, rows, rng):
+    check(dataclasses.replace(ONE, kv_len=700), rng, tile=tile, rows=rows)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.4, 40.0])
+def test_any_scale(scale, rng):
+    case = dataclasses.replace(ONE, scale=scale, level=8)
+    inputs = case.inputs(rng)
+    errors = relative_errors(
+        gradients(case, inputs, all_pooled(case)), expected(inputs, **settings(case))
+    )
+    # Rounding of logits near 1000 is what float32 leaves of the largest scale.
+    assert max(errors.values()) <= (2e-3 if scale > 1 else FLOAT32_TOLERANCE), errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounded_slots_are_within_twice_the_plain_error(dtype, rng):
+    """Sums over many query blocks, each rounded to the dtype of the input."""
+    case = dataclasses.replace(ONE, dtype=dtype, q_len=1000, kv_len=256)
+    inputs = case.inputs(rng)
+    inputs.levels[..., 0] = 1  # the yardstick has no rule for rows that see nothing
+    want = expected(inputs, **settings(case))
+    errors = relative_errors(gradients(case, inputs, all_pooled(case)), want)
+    plain = relative_errors(plain_attention(inputs, **case.settings()), want)
+    assert all(errors[name] <= 2 * plain[name] for name in plain), (errors, plain)
+
+
+def test_float16_slots_hold_what_one_key_is_owed(rng):
+    """All queries see one pooled row, whose own gradient float16 could not hold."""
+    case = dataclasses.replace(ONE, dtype=torch.float16, level=8, q_len=64, kv_len=8)
+    inputs = case.inputs(rng)
+    inputs.dout.fill_(4000)
+    got = gradients(case, inputs, all_pooled(case))
+    np.testing.assert_allclose(got.dv, 64 * 4000 / 8, rtol=1e-3)
+
+
+def test_a_slot_that_nobody_wrote_shows(rng):
+    """The poison that the other tests rely on: a list with one query block too many."""
+    case = dataclasses.replace(ONE, level=8)
+    q, k, v, levels, dout, dlse = case.inputs(rng)
+    geometry = dict(block_m=case.block_m, block_n=case.block_n, is_causal=False)
+    lengths = dict(q_len=case.q_len, kv_len=case.kv_len)
+    too_many = key_plan(levels, **lengths, **geometry)
+    levels[0, 0, 1, 2] = 0
+    right = key_plan(levels, **lengths, **geometry)
+    out, lse = forward(q, k, v, levels, **settings(case))
+
+    def dk(by_key):
+        by_query = query_plan(levels, **lengths, **geometry)
+        rest = (build_pyramid(k, v, case.block_n), by_query, by_key, out, lse)
+        return backward_planned(
+            dout, dlse, q, *rest, kv_len=case.kv_len, config=all_pooled(case), **settings(case)
+        )[1]
+
+    assert dk(right).isfinite().all()
+    wrong = ~dk(too_many).isfinite()
+    assert wrong[0, 0, 128:192].all() and not wrong[0, 0, :128].any()
+
+
+class TestRounds:
+    q = torch.empty(2, 3, 640, 64, dtype=torch.bfloat16)
+    slot = 2 * 80 * 64
+    of_block = 6 * slot * 2
+
+    @pytest.mark.parametrize(
+        ("budget", "blocks"), [(2**30, 10), (5 * of_block, 5), (9 * of_block, 5), (of_block, 1)]
+    )
+    def test_the_budget_bounds_a_round_and_rounds_are_even(self, budget, blocks):
+        assert round_blocks(self.q, self.slot, budget, 10) == blocks
+
+    def test_few_heads_take_more_to_fill_the_machine_but_not_any_amount(self, monkeypatch):
+        monkeypatch.setattr(round_blocks.__module__ + ".resident_programs", lambda *_: 60)
+        assert round_blocks(self.q, self.slot, 3 * self.of_block, 10) == 10
+        assert round_blocks(self.q, self.slot, self.of_block, 10) == 4
+        assert round_blocks(self.q, self.slot, 1, 10) == 1
