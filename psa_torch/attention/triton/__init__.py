@@ -1,8 +1,9 @@
 """Attention as Triton kernels that walk the table of visited blocks.
 
-The forward and dq walk the key blocks of each query block, dk and dv the query blocks of each
-key block. A tile holds pooled rows of one level, so the log of its count is one number; full
-tiles run without any mask, and what is left over goes through a masked tail.
+The forward and dq walk the key blocks of each query block; dk and dv of fine levels the query
+blocks of each key block; dk and dv of coarse levels one after the other. A tile holds pooled
+rows of one level, so the log of its count is one number; full tiles run without any mask, and
+what is left over goes through a masked tail.
 """
 
 import os

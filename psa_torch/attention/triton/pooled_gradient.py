@@ -23,7 +23,7 @@ from psa_torch.pyramid import Pyramid
 from shared_specs.pyramid import padded_length
 
 
-@triton.jit(do_not_specialize=["first_block"])
+@triton.jit(do_not_specialize=["first_block", "round_blocks"])
 def pooled_partials(
     q_pointer,
     k_pointer,
@@ -173,7 +173,7 @@ def pooled_partials(
             tl.store(dv_slots + here, dv.to(dv_slots.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["first_block"])
+@triton.jit(do_not_specialize=["first_block", "round_blocks"])
 def pooled_sums(
     dk_slots,
     dv_slots,
@@ -252,12 +252,14 @@ def pooled_sums(
     tl.store(dv_pooled + here, dv)
 
 
-SUM_BYTES = 8_192
-"""Bytes of slots that a program of `pooled_sums` has on their way, of dk and of dv each: four
-16-byte loads of each thread."""
+SLOTS = 4
+"""Slots that a program of `pooled_sums` has on their way at once, of dk and of dv each."""
+
+WARP_BYTES = 512
+"""What a warp loads at once, 16 bytes a thread."""
 
 LIST_WIDTH = 128
-"""Entries of the table that such a program looks at in one step."""
+"""Entries of the table that a program of `pooled_sums` looks at in one step."""
 
 PROGRAMS_PER_PROCESSOR = 2
 
@@ -314,6 +316,7 @@ def launch_pooled_gradient(
     # A power of two near `scale`, so that a slot of dk has the size of dk; 1 for scale 0.
     dk_unit = 2.0 ** max(-32, min(32, math.frexp(scale)[1]))
     log_block_n = block_n.bit_length() - 1
+    slot_bytes = (block_n >> g) * head_dim * q.element_size()
     for first_block in range(0, q_blocks, capacity):
         blocks = min(capacity, q_blocks - first_block)
         pooled_partials[blocks, batch * heads](
@@ -369,8 +372,8 @@ def launch_pooled_gradient(
             D=head_dim,
             LOG_BLOCK_N=log_block_n,
             G=g,
-            SLOTS=max(1, SUM_BYTES // ((block_n >> g) * head_dim * q.element_size())),
+            SLOTS=SLOTS,
             WIDTH=LIST_WIDTH,
             FIRST_ROUND=first_block == 0,
-            num_warps=4,
+            num_warps=max(1, min(4, slot_bytes // WARP_BYTES)),
         )
