@@ -11,7 +11,7 @@ from psa_torch.attention.triton.backward import backward, backward_planned
 from psa_torch.attention.triton.configs import BackwardConfig, KeyGradConfig, PooledGradConfig
 from psa_torch.attention.triton.forward import forward
 from psa_torch.attention.triton.plan import key_plan, query_plan
-from psa_torch.attention.triton.pooled_gradient import round_blocks
+from psa_torch.attention.triton.pooled_gradient import blocks_per_round
 from psa_torch.pyramid import build_pyramid
 from tests.torch.attention_contract import (
     FLOAT32_TOLERANCE,
@@ -93,6 +93,12 @@ def test_tile_sizes_do_not_change_the_answer(tile, rows, rng):
     check(dataclasses.replace(ONE, kv_len=700), rng, tile=tile, rows=rows)
 
 
+def test_lists_longer_than_one_look(rng, monkeypatch):
+    monkeypatch.setattr(blocks_per_round.__module__ + ".LIST_WIDTH", 2)
+    case = dataclasses.replace(ONE, level=8, q_len=600, kv_len=70)
+    check(case, rng, workspace=3 * 2 * 16 * 32 * 4)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.4, 40.0])
 def test_any_scale(scale, rng):
     case = dataclasses.replace(ONE, scale=scale, level=8)
@@ -157,10 +163,10 @@ class TestRounds:
         ("budget", "blocks"), [(2**30, 10), (5 * of_block, 5), (9 * of_block, 5), (of_block, 1)]
     )
     def test_the_budget_bounds_a_round_and_rounds_are_even(self, budget, blocks):
-        assert round_blocks(self.q, self.slot, budget, 10) == blocks
+        assert blocks_per_round(self.q, self.slot, budget, 10) == blocks
 
     def test_few_heads_take_more_to_fill_the_machine_but_not_any_amount(self, monkeypatch):
-        monkeypatch.setattr(round_blocks.__module__ + ".resident_programs", lambda *_: 60)
-        assert round_blocks(self.q, self.slot, 3 * self.of_block, 10) == 10
-        assert round_blocks(self.q, self.slot, self.of_block, 10) == 4
-        assert round_blocks(self.q, self.slot, 1, 10) == 1
+        monkeypatch.setattr(blocks_per_round.__module__ + ".resident_programs", lambda *_: 60)
+        assert blocks_per_round(self.q, self.slot, 3 * self.of_block, 10) == 10
+        assert blocks_per_round(self.q, self.slot, self.of_block, 10) == 4
+        assert blocks_per_round(self.q, self.slot, 1, 10) == 1

@@ -84,7 +84,7 @@ class PooledGradConfig:
 
     rows: queries a product; block_m keeps the query block in shared memory, a divisor reads it
         again for every tile.
-    workspace: bytes that the sums of one round of query blocks may take (see `round_blocks`).
+    workspace: bytes that the sums of one round of query blocks may take (see `blocks_per_round`).
     """
 
     tile: int

@@ -252,7 +252,7 @@ def pooled_sums(
     tl.store(dv_pooled + here, dv)
 
 
-SLOTS = 4
+SLOTS_AT_ONCE = 4
 """Slots that a program of `pooled_sums` has on their way at once, of dk and of dv each."""
 
 WARP_BYTES = 512
@@ -264,7 +264,7 @@ LIST_WIDTH = 128
 PROGRAMS_PER_PROCESSOR = 2
 
 
-def round_blocks(q: Tensor, slot_elements: int, budget: int, q_blocks: int) -> int:
+def blocks_per_round(q: Tensor, slot_elements: int, budget: int, q_blocks: int) -> int:
     """Query blocks of one round, at least 1.
 
     As many as `budget` bytes hold; or as many as give every multiprocessor work, if that takes
@@ -311,7 +311,7 @@ def launch_pooled_gradient(
     padded_len = padded_length(kv_len, block_n)
     q_blocks, k_blocks = by_query.entries.shape[2:]
     slot_rows = padded_len >> g
-    capacity = round_blocks(q, 2 * slot_rows * head_dim, config.workspace, q_blocks)
+    capacity = blocks_per_round(q, 2 * slot_rows * head_dim, config.workspace, q_blocks)
     slots = q.new_empty(2, batch * heads, capacity, slot_rows, head_dim)
     # A power of two near `scale`, so that a slot of dk has the size of dk; 1 for scale 0.
     dk_unit = 2.0 ** max(-32, min(32, math.frexp(scale)[1]))
@@ -372,7 +372,7 @@ def launch_pooled_gradient(
             D=head_dim,
             LOG_BLOCK_N=log_block_n,
             G=g,
-            SLOTS=SLOTS,
+            SLOTS=SLOTS_AT_ONCE,
             WIDTH=LIST_WIDTH,
             FIRST_ROUND=first_block == 0,
             num_warps=max(1, min(4, slot_bytes // WARP_BYTES)),
