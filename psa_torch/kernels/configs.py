@@ -18,21 +18,44 @@ class ScoreConfig(NamedTuple):
     per_processor: int
 
 
+class HopperScoreConfig(NamedTuple):
+    """Warp-specialised `pooled` and `sampled` scores: 128 rows by 128 key blocks.
+
+    slots: tiles of columns in flight.
+    rows, columns, per_processor: as in `ScoreConfig`; the kernel has no other.
+    multiply_registers, copy_registers: per thread of each role, multiples of 8; two multiplying
+        warpgroups and one that copies share 504.
+    """
+
+    slots: int
+    rows: int = 128
+    columns: int = 128
+    multiply_registers: int = 232
+    copy_registers: int = 40
+    per_processor: int = 1
+
+
+HOPPER_PEAK = {64: HopperScoreConfig(slots=8), 128: HopperScoreConfig(slots=5)}
+"""By head dimension."""
+
+
 def choose_peak(
     capability: tuple[int, int], head_dim: int, dtype: torch.dtype, is_causal: bool
 ) -> ScoreConfig:
     """Tiles of the `pooled` and `sampled` scores; `dtype` is that of the rows multiplied.
 
-    64 columns leave registers for a second program, whose products run while the first one
-    reduces its tile; the masked loop of a causal call needs more of them, hence fewer warps.
+    On Hopper as measured (`benchmarks/LOG.md`): 64 columns leave registers for a second program,
+    whose products run while the first one takes maxima; short rows, and the masked loop of a
+    causal call, do better with one larger tile.
     """
     if dtype == torch.float32:
-        columns = 32 if is_causal else 64
-        return ScoreConfig(rows=64, columns=columns, warps=8, stages=2, per_processor=1)
-    if capability[0] < 9:
+        return ScoreConfig(rows=64, columns=32, warps=8, stages=2, per_processor=1)
+    if capability[0] != 9:
         return ScoreConfig(rows=128, columns=64, warps=8, stages=2, per_processor=1)
+    if head_dim <= 64:
+        return ScoreConfig(rows=128, columns=128, warps=8, stages=3, per_processor=1)
     if is_causal:
-        return ScoreConfig(rows=128, columns=64, warps=4, stages=2, per_processor=2)
+        return ScoreConfig(rows=256, columns=64, warps=8, stages=3, per_processor=1)
     per_processor = 2 if head_dim <= 128 else 1
     return ScoreConfig(rows=128, columns=64, warps=8, stages=3, per_processor=per_processor)
 

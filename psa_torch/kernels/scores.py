@@ -43,7 +43,7 @@ from psa_torch.kernels._launch import (
     resident_programs,
 )
 from psa_torch.kernels.antidiagonal import antidiagonal_scores
-from psa_torch.kernels.configs import choose_peak
+from psa_torch.kernels.configs import HOPPER_PEAK, HopperScoreConfig, choose_peak
 from psa_torch.kernels.pool import pool_blocks
 from shared_specs.config import PSAConfig
 from shared_specs.sampling import SamplePlan
@@ -135,59 +135,99 @@ class _Samples(NamedTuple):
     count: int
 
 
+def _tile(q: _Samples, k: _Samples, key_blocks: int, is_causal: bool):
+    """Tile sizes for this call: the warp-specialised kernel's where it can run."""
+    x = q.values
+    # On the CPU the interpreter plays an H100, but cannot run the warp-specialised kernel.
+    on_hopper = x.is_cuda and capability(x) == (9, 0)
+    hopper = HOPPER_PEAK.get(x.shape[-1])
+    if on_hopper and hopper and fits_hopper(q, k, key_blocks, hopper):
+        return hopper
+    return choose_peak(capability(x), x.shape[-1], x.dtype, is_causal)
+
+
+def fits_hopper(q: _Samples, k: _Samples, key_blocks: int, tile: HopperScoreConfig) -> bool:
+    """Whether the warp-specialised kernel takes these rows.
+
+    Each half of its rows must be whole query blocks, its copies move 16 bytes at a time, and with
+    few key blocks most of its columns would be repeats.
+    """
+    aligned = all(
+        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in x.stride()[:-1])
+        for x in (q.values, k.values)
+    )
+    narrow = q.values.dtype != torch.float32
+    return narrow and aligned and q.count <= tile.rows // 2 and key_blocks >= tile.columns
+
+
 def _peak_scores(q: _Samples, k: _Samples, config: PSAConfig) -> Tensor:
     batch, heads, q_rows, head_dim = q.values.shape
     scale = head_dim**-0.5 if config.scale is None else config.scale
     nq, nk = triton.cdiv(q.length, q.block), triton.cdiv(k.length, k.block)
-    scores = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.values.device)
-    tile = choose_peak(capability(q.values), head_dim, q.values.dtype, config.causal)
-    rows, columns = max(tile.rows, q.count), max(tile.columns, k.count)
+    tile = _tile(q, k, nk, config.causal)
+    rows = max(tile.rows, q.count)
+    # A tensor-core product has at least 16 columns.
+    key_blocks = min(tile.columns, max(16, triton.next_power_of_2(nk)))
     row_tiles = triton.cdiv(nq, rows // q.count)
     items = row_tiles * batch * heads
     programs = min(items, resident_programs(q.values, tile.per_processor))
-    column_blocks = columns // k.count
-    sweep = max(64, column_blocks)
+    sweep = max(64, key_blocks)
     width = triton.cdiv(nk, sweep) * sweep
     slab = torch.empty(programs, rows, width, dtype=torch.float32, device=q.values.device)
+    scores = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.values.device)
+    tensors = (q.values, k.values, q.scale, k.scale, q.offsets, k.offsets, slab, scores)
+    numbers = (
+        max(abs(scale), _LEAST_SCALE) * _LOG2_E,
+        heads,
+        heads // k.values.shape[1],
+        q_rows,
+        k.values.shape[2],
+        q.length,
+        k.length,
+        nq,
+        nk,
+        row_tiles,
+        items,
+        width,
+    )
+    constants = dict(
+        BLOCK_M=q.block,
+        BLOCK_N=k.block,
+        SIZE=q.size,
+        Q_COUNT=q.count,
+        K_COUNT=k.count,
+        CAUSAL=config.causal,
+        NEGATIVE=scale < 0,
+    )
     with on_device_of(q.values):
+        if isinstance(tile, HopperScoreConfig):
+            # Triton's interpreter does not know Gluon: nothing else may import it.
+            from psa_torch.kernels import scores_hopper
+
+            strides = (*q.values.stride()[:3], *k.values.stride()[:3])
+            scores_hopper.launch(
+                (*tensors, *strides, *numbers),
+                programs,
+                tile,
+                D=head_dim,
+                Q_BLOCKS=rows // q.count,
+                **constants,
+            )
+            return scores
         _peak_kernel[(programs,)](
-            q.values,
-            k.values,
-            q.scale,
-            k.scale,
-            q.offsets,
-            k.offsets,
-            slab,
-            scores,
+            *tensors,
             *q.values.stride(),
             *k.values.stride(),
-            max(abs(scale), _LEAST_SCALE) * _LOG2_E,
-            heads,
-            heads // k.values.shape[1],
-            q_rows,
-            k.values.shape[2],
-            q.length,
-            k.length,
-            nq,
-            nk,
-            row_tiles,
-            items,
-            width,
+            *numbers,
             HEAD_DIM=head_dim,
             BLOCK_D=padded_head_dim(head_dim),
-            BLOCK_M=q.block,
-            BLOCK_N=k.block,
-            SIZE=q.size,
-            Q_COUNT=q.count,
-            K_COUNT=k.count,
             ROWS=rows,
-            COLUMNS=columns,
+            K_BLOCKS=key_blocks,
             SWEEP=sweep,
-            CAUSAL=config.causal,
-            NEGATIVE=scale < 0,
             PRECISION="ieee" if q.values.dtype == torch.float32 else "tf32",
             STAGES=tile.stages,
             num_warps=tile.warps,
+            **constants,
         )
     return scores
 
@@ -230,7 +270,7 @@ def _peak_kernel(
     Q_COUNT: tl.constexpr,
     K_COUNT: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
     SWEEP: tl.constexpr,
     CAUSAL: tl.constexpr,
     NEGATIVE: tl.constexpr,
@@ -243,17 +283,15 @@ def _peak_kernel(
     maximum, so nothing but causality needs a mask.
     """
     Q_BLOCKS: tl.constexpr = ROWS // Q_COUNT  # query blocks per item
-    K_BLOCKS: tl.constexpr = COLUMNS // K_COUNT  # key blocks per tile of columns
     row = tl.arange(0, ROWS)
     tile_block = tl.arange(0, K_BLOCKS)
     swept = tl.arange(0, SWEEP)
     item_block = tl.arange(0, Q_BLOCKS)
     d = tl.arange(0, BLOCK_D)
-    row_in_item = (row // Q_COUNT) * (BLOCK_M // SIZE) + _in_block(Q_OFFSETS, row, Q_COUNT)
-    column_in_block = _in_block(K_OFFSETS, tl.arange(0, COLUMNS), K_COUNT)
+    row_in_item = (row // Q_COUNT) * (BLOCK_M // SIZE) + _in_block(Q_OFFSETS, row % Q_COUNT)
     SLAB += tl.program_id(0).to(tl.int64) * ROWS * width
     slab_row = SLAB + row[:, None] * width.to(tl.int64)
-    column_tiles = tl.cdiv(k_blocks, K_BLOCKS)
+    block_tiles = tl.cdiv(k_blocks, K_BLOCKS)
 
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         # Under causality the last rows see most: they come first.
@@ -267,67 +305,36 @@ def _peak_kernel(
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
         row_position = tl.minimum(q_index * SIZE + SIZE, q_len) - 1 + kv_len - q_len
 
-        open_tiles = column_tiles  # tiles of columns that every row sees whole
-        seen_tiles = column_tiles  # tiles of which some row sees a column
+        open_tiles = block_tiles  # tiles of key blocks that every row sees whole
+        seen_tiles = block_tiles  # tiles of which some row sees a column
         if CAUSAL:
             first_position = block * BLOCK_M + kv_len - q_len
             last_position = tl.minimum((block + Q_BLOCKS) * BLOCK_M, q_len) - 1 + kv_len - q_len
             tile_keys: tl.constexpr = K_BLOCKS * BLOCK_N
-            open_tiles = tl.minimum(tl.maximum(first_position + 1, 0) // tile_keys, column_tiles)
+            open_tiles = tl.minimum(tl.maximum(first_position + 1, 0) // tile_keys, block_tiles)
             seen_tiles = tl.minimum(
-                tl.cdiv(tl.maximum(last_position + 1, 0), tile_keys), column_tiles
+                tl.cdiv(tl.maximum(last_position + 1, 0), tile_keys), block_tiles
             )
-        for tile in tl.range(0, open_tiles, num_stages=STAGES):
-            peak = _tile_peaks(
-                q,
-                k_head,
-                K_SCALE,
-                kv_bh,
-                tile,
-                column_in_block,
-                row_position,
-                k_stride_l,
-                k_stride_d,
-                k_rows,
-                k_blocks,
-                HEAD_DIM,
-                BLOCK_D,
-                BLOCK_N,
-                SIZE,
-                K_COUNT,
-                ROWS,
-                COLUMNS,
-                False,
-                NEGATIVE,
-                PRECISION,
-            )
-            row_max = tl.maximum(row_max, tl.max(peak, 1))
-            tl.store(slab_row + (tile * K_BLOCKS + tile_block)[None, :], peak)
-        if CAUSAL:
-            for tile in tl.range(open_tiles, seen_tiles, num_stages=STAGES):
-                peak = _tile_peaks(
-                    q,
-                    k_head,
-                    K_SCALE,
-                    kv_bh,
-                    tile,
-                    column_in_block,
-                    row_position,
-                    k_stride_l,
-                    k_stride_d,
-                    k_rows,
-                    k_blocks,
-                    HEAD_DIM,
-                    BLOCK_D,
-                    BLOCK_N,
-                    SIZE,
-                    K_COUNT,
-                    ROWS,
-                    COLUMNS,
-                    True,
-                    NEGATIVE,
-                    PRECISION,
-                )
+        for MASKED in tl.static_range(2 if CAUSAL else 1):
+            first_tile = open_tiles if MASKED else 0
+            for tile in range(first_tile, seen_tiles if MASKED else open_tiles):
+                key_block = tl.minimum(tile * K_BLOCKS + tile_block, k_blocks - 1)
+                peak = tl.full([ROWS, K_BLOCKS], float("-inf"), tl.float32)
+                # One column of every key block at a time: the largest product of a block is then
+                # a maximum of accumulators, element by element, with no exchange of threads.
+                for place in tl.range(0, K_COUNT, num_stages=STAGES):
+                    index = key_block * (BLOCK_N // SIZE) + _in_block(K_OFFSETS, place)
+                    index = tl.minimum(index, k_rows - 1)
+                    k = _load_rows(k_head, index, d, k_stride_l, k_stride_d, HEAD_DIM, BLOCK_D)
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                    if NEGATIVE:
+                        s = -s
+                    if MASKED:
+                        s = tl.where(
+                            (index * SIZE)[None, :] <= row_position[:, None], s, float("-inf")
+                        )
+                    peak = tl.maximum(peak, s)
+                peak *= _block_factors(K_SCALE, kv_bh, key_block, k_blocks)[None, :]
                 row_max = tl.maximum(row_max, tl.max(peak, 1))
                 tl.store(slab_row + (tile * K_BLOCKS + tile_block)[None, :], peak)
 
@@ -355,12 +362,12 @@ def _peak_kernel(
 
 
 @triton.jit
-def _in_block(OFFSETS, index, COUNT: tl.constexpr):
-    """Row inside its block of each sample."""
+def _in_block(OFFSETS, sample):
+    """Row inside its block of a sample."""
     if OFFSETS is None:
-        place = index % COUNT
+        place = sample
     else:
-        place = tl.load(OFFSETS + index % COUNT)
+        place = tl.load(OFFSETS + sample)
     return place
 
 
@@ -382,47 +389,3 @@ def _block_factors(SCALE, bh, block, blocks):
     else:
         factors = tl.load(SCALE + bh * blocks + tl.minimum(block, blocks - 1))
     return factors
-
-
-@triton.jit
-def _tile_peaks(
-    q,
-    K,
-    SCALE,
-    kv_bh,
-    tile,
-    column_in_block,
-    row_position,
-    stride_l,
-    stride_d,
-    k_rows,
-    k_blocks,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SIZE: tl.constexpr,
-    COUNT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MASKED: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Largest visible product of each row with each key block of a tile, `[ROWS, key blocks]`.
-
-    For a negative scale the largest of the negated products.
-    """
-    BLOCKS: tl.constexpr = COLUMNS // COUNT
-    block = tile * BLOCKS + tl.arange(0, COLUMNS) // COUNT
-    index = tl.minimum(block, k_blocks - 1) * (BLOCK_N // SIZE) + column_in_block
-    index = tl.minimum(index, k_rows - 1)
-    factor = _block_factors(SCALE, kv_bh, tile * BLOCKS + tl.arange(0, BLOCKS), k_blocks)
-    k = _load_rows(K, index, tl.arange(0, BLOCK_D), stride_l, stride_d, HEAD_DIM, BLOCK_D)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if NEGATIVE:
-        s = -s
-    if MASKED:
-        s = tl.where((index * SIZE)[None, :] <= row_position[:, None], s, float("-inf"))
-    if COUNT > 1:
-        s = tl.max(tl.reshape(s, (ROWS, BLOCKS, COUNT)), 2)
-    return s * factor[None, :]

@@ -1,0 +1,130 @@
+"""The warp-specialised scores run as threads: right answers, no deadlock, no early release."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from psa_torch.kernels import scores
+from psa_torch.kernels.configs import HopperScoreConfig
+from shared_specs import PSAConfig
+from shared_specs.importance import block_scores
+from tests.torch import gluon_interpreter
+
+scores_hopper = pytest.importorskip("psa_torch.kernels.scores_hopper")
+
+TILE = HopperScoreConfig(slots=2, columns=16)
+
+
+class _Interpreted:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps, **constants):
+            gluon_interpreter.launch(self.kernel, grid, *args, **constants)
+
+        return launch
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    kernel = _Interpreted(scores_hopper.peak_kernel_hopper)
+    with (
+        mock.patch.object(scores_hopper, "peak_kernel_hopper", kernel),
+        mock.patch.object(scores, "_tile", lambda *_: TILE),
+    ):
+        yield
+
+
+CASES = {
+    "ragged grouped": (PSAConfig(), 4, 2, 300, 1400),
+    "pool 2": (PSAConfig(importance_pool=2), 1, 1, 130, 500),
+    "pool 8, causal": (PSAConfig(importance_pool=8, causal=True), 2, 1, 1500, 1700),
+    "causal, more queries": (PSAConfig(causal=True, block_n=32), 1, 1, 700, 300),
+    "sampled": (PSAConfig(importance="sampled", sample_m=12, sample_n=5), 2, 2, 260, 1100),
+    "sampled causal": (PSAConfig(importance="sampled", block_m=64, causal=True), 1, 1, 500, 1300),
+    "negative scale": (PSAConfig(scale=-0.2, block_n=128), 1, 1, 200, 2500),
+}
+
+
+def draw(rng, case, dtype=torch.float32):
+    config, heads, kv_heads, q_len, kv_len = case
+    shapes = ((2, heads, q_len, 64), (2, kv_heads, kv_len, 64))
+    return [torch.from_numpy(rng.standard_normal(s)).to(dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_specification(name, rng):
+    config = CASES[name][0]
+    q, k = draw(rng, CASES[name])
+    with mock.patch.object(torch, "empty", poisoned):
+        got = scores.block_scores(q, k, config)
+    want = block_scores(q.double().numpy(), k.double().numpy(), config)
+    np.testing.assert_allclose(got.numpy(), want, rtol=2e-5, atol=1e-7)
+
+
+def test_scaled_means_of_half_precision(rng):
+    """Factors of the blocks meet their own blocks: the inputs' sizes differ by block."""
+    config = PSAConfig(causal=True)
+    q, k = draw(rng, (config, 2, 1, 900, 1500))
+    k *= torch.exp2(torch.arange(1500) // 64 % 5 * 2.0)[:, None] / 16
+    q, k = q.half(), k.half()
+    got = scores.block_scores(q, k, config)
+    want = block_scores(q.double().numpy(), k.double().numpy(), config)
+    np.testing.assert_allclose(got.numpy(), want, rtol=0.05, atol=2e-3)
+
+
+@pytest.mark.parametrize("deaf", ["full", "empty"])
+def test_a_missing_wait_is_noticed(deaf, rng, monkeypatch):
+    case = (PSAConfig(), 1, 1, 128, 1400)
+    q, k = draw(rng, case)
+    want = scores.block_scores(q, k, case[0])
+    allocate = gluon_interpreter._Language.allocate_shared_memory
+    barriers = []
+
+    def allocate_deaf(dtype, shape, layout):
+        memory = allocate(dtype, shape, layout)
+        if isinstance(memory, gluon_interpreter.Barrier):
+            barriers.append(memory)
+            if len(barriers) == ["full", "empty"].index(deaf) + 1:
+                for barrier in memory.all:
+                    barrier.wait = lambda parity: None
+        return memory
+
+    slow = "COPY_SECONDS" if deaf == "full" else "PRODUCT_SECONDS"
+    monkeypatch.setattr(gluon_interpreter, slow, 0.01)
+    monkeypatch.setattr(gluon_interpreter, "TIMEOUT", 2.0)
+    monkeypatch.setattr(gluon_interpreter._Language, "allocate_shared_memory", allocate_deaf)
+    with pytest.raises((AssertionError, TimeoutError)):
+        torch.testing.assert_close(scores.block_scores(q, k, case[0]), want)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(columns=512),
+        dict(rows=32),
+        dict(dtype=torch.float32),
+        dict(shift=1),
+    ],
+    ids=str,
+)
+def test_calls_that_the_kernel_does_not_take(change, rng):
+    """Few key blocks, query blocks wider than half a tile, float32, rows at odd addresses."""
+    dtype = change.get("dtype", torch.bfloat16)
+    tile = HopperScoreConfig(
+        slots=2, rows=change.get("rows", 128), columns=change.get("columns", 16)
+    )
+    values = torch.zeros(1, 1, 2000 * 64 + 8, dtype=dtype)[..., change.get("shift", 0) :]
+    values = values[..., : 2000 * 64].view(1, 1, 2000, 64)
+    rows = scores._Samples(values, 2000, 128, 4, None, None, 32)
+    assert not scores.fits_hopper(rows, rows, 16, tile)
+    plain = rows._replace(values=torch.zeros(1, 1, 2000, 64, dtype=torch.bfloat16))
+    assert scores.fits_hopper(plain, plain, 16, HopperScoreConfig(slots=2, columns=16))
+
+
+def poisoned(*args, **kwargs):
+    """`torch.empty` full of NaN."""
+    return torch.full(args, float("nan"), **kwargs)
