@@ -74,6 +74,23 @@ class Shared:
     def store(self, value):
         self.data[...] = value
 
+    def load(self, layout):
+        return array(self.data.copy())
+
+
+class Product:
+    """An asynchronous product: its operands are read when it is waited for, not before."""
+
+    def __init__(self, a, b, acc, use_acc=True):
+        self.a, self.b, self.acc, self.use_acc = a, b, acc, use_acc
+        self.value = None
+
+    def finish(self):
+        time.sleep(PRODUCT_SECONDS)
+        left = self.a.data if isinstance(self.a, Shared) else np.asarray(self.a)
+        product = left.astype(np.float32) @ self.b.data.astype(np.float32)
+        self.value = array(product + np.asarray(self.acc) if self.use_acc else product)
+
 
 class Barrier:
     """One mbarrier, or an array of them."""
@@ -110,6 +127,7 @@ class Run:
     def __init__(self, program: tuple[int, int], grid: tuple[int, int]):
         self.program, self.grid = program, grid
         self.copies = threading.local()
+        self.products = threading.local()
         language = types.SimpleNamespace(
             **{name: value for name, value in vars(_Language).items() if not name.startswith("_")},
             program_id=lambda axis: array(np.int32(program[axis])),
@@ -129,8 +147,8 @@ class Run:
             "copy_async": self._copy_async,
             "async_copy": types.SimpleNamespace(mbarrier_arrive=self._copies_arrive),
             "fence_async_shared": lambda: None,
-            "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=False: (a, b, acc, use_acc),
-            "warpgroup_mma_wait": self._product,
+            "warpgroup_mma": self._multiply,
+            "warpgroup_mma_wait": self._wait_for_products,
         }
 
     def function(self, jitted):
@@ -143,6 +161,7 @@ class Run:
             elif type(value).__name__ == "constexpr":
                 scope[name] = value.value
         scope.update({name: x for name, x in self.names.items() if name in scope})
+        scope["range"] = lambda *ends: map(array, range(*map(int, ends)))
         return types.FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__)
 
     def _copy_async(self, target, pointer):
@@ -156,14 +175,19 @@ class Run:
         self.copies.waiting.clear()
         barrier.arrive(128)
 
-    @staticmethod
-    def _product(outstanding, deps):
-        (a, b, acc, use_acc), *rest = deps
-        assert outstanding == 0 and not rest
-        time.sleep(PRODUCT_SECONDS)
-        left = a.data if isinstance(a, Shared) else np.asarray(a)
-        product = left.astype(np.float32) @ b.data.astype(np.float32)
-        return array(product + np.asarray(acc) if use_acc else product)
+    def _multiply(self, a, b, acc, use_acc=True, is_async=False):
+        assert is_async
+        product = Product(a, b, acc, use_acc)
+        self.products.__dict__.setdefault("under_way", []).append(product)
+        return product
+
+    def _wait_for_products(self, outstanding, deps):
+        under_way = self.products.under_way
+        while len(under_way) > outstanding:
+            under_way.pop(0).finish()
+        values = tuple(product.value for product in deps)
+        assert all(value is not None for value in values), "a product is used before it is there"
+        return values[0] if len(values) == 1 else values
 
     def _warp_specialize(self, partitions, warps, registers):
         errors = []
@@ -259,10 +283,17 @@ class _Language:
         return array(np.log2(x))
 
 
-def launch(kernel, grid: tuple[int, int], *args, **constants) -> None:
+def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """Run every program of a Gluon kernel; tensors are read and written in place."""
-    arguments = [Pointer(x.numpy().reshape(-1)) if hasattr(x, "numpy") else x for x in args]
+    grid = (*grid, 1)[:2]
+    arguments = [Pointer(_memory(x)) if hasattr(x, "numpy") else x for x in args]
     for y in range(grid[1]):
         for x in range(grid[0]):
             with np.errstate(all="ignore"):
                 Run((x, y), grid).function(kernel)(*arguments, **constants)
+
+
+def _memory(x) -> np.ndarray:
+    """Flat memory of a tensor from its first element on, whatever its strides."""
+    size = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return x.as_strided((size,), (1,)).numpy()
