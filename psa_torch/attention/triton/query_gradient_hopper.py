@@ -1,0 +1,603 @@
+"""dq for Hopper, warp-specialised: one warpgroup copies, two multiply.
+
+As in `forward_hopper`, a program takes query block after query block, and its copying warpgroup
+runs ahead of the others through a ring of tiles. Each multiplying warpgroup owns 64 query rows,
+whose q and dout lie in shared memory. Same table, same tiles, same arithmetic as
+`query_gradient`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from psa_torch.attention.triton.walk import (
+    gather_rows,
+    in_full_tiles,
+    load4,
+    select4,
+    tail_length,
+    tail_rows,
+)
+from psa_torch.kernels._launch import capability, resident_programs
+
+# Renamed between Triton 3.6 and 3.9.
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+BLOCK_M = 128
+HEAD_DIMS = (64, 128)
+DTYPES = (torch.float16, torch.bfloat16)
+LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopperQueryGradConfig:
+    """Warp-specialised dq for compute capability 9.0: 128 queries by `tile` pooled keys.
+
+    slots: tiles of keys and of values in flight, at least 2 if `ahead`.
+    ahead: the logits of the next tile are started before the gradient of this one, for which
+        registers have room at tile 64.
+    multiply_registers, copy_registers: per thread of each role, multiples of 8; two multiplying
+        warpgroups and one that copies share 504.
+    """
+
+    tile: int
+    slots: int
+    ahead: bool = True
+    multiply_registers: int = 232
+    copy_registers: int = 40
+
+
+@gluon.jit
+def _copy_rows(
+    k_pointer,
+    v_pointer,
+    rows,
+    d,
+    t,
+    k_ring,
+    v_ring,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    D: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
+    """Copies the rows of tile `t` into its place of both rings once that is free."""
+    slot = t % SLOTS
+    lap = (t // SLOTS) & 1
+    at = gl.expand_dims(rows, 1) * D + gl.expand_dims(d, 0)
+    mbarrier.wait(k_empty.index(slot), lap ^ 1)
+    copy_async(k_ring.index(slot), k_pointer + at)
+    async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
+    mbarrier.wait(v_empty.index(slot), lap ^ 1)
+    copy_async(v_ring.index(slot), v_pointer + at)
+    async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
+
+
+@gluon.jit
+def _place(item, blocks, heads, group, padded_len, D: gl.constexpr, IS_CAUSAL: gl.constexpr):
+    """(block, batch and head, first element of the pyramid) of an item of work.
+
+    The blocks of a head are neighbours, so that programs share its pyramid in L2. Under
+    causality the last blocks see most: they come first.
+    """
+    block = item % blocks
+    if IS_CAUSAL:
+        block = blocks - 1 - block
+    batch_head = item // blocks
+    kv_head = (batch_head // heads).to(gl.int64) * (heads // group) + batch_head % heads // group
+    return block, batch_head, kv_head * (2 * padded_len - padded_len // 8) * D
+
+
+@gluon.jit
+def _copy_tiles(
+    k_pointer,
+    v_pointer,
+    entries,
+    counts,
+    full_counts,
+    heads,
+    group,
+    kv_len,
+    padded_len,
+    q_blocks,
+    k_blocks,
+    items,
+    k_ring,
+    v_ring,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    D: gl.constexpr,
+    LOG_BLOCK_N: gl.constexpr,
+    TILE: gl.constexpr,
+    SLOTS: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+):
+    """The copying warpgroup: every tile of each table row, full ones first."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    # One position a thread while rows are looked up; every thread that copies gets them after.
+    lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [4], [0]))
+    d = gl.arange(0, D, gl.SliceLayout(0, layout))
+    copied = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block, batch_head, pyramid = _place(item, q_blocks, heads, group, padded_len, D, IS_CAUSAL)
+        k_head = k_pointer + pyramid
+        v_head = v_pointer + pyramid
+        table_row = batch_head * q_blocks + block
+        listed = entries + table_row.to(gl.int64) * k_blocks
+        n0, n1, n2, n3 = load4(counts, table_row)
+        u0, u1, u2, u3 = load4(full_counts, table_row)
+        done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
+        done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
+        done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
+        done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
+        end0 = done0 // TILE
+        end1 = end0 + done1 // TILE
+        end2 = end1 + done2 // TILE
+        end3 = end2 + done3 // TILE
+        for t in range(end3):
+            g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
+            level_entry = select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
+            position = (t - select4(g, 0, end0, end1, end2)) * TILE + lane
+            rows = gather_rows(listed, level_entry, position, g, padded_len, LOG_BLOCK_N)
+            rows = gl.convert_layout(rows, row_layout)
+            _copy_rows(
+                k_head,
+                v_head,
+                rows,
+                d,
+                copied + t,
+                k_ring,
+                v_ring,
+                k_full,
+                k_empty,
+                v_full,
+                v_empty,
+                D,
+                SLOTS,
+            )
+        left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
+        tiles = end3 + (left + TILE - 1) // TILE
+        for t in range(end3, tiles):
+            rows, last, bias = tail_rows(
+                listed,
+                (t - end3) * TILE + lane,
+                n0,
+                n1,
+                n2,
+                n3,
+                done0,
+                done1,
+                done2,
+                done3,
+                padded_len,
+                kv_len,
+                LOG_BLOCK_N,
+            )
+            # A row that is not there has weight 0; any real one stands in for it.
+            rows = gl.convert_layout(gl.where(bias > float("-inf"), rows, 0), row_layout)
+            _copy_rows(
+                k_head,
+                v_head,
+                rows,
+                d,
+                copied + t,
+                k_ring,
+                v_ring,
+                k_full,
+                k_empty,
+                v_full,
+                v_empty,
+                D,
+                SLOTS,
+            )
+        copied += tiles
+
+
+@gluon.jit
+def _start(rows, ring, full, t, there, SLOTS: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Starts rows x^T, x the tile `t` of a ring, as soon as that is in place."""
+    slot = t % SLOTS
+    mbarrier.wait(full.index(slot), (t // SLOTS) & 1, pred=there)
+    # The copies were ordinary writes; tensor cores read through another path.
+    fence_async_shared()
+    ROWS: gl.constexpr = rows.shape[0]
+    TILE: gl.constexpr = ring.shape[1]
+    zero = gl.zeros([ROWS, TILE], gl.float32, S_LAYOUT)
+    return warpgroup_mma(rows, ring.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start_gradient(dq, p, dp, delta, k_ring, t, SLOTS: gl.constexpr, O_LAYOUT: gl.constexpr):
+    """Starts dq + ds k of tile `t`, which is in place."""
+    ds = p * (dp - gl.expand_dims(delta, 1))
+    ds = gl.convert_layout(ds.to(k_ring.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+    return warpgroup_mma(ds, k_ring.index(t % SLOTS), dq, is_async=True)
+
+
+@gluon.jit
+def _multiply_tiles(
+    part,
+    q_pointer,
+    dout_pointer,
+    lse2_pointer,
+    delta_pointer,
+    dq_pointer,
+    entries,
+    counts,
+    full_counts,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    dout_stride_b,
+    dout_stride_h,
+    dout_stride_m,
+    scale,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    padded_len,
+    q_blocks,
+    k_blocks,
+    items,
+    q_tiles,
+    dout_tiles,
+    k_ring,
+    v_ring,
+    k_full,
+    v_full,
+    empty,
+    D: gl.constexpr,
+    LOG_BLOCK_N: gl.constexpr,
+    TILE: gl.constexpr,
+    SLOTS: gl.constexpr,
+    AHEAD: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+):
+    """One multiplying warpgroup: 64 rows of each query block through every tile."""
+    ROWS: gl.constexpr = 64
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    io_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
+    dtype: gl.constexpr = q_pointer.dtype.element_ty
+
+    d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0)
+    lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [4], [0]))
+    q = q_tiles.index(part)
+    dout = dout_tiles.index(part)
+    slope = scale * LOG2E
+    multiplied = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block, batch_head, pyramid = _place(item, q_blocks, heads, group, padded_len, D, IS_CAUSAL)
+        batch = (batch_head // heads).to(gl.int64)
+        head = (batch_head % heads).to(gl.int64)
+        table_row = batch_head * q_blocks + block
+        listed = entries + table_row.to(gl.int64) * k_blocks
+        first = block * 128 + part * ROWS
+        m = first + gl.arange(0, ROWS, gl.SliceLayout(1, io_layout))
+        m64 = gl.expand_dims(m.to(gl.int64), 1)
+        real_row = gl.expand_dims(m < q_len, 1)
+        q_head = q_pointer + batch * q_stride_b + head * q_stride_h
+        q.store(gl.load(q_head + (m64 * q_stride_m + d), mask=real_row, other=0.0))
+        dout_head = dout_pointer + batch * dout_stride_b + head * dout_stride_h
+        dout.store(gl.load(dout_head + (m64 * dout_stride_m + d), mask=real_row, other=0.0))
+        fence_async_shared()
+        row = first + gl.arange(0, ROWS, s_row)
+        padded_row = batch_head.to(gl.int64) * (q_blocks * 128) + row
+        lse2 = gl.load(lse2_pointer + padded_row)
+        delta = gl.load(delta_pointer + padded_row)
+
+        n0, n1, n2, n3 = load4(counts, table_row)
+        u0, u1, u2, u3 = load4(full_counts, table_row)
+        done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
+        done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
+        done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
+        done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
+        end0 = done0 // TILE
+        end1 = end0 + done1 // TILE
+        end2 = end1 + done2 // TILE
+        end3 = end2 + done3 // TILE
+        left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
+        tiles = end3 + (left + TILE - 1) // TILE
+
+        dq = gl.zeros([ROWS, D], gl.float32, o_layout)
+        if AHEAD:
+            s = _start(q, k_ring, k_full, multiplied, tiles > 0, SLOTS, s_layout)
+            s = warpgroup_mma_wait(0, deps=[s])
+        for t in range(end3):
+            x = multiplied + t
+            g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
+            shift = gl.expand_dims(g.to(gl.float32) - lse2, 1)
+            if AHEAD:
+                # Tensor cores have dp to do under the exponentials, and then the next logits
+                # under the rest: these need the registers of s, so they start after those.
+                dp = _start(dout, v_ring, v_full, x, True, SLOTS, s_layout)
+                p = gl.exp2(s * slope + shift)
+                more = t + 1 < tiles
+                following = gl.where(more, x + 1, x)
+                next_s = _start(q, k_ring, k_full, following, more, SLOTS, s_layout)
+                dp = warpgroup_mma_wait(1, deps=[dp])
+                dq = _start_gradient(dq, p, dp, delta, k_ring, x, SLOTS, o_layout)
+                dq, s = warpgroup_mma_wait(0, deps=[dq, next_s])
+            else:
+                s = _start(q, k_ring, k_full, x, True, SLOTS, s_layout)
+                dp = _start(dout, v_ring, v_full, x, True, SLOTS, s_layout)
+                s = warpgroup_mma_wait(1, deps=[s])
+                p = gl.exp2(s * slope + shift)
+                dp = warpgroup_mma_wait(0, deps=[dp])
+                dq = _start_gradient(dq, p, dp, delta, k_ring, x, SLOTS, o_layout)
+                dq = warpgroup_mma_wait(0, deps=[dq])
+            mbarrier.arrive(empty.index(x % SLOTS), count=1)
+
+        for t in range(end3, tiles):
+            x = multiplied + t
+            if not AHEAD:
+                s = _start(q, k_ring, k_full, x, True, SLOTS, s_layout)
+                s = warpgroup_mma_wait(0, deps=[s])
+            rows, last, bias = tail_rows(
+                listed,
+                (t - end3) * TILE + lane,
+                n0,
+                n1,
+                n2,
+                n3,
+                done0,
+                done1,
+                done2,
+                done3,
+                padded_len,
+                kv_len,
+                LOG_BLOCK_N,
+            )
+            s = s * slope + gl.expand_dims(gl.convert_layout(bias, s_column), 0)
+            if IS_CAUSAL:
+                position = gl.expand_dims(row + (kv_len - q_len), 1)
+                last = gl.expand_dims(gl.convert_layout(last, s_column), 0)
+                s = gl.where(last <= position, s, float("-inf"))
+            p = gl.exp2(s - gl.expand_dims(lse2, 1))
+            # The mask took the registers that these products need until here.
+            dp = _start(dout, v_ring, v_full, x, True, SLOTS, s_layout)
+            if AHEAD:
+                more = t + 1 < tiles
+                following = gl.where(more, x + 1, x)
+                next_s = _start(q, k_ring, k_full, following, more, SLOTS, s_layout)
+                dp = warpgroup_mma_wait(1, deps=[dp])
+                dq = _start_gradient(dq, p, dp, delta, k_ring, x, SLOTS, o_layout)
+                dq, s = warpgroup_mma_wait(0, deps=[dq, next_s])
+            else:
+                dp = warpgroup_mma_wait(0, deps=[dp])
+                dq = _start_gradient(dq, p, dp, delta, k_ring, x, SLOTS, o_layout)
+                dq = warpgroup_mma_wait(0, deps=[dq])
+            mbarrier.arrive(empty.index(x % SLOTS), count=1)
+
+        # Nobody else reads these queries: their place serves to bring rows together.
+        q.store((dq * scale).to(dtype))
+        dq_row = batch_head.to(gl.int64) * q_len
+        gl.store(dq_pointer + (dq_row * D + m64 * D + d), q.load(io_layout), mask=real_row)
+        multiplied += tiles
+
+
+@gluon.jit
+def query_gradient_hopper(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    dout_pointer,
+    lse2_pointer,
+    delta_pointer,
+    entries,
+    counts,
+    full_counts,
+    dq_pointer,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    dout_stride_b,
+    dout_stride_h,
+    dout_stride_m,
+    scale,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    padded_len,
+    q_blocks,
+    k_blocks,
+    items,
+    D: gl.constexpr,
+    LOG_BLOCK_N: gl.constexpr,
+    TILE: gl.constexpr,
+    SLOTS: gl.constexpr,
+    AHEAD: gl.constexpr,
+    MULTIPLY_REGISTERS: gl.constexpr,
+    COPY_REGISTERS: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+):
+    """Grid: any number of programs. Arguments as in `query_gradient`, block_m 128; `items` is the
+    number of query blocks over all heads."""
+    dtype: gl.constexpr = q_pointer.dtype.element_ty
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], dtype)
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
+    q_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], q_layout)
+    dout_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], q_layout)
+    k_ring = gl.allocate_shared_memory(dtype, [SLOTS, TILE, D], tile_layout)
+    v_ring = gl.allocate_shared_memory(dtype, [SLOTS, TILE, D], tile_layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    # Keys are needed longer than values: the places of both are given back at once.
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        # All 128 copying threads arrive as their copies land; each multiplying warpgroup once.
+        mbarrier.init(k_full.index(slot), count=128)
+        mbarrier.init(v_full.index(slot), count=128)
+        mbarrier.init(empty.index(slot), count=2)
+
+    gl.warp_specialize(
+        [
+            (
+                _multiply_tiles,
+                (
+                    0,
+                    q_pointer,
+                    dout_pointer,
+                    lse2_pointer,
+                    delta_pointer,
+                    dq_pointer,
+                    entries,
+                    counts,
+                    full_counts,
+                    q_stride_b,
+                    q_stride_h,
+                    q_stride_m,
+                    dout_stride_b,
+                    dout_stride_h,
+                    dout_stride_m,
+                    scale,
+                    heads,
+                    group,
+                    q_len,
+                    kv_len,
+                    padded_len,
+                    q_blocks,
+                    k_blocks,
+                    items,
+                    q_tiles,
+                    dout_tiles,
+                    k_ring,
+                    v_ring,
+                    k_full,
+                    v_full,
+                    empty,
+                    D,
+                    LOG_BLOCK_N,
+                    TILE,
+                    SLOTS,
+                    AHEAD,
+                    IS_CAUSAL,
+                ),
+            ),
+            (
+                _multiply_tiles,
+                (
+                    1,
+                    q_pointer,
+                    dout_pointer,
+                    lse2_pointer,
+                    delta_pointer,
+                    dq_pointer,
+                    entries,
+                    counts,
+                    full_counts,
+                    q_stride_b,
+                    q_stride_h,
+                    q_stride_m,
+                    dout_stride_b,
+                    dout_stride_h,
+                    dout_stride_m,
+                    scale,
+                    heads,
+                    group,
+                    q_len,
+                    kv_len,
+                    padded_len,
+                    q_blocks,
+                    k_blocks,
+                    items,
+                    q_tiles,
+                    dout_tiles,
+                    k_ring,
+                    v_ring,
+                    k_full,
+                    v_full,
+                    empty,
+                    D,
+                    LOG_BLOCK_N,
+                    TILE,
+                    SLOTS,
+                    AHEAD,
+                    IS_CAUSAL,
+                ),
+            ),
+            (
+                _copy_tiles,
+                (
+                    k_pointer,
+                    v_pointer,
+                    entries,
+                    counts,
+                    full_counts,
+                    heads,
+                    group,
+                    kv_len,
+                    padded_len,
+                    q_blocks,
+                    k_blocks,
+                    items,
+                    k_ring,
+                    v_ring,
+                    k_full,
+                    empty,
+                    v_full,
+                    empty,
+                    D,
+                    LOG_BLOCK_N,
+                    TILE,
+                    SLOTS,
+                    IS_CAUSAL,
+                ),
+            ),
+        ],
+        [4, 4],
+        [MULTIPLY_REGISTERS, COPY_REGISTERS],
+    )
+
+
+def launch(
+    arguments: tuple, config: HopperQueryGradConfig, *, block_m: int, block_n: int, **constants
+) -> None:
+    """Run the kernel on the run-time arguments of `query_gradient.query_gradient`.
+
+    Raises:
+        ValueError: the kernel has no instance for this head dimension, dtype, block or GPU.
+    """
+    q: Tensor = arguments[0]
+    batch, heads, q_len, head_dim = q.shape
+    accepted = head_dim in HEAD_DIMS and q.dtype in DTYPES and block_m == BLOCK_M
+    if not accepted or capability(q) != (9, 0):
+        raise ValueError(
+            f"HopperQueryGradConfig needs head dimension in {HEAD_DIMS}, float16 or bfloat16, "
+            f"block_m {BLOCK_M} and compute capability 9.0, "
+            f"got {head_dim}, {q.dtype}, {block_m} and {capability(q)}"
+        )
+    items = (q_len + BLOCK_M - 1) // BLOCK_M * batch * heads
+    # Shared memory holds one program per multiprocessor.
+    query_gradient_hopper[(min(items, resident_programs(q, 1)),)](
+        *arguments,
+        items,
+        D=head_dim,
+        LOG_BLOCK_N=block_n.bit_length() - 1,
+        TILE=config.tile,
+        SLOTS=config.slots,
+        AHEAD=config.ahead,
+        MULTIPLY_REGISTERS=config.multiply_registers,
+        COPY_REGISTERS=config.copy_registers,
+        num_warps=4,
+        **constants,
+    )

@@ -1,0 +1,178 @@
+"""The warp-specialised dq, run as threads: same answers, no deadlock, no early release."""
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from psa_torch.attention.triton.plan import query_plan
+from psa_torch.pyramid import build_pyramid
+from shared_specs.pyramid import padded_length
+from tests.torch import gluon_interpreter
+from tests.torch.attention_contract import FLOAT32_TOLERANCE, Case, Results, expected
+
+hopper = pytest.importorskip("psa_torch.attention.triton.query_gradient_hopper")
+
+BASE = Case(batch=1, heads=2, kv_heads=1, block_m=128, head_dim=64, q_len=200, kv_len=700)
+CASES = [
+    BASE,
+    dataclasses.replace(BASE, block_n=32, heads=1),
+    dataclasses.replace(BASE, block_n=128, is_causal=True, scale=-0.3),
+    dataclasses.replace(BASE, q_len=300, kv_len=150, is_causal=True),
+    dataclasses.replace(BASE, batch=2, heads=4, kv_heads=2, head_dim=128, is_causal=True),
+    dataclasses.replace(BASE, heads=1, q_len=1, kv_len=1, level=8),
+    dataclasses.replace(BASE, level="empty", batch=2),
+    dataclasses.replace(BASE, level="empty", is_causal=True, block_n=32),
+    dataclasses.replace(BASE, heads=1, kv_len=1500, level=1),
+    dataclasses.replace(BASE, heads=1, kv_len=1536, q_len=128, level=1),
+    dataclasses.replace(BASE, heads=1, kv_len=2050, level=8),
+]
+CONFIGS = [
+    hopper.HopperQueryGradConfig(tile=64, slots=2),
+    hopper.HopperQueryGradConfig(tile=64, slots=4),
+    hopper.HopperQueryGradConfig(tile=64, slots=1, ahead=False),
+    hopper.HopperQueryGradConfig(tile=128, slots=2, ahead=False),
+]
+
+
+class _Interpreted:
+    """Stands in for the kernel: float32 on the CPU instead of half precision on the GPU."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps, **constants):
+            gluon_interpreter.launch(self.kernel, grid, *args, **constants)
+
+        return launch
+
+
+@pytest.fixture(autouse=True)
+def interpreted(poisoned_memory):
+    kernel = _Interpreted(hopper.query_gradient_hopper)
+    with (
+        mock.patch.object(hopper, "query_gradient_hopper", kernel),
+        mock.patch.object(hopper, "DTYPES", (torch.float32,)),
+    ):
+        yield
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values with heads inside rows, in memory that is NaN between them."""
+    batch, heads, length, dim = x.shape
+    wide = torch.full((batch, length, heads, dim + 8), torch.nan)
+    view = wide[..., 4 : dim + 4].transpose(1, 2)
+    view.copy_(x)
+    return view
+
+
+def query_gradient(inputs, want, config, *, block_m, block_n, scale, is_causal) -> Tensor:
+    """dq by the kernel under test; lse and out are the oracle's `want`."""
+    q, k, v, levels, dout, dlse = inputs
+    batch, heads, q_len, _ = q.shape
+    padded_rows = -(-q_len // block_m) * block_m
+    lse, out = torch.from_numpy(want.lse), torch.from_numpy(want.out)
+    delta = (dout.double() * out).sum(-1) - dlse.double()
+    unseen = torch.isneginf(lse)
+    statistics = lse.new_empty(2, batch, heads, padded_rows, dtype=torch.float32)
+    # As `row_statistics` leaves them: rows without keys, or past the end, weigh nothing.
+    statistics[0] = torch.inf
+    statistics[1] = 0
+    statistics[0, ..., :q_len] = (lse * 1.4426950408889634).masked_fill(unseen, torch.inf)
+    statistics[1, ..., :q_len] = delta.masked_fill(unseen, 0)
+    kv_len = k.shape[2]
+    lengths = dict(q_len=q_len, kv_len=kv_len)
+    geometry = dict(block_m=block_m, block_n=block_n)
+    plan = query_plan(levels, is_causal=is_causal, **lengths, **geometry)
+    pyramid = build_pyramid(k, v, block_n)
+    dq = torch.full(q.shape, torch.nan)
+    arguments = (
+        q,
+        pyramid.k,
+        pyramid.v,
+        dout,
+        *statistics,
+        *plan,
+        dq,
+        *q.stride()[:3],
+        *dout.stride()[:3],
+        scale,
+        heads,
+        heads // k.shape[1],
+        q_len,
+        kv_len,
+        padded_length(kv_len, block_n),
+        plan.entries.shape[2],
+        plan.entries.shape[3],
+    )
+    hopper.launch(arguments, config, IS_CAUSAL=is_causal, **geometry)
+    return dq
+
+
+def settings_of(case: Case) -> dict:
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    return {**case.settings(), "scale": scale}
+
+
+def check(got: Tensor, want: Results) -> None:
+    """As the contract does: a small error by norm, and exactly 0 where a row sees nothing."""
+    assert not got[torch.isneginf(torch.from_numpy(want.lse))].any()
+    right = torch.from_numpy(want.dq)
+    assert torch.linalg.norm(got - right) <= FLOAT32_TOLERANCE * torch.linalg.norm(right)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_oracle(case, config, rng):
+    inputs, settings = case.inputs(rng), settings_of(case)
+    want = expected(inputs, **settings)
+    got = query_gradient(inputs, want, config, **settings)
+    check(got, want)
+
+
+def test_strided_queries_and_gradients(rng):
+    case = dataclasses.replace(BASE, batch=2, is_causal=True)
+    inputs, settings = case.inputs(rng), settings_of(case)
+    want = expected(inputs, **settings)
+    views = inputs._replace(q=strided(inputs.q), dout=strided(inputs.dout))
+    got = query_gradient(views, want, CONFIGS[0], **settings)
+    torch.testing.assert_close(got, query_gradient(inputs, want, CONFIGS[0], **settings))
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2]], ids=str)
+@pytest.mark.parametrize("deaf", range(3), ids=["k_full", "v_full", "empty"])
+def test_a_missing_wait_is_noticed(deaf, config, rng, monkeypatch):
+    """Without one of its waits the kernel gives a wrong answer or never ends."""
+    case = dataclasses.replace(BASE, heads=1, q_len=128, kv_len=2000, level=1)
+    inputs, settings = case.inputs(rng), settings_of(case)
+    want = expected(inputs, **settings)
+    allocate = gluon_interpreter._Language.allocate_shared_memory
+    barriers = []
+
+    def allocate_deaf(dtype, shape, layout):
+        memory = allocate(dtype, shape, layout)
+        if isinstance(memory, gluon_interpreter.Barrier):
+            barriers.append(memory)
+            if len(barriers) == deaf + 1:
+                for barrier in memory.all:
+                    barrier.wait = lambda parity: None
+        return memory
+
+    # Whoever should have been waited for is slow.
+    slow = "COPY_SECONDS" if deaf < 2 else "PRODUCT_SECONDS"
+    monkeypatch.setattr(gluon_interpreter, slow, 0.01)
+    monkeypatch.setattr(gluon_interpreter, "TIMEOUT", 2.0)
+    monkeypatch.setattr(gluon_interpreter._Language, "allocate_shared_memory", allocate_deaf)
+    with pytest.raises((AssertionError, TimeoutError)):
+        got = query_gradient(inputs, want, config, **settings)
+        check(got, want)
+
+
+def test_what_the_kernel_cannot_do_is_refused(rng):
+    case = dataclasses.replace(BASE, head_dim=32)
+    inputs, settings = case.inputs(rng), settings_of(case)
+    with pytest.raises(ValueError, match="head dimension"):
+        query_gradient(inputs, expected(inputs, **settings), CONFIGS[0], **settings)
