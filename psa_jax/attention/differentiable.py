@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax import Array
-from jax.custom_batching import custom_vmap
 
+from psa_jax._vmap import vmap_as_batch
 from psa_jax.attention.implementations import IMPLEMENTATIONS
 
 
@@ -33,14 +31,14 @@ class Call:
     def forward(self, *arrays: Array) -> tuple[Array, Array]:
         """out and lse of q, k, v and levels."""
         run = functools.partial(IMPLEMENTATIONS[self.implementation].forward, **self._options())
-        return _vmap_as_batch(run)(*arrays)
+        return vmap_as_batch(run)(*arrays)
 
     def backward(self, dout: Array, dlse: Array | None, *arrays: Array) -> tuple[Array, ...]:
         """dq, dk and dv; arrays are q, k, v, levels, out and lse."""
         run = functools.partial(IMPLEMENTATIONS[self.implementation].backward, **self._options())
         if dlse is None:
-            return _vmap_as_batch(lambda dout, *rest: run(dout, None, *rest))(dout, *arrays)
-        return _vmap_as_batch(run)(dout, dlse, *arrays)
+            return vmap_as_batch(lambda dout, *rest: run(dout, None, *rest))(dout, *arrays)
+        return vmap_as_batch(run)(dout, dlse, *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -76,24 +74,3 @@ def _backward(call: Call, saved: tuple, dout: Array):
 
 attention_with_lse.defvjp(_forward_with_lse, _backward_with_lse)
 attention.defvjp(_forward, _backward)
-
-
-def _vmap_as_batch(run: Callable) -> Callable:
-    """`run`, whose arrays all lead with a batch axis, so that `vmap` makes that axis longer.
-
-    Mapping the implementation itself would run every loop of it as long as the busiest entry
-    needs, and a kernel may have no rule for it at all.
-    """
-    run = custom_vmap(run)
-
-    @run.def_vmap
-    def longer_batch(axis_size: int, in_batched: list[bool], *arrays: Array):
-        mapped = [
-            x if is_mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
-            for x, is_mapped in zip(arrays, in_batched, strict=True)
-        ]
-        results = run(*(x.reshape(-1, *x.shape[2:]) for x in mapped))
-        results = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in results)
-        return results, (True,) * len(results)
-
-    return run

@@ -19,7 +19,7 @@ from psa_jax import sparse_attention
 from psa_jax.attention import mosaic
 from psa_jax.attention.mosaic import api, forward_kernel, walk
 from psa_jax.attention.mosaic.config import Config, default_config
-from psa_jax.attention.mosaic.device import reset
+from psa_jax.kernels.device import reset
 from tests.jax.attention_contract import (
     Case,
     assert_close,

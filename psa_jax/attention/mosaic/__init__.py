@@ -8,7 +8,7 @@ from jax import Array
 
 from psa_jax.attention.mosaic.api import backward, forward
 from psa_jax.attention.mosaic.channels import HEAD_DIMS
-from psa_jax.attention.mosaic.device import device_reason, interpreted
+from psa_jax.kernels.device import device_reason, interpreted
 
 __all__ = ["backward", "forward", "interpreted", "unsupported"]
 

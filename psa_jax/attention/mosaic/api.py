@@ -10,7 +10,6 @@ from jax import Array
 
 from psa_jax.attention.mosaic.channels import pad_channels
 from psa_jax.attention.mosaic.config import Config, KeyConfig, WalkConfig, default_config
-from psa_jax.attention.mosaic.device import interpreter, multiprocessors
 from psa_jax.attention.mosaic.forward_kernel import forward_kernel
 from psa_jax.attention.mosaic.geometry import CHUNK, ROWS, Geometry, cdiv
 from psa_jax.attention.mosaic.key_gradient import KeyWalk, key_gradient_kernel
@@ -18,6 +17,7 @@ from psa_jax.attention.mosaic.key_plan import KeyTiles, key_plan, unpool
 from psa_jax.attention.mosaic.plan import MASKED, kernel_pyramid, walk_plan
 from psa_jax.attention.mosaic.query_gradient import query_gradient_kernel
 from psa_jax.attention.mosaic.walk import Walk
+from psa_jax.kernels.device import interpreter, multiprocessors
 from psa_jax.pyramid import build_pyramid
 
 
