@@ -4,6 +4,8 @@ Scores carry no gradient: levels are chosen, not learnt. Logits are made for a f
 a time, all heads together, so that nothing of size Lq x Lk exists and sharded heads stay apart.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,9 +14,13 @@ import numpy as np
 from jax import Array, lax
 
 from psa_jax._arrays import platform_of
+from psa_jax._sharding import per_shard
+from psa_jax.kernels.device import interpreter
 from psa_jax.pyramid import accumulator, group_means, split_tokens
 from shared_specs.config import PSAConfig
 from shared_specs.sampling import SamplePlan
+
+logger = logging.getLogger("psa_jax")
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "gpu": 1 << 26}
 """Logits held at one time, unless one query block of all heads alone has more: what stays in a
@@ -32,13 +38,42 @@ def block_scores(q: Array, k: Array, config: PSAConfig) -> Array:
     Returns:
         float32 `[B, H, Nq, Nk]`, at least 0, comparable inside a row only; 0 where no sampled
         key is visible. No gradient flows from it to q and k.
+
+    `pooled` and `sampled` scores of 16-bit inputs are made by a kernel on a Hopper GPU, all
+    others by XLA; which, and why, is logged once through the logger `psa_jax`.
     """
+    q, k = lax.stop_gradient(q), lax.stop_gradient(k)
+    against = _against_kernel(q, k, config)
+    _announce("XLA" if against else "a kernel", against or f"q is on {platform_of(q)}")
+    if against is None:
+        from psa_jax.kernels.scores import peak_scores
+
+        run = functools.partial(peak_scores, config=config, interpret=interpreter())
+        return per_shard(run, q, k)
     estimators = {
         "pooled": pooled_scores,
         "sampled": sampled_scores,
         "antidiagonal": antidiagonal_scores,
     }
-    return estimators[config.importance](lax.stop_gradient(q), lax.stop_gradient(k), config)
+    return estimators[config.importance](q, k, config)
+
+
+def _against_kernel(q: Array, k: Array, config: PSAConfig) -> str | None:
+    """Why the kernel does not make these scores, or None if it does."""
+    if interpreter() is None and platform_of(q) != "gpu":
+        return f"q is on {platform_of(q)}, not gpu"
+    from psa_jax.kernels import scores  # brings Pallas along
+
+    return scores.unsupported(q, k, config)
+
+
+_announced: set[tuple[str, str]] = set()
+
+
+def _announce(by: str, why: str) -> None:
+    if (by, why) not in _announced:
+        _announced.add((by, why))
+        logger.info("scores are made by %s: %s", by, why)
 
 
 def pooled_scores(q: Array, k: Array, config: PSAConfig) -> Array:

@@ -68,6 +68,50 @@ def rows_times_rows(
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
+def largest(
+    top: jax.Array,
+    a,
+    bs: list[Any],
+    *,
+    seen: list[Callable[[jax.Array], jax.Array]],
+    full: list[Any],
+    empty: list[Any],
+    interpreted: bool,
+) -> jax.Array:
+    """The elementwise maximum of `top` and of every `seen(a @ b.T)`, float32 `[M, N]`.
+
+    All products are under way at once: the maximum of one is taken while the next is multiplied.
+
+    Args:
+        top: float32 `[M, N]`.
+        a, bs: operands in shared memory, `[M, D]` and `[N, D]` each.
+        seen: what to make of each product.
+        full, empty: barrier of each `b` to wait for, and to arrive at when it has been read.
+    """
+    if interpreted:
+        for b, see, filled, read in zip(bs, seen, full, empty, strict=True):
+            plgpu.barrier_wait(filled)
+            top = jnp.maximum(top, see(_dot(a[...], b[...].T)))
+            release(read, interpreted=True)
+        return top
+
+    for filled in full:
+        plgpu.barrier_wait(filled)
+
+    def multiply(*accs):
+        result = top
+        for acc, b in zip(accs, bs, strict=True):
+            plgpu.wgmma(acc, a, _transposed(b))
+        for i, (acc, see, read) in enumerate(zip(accs, seen, empty, strict=True)):
+            product = plgpu.wgmma_accumulator_load(acc, wait_n=len(accs) - 1 - i)
+            plgpu.barrier_arrive(read)
+            result = jnp.maximum(result, see(product))
+        return result
+
+    shape = (a.shape[0], bs[0].shape[0])
+    return pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for _ in bs))
+
+
 def accumulate(
     acc: jax.Array,
     a: jax.Array,

@@ -1,0 +1,259 @@
+"""The kernel: the largest product of each row with each key block.
+
+A thread block takes one tile of rows after the other, for each of them one tile of key blocks
+after the other. Keys lie in memory by their place in the block: the product of the rows with
+place `n` of 128 blocks is a `[64, 128]` accumulator whose elements belong to 128 different blocks,
+and the maximum over a block is elementwise, from one place to the next. Nothing is exchanged
+between threads until a row's own maximum, once for each tile of 128 blocks.
+
+One producer warpgroup copies columns ahead of the consumers, each of which holds 64 rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from psa_jax.attention.mosaic import products
+from psa_jax.kernels.scores.walk import ROWS, Walk
+
+WHOLE, SEEN = 0, 1
+"""Columns of `Walk.spans`."""
+
+
+def peaks_kernel(inputs: dict[str, Any], walk: Walk, *, interpret) -> tuple[jax.Array, jax.Array]:
+    """Run the kernel.
+
+    Args:
+        inputs: by name:
+            q: 16-bit `[heads, row_tiles * row_tile, D]`.
+            k: 16-bit `[key heads * places, padded key blocks, D]`.
+            factors: float32 `[key heads, padded key blocks]`, positive, on the products of a block.
+            first_head: int32 `[1]`, the number of the first query head among all of them.
+            spans: int32 `[row_tiles, 2]`, `walk.spans`.
+            limits: int32 `[row_tiles * row_tile]`, `walk.limits`; only under a causal mask.
+            offsets: int32 `[places]`, key position of each place in block 0; likewise.
+
+    Returns:
+        peaks float32 `[heads, row_tiles * row_tile, padded key blocks]`, for a block whose
+        columns are all hidden -inf or, in tiles that no row of the row tile sees, undefined;
+        tops float32 `[heads, row_tiles * row_tile]`, each row's largest peak.
+    """
+    config, q, k = walk.config, inputs["q"], inputs["k"]
+    head_dim, dtype, columns = q.shape[-1], q.dtype, config.columns
+    slots = config.query_slots * config.consumers
+    causal = walk.limits is not None
+    scratch = {
+        "queries": products.operand((slots, ROWS, head_dim), dtype),
+        "keys": products.operand((config.stages, columns, head_dim), dtype),
+        "factors": plgpu.SMEM((2, columns), jnp.float32),
+        "peaks": products.operand((config.consumers, ROWS, columns), jnp.float32),
+        "tops": plgpu.SMEM((config.consumers, ROWS), jnp.float32),
+        "queries_full": plgpu.Barrier(num_arrivals=1 + causal, num_barriers=slots),
+        "queries_empty": plgpu.Barrier(num_barriers=slots),
+        "keys_full": plgpu.Barrier(num_barriers=config.stages),
+        "keys_empty": plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),
+        "factors_full": plgpu.Barrier(num_barriers=2),
+        "factors_empty": plgpu.Barrier(num_arrivals=config.consumers, num_barriers=2),
+    }
+    if causal:
+        scratch["limits"] = plgpu.SMEM((slots, ROWS), jnp.int32)
+    shape = (*q.shape[:2], k.shape[1])
+    arrays, tree = jax.tree.flatten(inputs)
+
+    def peaks(*refs):
+        sources = tree.unflatten(refs[: len(arrays)])
+        _warpgroup(sources, *refs[len(arrays) :], walk=walk)
+
+    kernel = plgpu.kernel(
+        peaks,
+        out_type=(
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(shape[:2], jnp.float32),
+        ),
+        scratch_types=(scratch,),
+        grid=(walk.blocks,),
+        grid_names=("block",),
+        num_threads=config.consumers + 1,
+        thread_name="warpgroup",
+        compiler_params=products.compiler_params(rereads=False),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    return kernel(*arrays)
+
+
+def _warpgroup(sources, peaks_ref, tops_ref, scoped, *, walk: Walk):
+    warpgroup = lax.axis_index("warpgroup")
+    config = walk.config
+    items = walk.items_of_block()
+
+    @pl.when(warpgroup < config.consumers)
+    def _():
+        plgpu.set_max_registers(config.consumer_registers, action="increase")
+        consume = functools.partial(_consume, sources, peaks_ref, tops_ref, scoped, walk, warpgroup)
+        lax.fori_loop(0, items, consume, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == config.consumers)
+    def _():
+        plgpu.set_max_registers(config.producer_registers, action="decrease")
+        produce = functools.partial(_produce, sources, scoped, walk)
+        tiles = lax.fori_loop(0, items, produce, jnp.int32(0))
+        for consumer in range(config.consumers):
+            _drain(
+                items,
+                config.query_slots,
+                scoped["queries_empty"],
+                lambda n, consumer=consumer: _query_slot(walk, n, consumer),
+            )
+        _drain(tiles, 2, scoped["factors_empty"], lambda t: lax.rem(t, 2))
+        products_done = tiles * walk.places
+        _drain(
+            products_done,
+            config.stages,
+            scoped["keys_empty"],
+            lambda t: lax.rem(t, config.stages),
+        )
+
+
+def _query_slot(walk: Walk, n, consumer):
+    return lax.rem(n, walk.config.query_slots) * walk.config.consumers + consumer
+
+
+def _drain(uses, slots: int, empty, slot_of) -> None:
+    """Wait until the consumers have released every buffer: no barrier may be left half way."""
+
+    def wait(t, _):
+        plgpu.barrier_wait(empty.at[slot_of(t)])
+
+    lax.fori_loop(jnp.maximum(uses - slots, 0), uses, wait, None)
+
+
+def _produce(sources, scoped, walk: Walk, n, tiles):
+    """Copy what one item needs.
+
+    Args:
+        tiles: tiles of columns copied before.
+
+    Returns:
+        The same count after this item.
+    """
+    config = walk.config
+    head, row_tile = walk.locate(n)
+    for consumer in range(config.consumers):
+        slot = _query_slot(walk, n, consumer)
+        pl.when(n >= config.query_slots)(
+            lambda slot=slot: plgpu.barrier_wait(scoped["queries_empty"].at[slot])
+        )
+        rows = pl.ds(row_tile * walk.row_tile + consumer * ROWS, ROWS)
+        full = scoped["queries_full"].at[slot]
+        plgpu.copy_gmem_to_smem(sources["q"].at[head, rows], scoped["queries"].at[slot], full)
+        if walk.limits is not None:
+            plgpu.copy_gmem_to_smem(sources["limits"].at[rows], scoped["limits"].at[slot], full)
+    key_head = lax.div(sources["first_head"][0] + head, walk.group)
+
+    def one_tile(t, _):
+        blocks = pl.ds(pl.multiple_of(t * config.columns, config.columns), config.columns)
+        done = tiles + t
+        side = lax.rem(done, 2)
+        pl.when(done >= 2)(lambda: plgpu.barrier_wait(scoped["factors_empty"].at[side]))
+        plgpu.copy_gmem_to_smem(
+            sources["factors"].at[key_head, blocks],
+            scoped["factors"].at[side],
+            scoped["factors_full"].at[side],
+        )
+
+        def one_place(place, _):
+            product = done * walk.places + place
+            slot = lax.rem(product, config.stages)
+            pl.when(product >= config.stages)(
+                lambda: plgpu.barrier_wait(scoped["keys_empty"].at[slot])
+            )
+            plgpu.copy_gmem_to_smem(
+                sources["k"].at[key_head * walk.places + place, blocks],
+                scoped["keys"].at[slot],
+                scoped["keys_full"].at[slot],
+            )
+
+        lax.fori_loop(0, walk.places, one_place, None)
+
+    seen = sources["spans"][row_tile, SEEN]
+    lax.fori_loop(0, seen, one_tile, None)
+    return tiles + seen
+
+
+def _consume(sources, peaks_ref, tops_ref, scoped, walk: Walk, warpgroup, n, tiles):
+    """One row tile of one consumer; returns the number of tiles of columns taken so far."""
+    config = walk.config
+    head, row_tile = walk.locate(n)
+    rows = pl.ds(row_tile * walk.row_tile + warpgroup * ROWS, ROWS)
+    query_slot = _query_slot(walk, n, warpgroup)
+    queries = scoped["queries"].at[query_slot]
+    shape = (ROWS, config.columns)
+    plgpu.barrier_wait(scoped["queries_full"].at[query_slot])
+
+    def one_tile(t, row_top, *, masked):
+        done = tiles + t
+
+        def slot_of(place):
+            return lax.rem(done * walk.places + place, config.stages)
+
+        def visible(logits, place):
+            if not masked:
+                return logits
+            # Positions of a place ascend by `block_n` from block to block.
+            nearest = t * (config.columns * walk.block_n) + sources["offsets"][place]
+            reach = lax.broadcast_in_dim(scoped["limits"][query_slot] - nearest, shape, [0])
+            at = lax.broadcast_in_dim(lax.iota(jnp.int32, config.columns), shape, [1])
+            return jnp.where(at * walk.block_n <= reach, logits, -jnp.inf)
+
+        def take(place, top, count):
+            places = [place + i for i in range(count)]
+            return products.largest(
+                top,
+                queries,
+                [scoped["keys"].at[slot_of(p)] for p in places],
+                seen=[functools.partial(visible, place=p) for p in places],
+                full=[scoped["keys_full"].at[slot_of(p)] for p in places],
+                empty=[scoped["keys_empty"].at[slot_of(p)] for p in places],
+                interpreted=walk.interpreted,
+            )
+
+        width = 2 if config.pairs and walk.places > 1 else 1
+        top = jnp.full(shape, -jnp.inf, jnp.float32)
+        top = lax.fori_loop(
+            0, walk.places // width, lambda p, top: take(p * width, top, width), top
+        )
+        if walk.places % width:
+            top = take(walk.places - 1, top, 1)
+
+        side = lax.rem(done, 2)
+        plgpu.barrier_wait(scoped["factors_full"].at[side])
+        top = top * lax.broadcast_in_dim(scoped["factors"][side], shape, [1])
+        products.release(scoped["factors_empty"].at[side], interpreted=walk.interpreted)
+
+        plgpu.wait_smem_to_gmem(0)  # the last tile's peaks have left their buffer
+        scoped["peaks"][warpgroup] = top
+        plgpu.commit_smem()
+        blocks = pl.ds(pl.multiple_of(t * config.columns, config.columns), config.columns)
+        plgpu.copy_smem_to_gmem(scoped["peaks"].at[warpgroup], peaks_ref.at[head, rows, blocks])
+        return jnp.maximum(row_top, top.max(axis=1))
+
+    whole, seen = (sources["spans"][row_tile, i] for i in (WHOLE, SEEN))
+    row_top = jnp.full((ROWS,), -jnp.inf, jnp.float32)
+    row_top = lax.fori_loop(0, whole, functools.partial(one_tile, masked=False), row_top)
+    if walk.limits is not None:
+        row_top = lax.fori_loop(whole, seen, functools.partial(one_tile, masked=True), row_top)
+    products.release(scoped["queries_empty"].at[query_slot], interpreted=walk.interpreted)
+
+    plgpu.wait_smem_to_gmem(0)
+    scoped["tops"][warpgroup] = row_top
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(scoped["tops"].at[warpgroup], tops_ref.at[head, rows])
+    return tiles + seen

@@ -1,0 +1,89 @@
+"""The scores kernel lowers for CUDA with every size that ships, on a machine without a GPU."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from psa_jax.kernels.scores import peak_scores
+from psa_jax.kernels.scores.config import PeakConfig, default_config
+from shared_specs.config import PSAConfig
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def lower(head_dim, *, length=8000, dtype="bfloat16", sizes=None, **fields) -> str:
+    q = jax.ShapeDtypeStruct((1, 4, length, head_dim), dtype)
+    k = jax.ShapeDtypeStruct((1, 2, length - 7, head_dim), dtype)
+    config = PSAConfig(**fields)
+
+    @jax.jit
+    def scores(q, k):
+        return peak_scores(q, k, config=config, sizes=sizes)
+
+    return scores.trace(q, k).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels_in(text: str) -> int:
+    return text.count("stablehlo.custom_call @mosaic_gpu")
+
+
+FAST = [
+    {"head_dim": 128},
+    {"head_dim": 64, "causal": True, "importance_pool": 8, "dtype": "float16"},
+    {"head_dim": 128, "importance": "sampled", "sample_m": 7, "sample_n": 3},
+]
+ALL = [
+    {"head_dim": d, "block_m": m, "block_n": n, "tile_n": 8, "causal": c, **rows}
+    for d, m, n, c, rows in itertools.product(
+        (64, 128),
+        (64, 128),
+        (32, 64, 128),
+        (False, True),
+        (
+            {"importance_pool": 2},
+            {"importance_pool": 8},
+            {"importance": "sampled"},
+            {"importance": "sampled", "sample_n": 1},
+        ),
+    )
+]
+
+
+@pytest.mark.parametrize("shape", FAST, ids=str)
+def test_lowers_for_cuda(shape):
+    assert kernels_in(lower(**shape)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ALL, ids=str)
+def test_every_configuration_lowers_for_cuda(shape):
+    assert kernels_in(lower(**shape)) == 1
+
+
+def test_long_sequences_keep_the_block_maxima_bounded():
+    """Written a few heads at a time: no array of the program holds all of them."""
+    text = lower(128, length=75_600)
+    assert kernels_in(text) == 1 and "stablehlo.while" in text
+    rows, blocks = -(-75_600 // 128) * 128 // 4, -(-75_600 // 64)
+    assert 4 * 4 * rows * blocks > default_config(128, blocks, False).most_bytes
+    assert "tensor<4x18944x" not in text.replace("tensor<4x18944x128x", "")
+
+
+def test_too_much_shared_memory_is_refused_here_already():
+    too_big = dataclasses.replace(PeakConfig(), stages=6)
+    with pytest.raises(ValueError, match="shared memory"):
+        lower(128, sizes=too_big)
+
+
+def test_no_head_is_left_out():
+    """The launches divide the heads: 4 heads at one head a launch are 4 launches of a loop."""
+    small = dataclasses.replace(PeakConfig(), most_bytes=1)
+    text = lower(128, sizes=small)
+    shape = jax.eval_shape(
+        lambda x: peak_scores(x, x, config=PSAConfig(), sizes=small),
+        jax.ShapeDtypeStruct((1, 4, 8000, 128), jnp.bfloat16),
+    )
+    assert "stablehlo.while" in text and shape.shape == (1, 4, 63, 125)
