@@ -1,5 +1,6 @@
 """The gather implementation: against the oracle, in float64, and its work and memory."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -14,9 +15,11 @@ from psa_jax import sparse_attention
 from psa_jax.attention import gather
 from psa_jax.attention.gather import walk
 from psa_jax.table import build_table
+from shared_specs.constants import LEVELS
 from tests.jax.attention_contract import (
     AttentionContract,
     Case,
+    Inputs,
     assert_close,
     expected,
     run,
@@ -73,6 +76,62 @@ def test_every_way_of_taking_heads_and_blocks(apart, chunk, rng, monkeypatch):
     )
 
 
+CHUNKS = Case(q_len=7 * 64, kv_len=350, heads=2, kv_heads=1, level="empty")
+"""With tiles of 64 rows, query blocks that need from no tile to six."""
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """One query block at a time, in one pass up to 3 tiles of 64 rows, else in tiles of 128."""
+    jax.clear_caches()  # of programs made before what follows
+    monkeypatch.setattr(walk.Shape, "chunk", property(lambda shape: 1))
+    for name, value in (("TILE_ROWS", 64), ("ONE_PASS_TILES", 3), ("LOOP_TILES", 2)):
+        monkeypatch.setattr(walk, name, value)
+    yield
+    jax.clear_caches()
+
+
+def filling(rng, case) -> Inputs:
+    """Inputs whose query block i has i key blocks, all but the last at level 1."""
+    inputs = case.inputs(rng)
+    levels = np.asarray(rng.choice(LEVELS[1:], inputs.levels.shape))
+    for block in range(levels.shape[2]):
+        levels[:, :, block, block:] = 0
+        levels[:, :, block, : max(0, block - 1)] = 1
+    return inputs._replace(levels=jnp.asarray(levels, jnp.int32))
+
+
+@pytest.mark.parametrize("case", [CHUNKS, dataclasses.replace(CHUNKS, is_causal=True)], ids=str)
+def test_every_number_of_tiles(case, rng, small_tiles):
+    """In one pass, and tile by tile where there are more."""
+    inputs = filling(rng, case)
+    shape = walk.Shape.of(inputs.q, inputs.k, **case.settings() | {"scale": 1.0}).one_head()
+    assert shape.one_pass_rows == (64, 128, 192) and shape.loop_rows == 128
+    counts = build_table(inputs.levels).counts
+    tiles = {int(walk.tiles_used(x, shape, 64)) for x in np.asarray(counts).reshape(-1, 1, 4)}
+    assert tiles == set(range(7))
+    assert_close(
+        run(inputs, "gather", **case.settings()), expected(inputs, **case.settings()), 2e-6
+    )
+
+
+@pytest.mark.parametrize("too_few", [2, 3, 4])
+def test_a_missing_tile_is_seen(too_few, rng, small_tiles, monkeypatch):
+    def one_less(counts, shape, tile_rows):
+        tiles = tiles_used(counts, shape, 64)
+        return tiles - (tiles == too_few)
+
+    tiles_used = walk.tiles_used
+    monkeypatch.setitem(gather.forward.__globals__, "tiles_used", one_less)
+    inputs = filling(rng, CHUNKS)
+    with pytest.raises(AssertionError):
+        assert_close(
+            run(inputs, "gather", **CHUNKS.settings()),
+            expected(inputs, **CHUNKS.settings()),
+            2e-6,
+        )
+
+
 @pytest.mark.parametrize("block", [0, 3, 7])
 def test_rows_that_are_not_selected_are_not_read(block, rng):
     """Keys and values under level 0 may be anything at all."""
@@ -102,8 +161,8 @@ def test_work_follows_the_mask(rng):
     )
     for level, rows in ((0, 0), (1, 4096), (2, 2048), (8, 512)):
         table = build_table(jnp.full((1, 1, 1, 1, 64), level))
-        tiles = walk.walk(table, shape, jnp.float32).tiles
-        assert int(tiles) == -(-rows // walk.TILE_ROWS)
+        assert int(walk.walk(table, shape, jnp.float32, 256).used) == -(-rows // 256)
+        assert int(walk.tiles_used(table.counts, shape, 256)) == -(-rows // 256)
 
 
 def test_nothing_of_dense_size_is_allocated():

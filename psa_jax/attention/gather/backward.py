@@ -79,13 +79,14 @@ def _heads(
 
     def chunk(carry, of_chunk):
         query, grad, top, minus, entries, counts, position = of_chunk
-        tiles = walk(Table(entries, counts), shape, dtype)
+        tiles = walk(Table(entries, counts), shape, dtype, shape.tile_rows)
 
-        def tile_gradients(tile, carry):
+        def tile_gradients(index, carry):
             dq, dk_runs, dv_runs = carry
-            key_rows = take_tile(keys, tiles, tile, shape)
-            value_rows = take_tile(values, tiles, tile, shape)
-            s = logits(query, key_rows, tiles, tile, position, shape)
+            tile = tiles.tile(index)
+            key_rows = take_tile(keys, tile, shape)
+            value_rows = take_tile(values, tile, shape)
+            s = logits(query, key_rows, tile, position, shape)
             weights = jnp.exp(s - top[..., None])
             d_weights = product("bhgcmd,bhgctd->bhgcmt", grad, value_rows)
             d_logits = (weights * (d_weights - minus[..., None])).astype(q.dtype)
@@ -94,12 +95,12 @@ def _heads(
             dv_rows = product("bhgcmt,bhgcmd->bhgctd", weights.astype(q.dtype), grad)
             return (
                 dq,
-                add_tile(dk_runs, tiles, tile, dk_rows),
-                add_tile(dv_runs, tiles, tile, dv_rows),
+                add_tile(dk_runs, tile, dk_rows),
+                add_tile(dv_runs, tile, dv_rows),
             )
 
         zero = filled_like(query, 0, dtype)
-        dq, *d_runs = lax.fori_loop(0, tiles.tiles, tile_gradients, (zero, *carry))
+        dq, *d_runs = lax.fori_loop(0, tiles.used, tile_gradients, (zero, *carry))
         return tuple(d_runs), (dq * shape.scale).astype(q.dtype)
 
     zeros = filled_like(keys, 0, dtype)

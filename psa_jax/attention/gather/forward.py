@@ -1,4 +1,6 @@
-"""Online softmax over the visited rows (specification, section 4)."""
+"""Softmax over the visited rows, in one pass or tile by tile (specification, section 4)."""
+
+import functools
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -6,13 +8,17 @@ from jax import Array, lax
 from psa_jax.attention.gather.walk import (
     Shape,
     as_runs,
+    as_tile,
     filled_like,
     head_by_head,
     hidden,
     logits,
     map_heads,
     product,
+    sees_any,
     take_tile,
+    tiles_used,
+    visit,
     walk,
 )
 from psa_jax.pyramid import accumulator, build_pyramid
@@ -56,30 +62,53 @@ def _heads(q: Array, k: Array, v: Array, levels: Array, shape: Shape) -> tuple[A
 
     def chunk(of_chunk):
         query, entries, counts, position = of_chunk
-        tiles = walk(Table(entries, counts), shape, dtype)
+        blocks = Table(entries, counts)
 
-        def add_tile(tile, carry):
-            acc, top, total = carry
-            s = logits(query, take_tile(keys, tiles, tile, shape), tiles, tile, position, shape)
-            # The tile has its own maximum, so that its logits and weights are one pass for XLA;
-            # both sides are then brought to the common maximum.
-            tile_top = s.max(-1)
-            weights = jnp.exp(s - tile_top[..., None])
-            rows = take_tile(values, tiles, tile, shape)
-            tile_acc = product("bhgcmt,bhgctd->bhgcmd", weights.astype(rows.dtype), rows)
-            new_top = jnp.maximum(top, tile_top)
-            old, new = jnp.exp(top - new_top), jnp.exp(tile_top - new_top)
-            acc = acc * old[..., None] + tile_acc * new[..., None]
-            return acc, new_top, total * old + weights.sum(-1) * new
+        def softmax(tile):
+            """Sums of weighted values, their top logit and sums of weights, in one tile."""
+            s = logits(query, take_tile(keys, tile, shape), tile, position, shape)
+            top = s.max(-1)
+            weights = jnp.exp(s - top[..., None])
+            rows = take_tile(values, tile, shape)
+            acc = product("bhgcmt,bhgctd->bhgcmd", weights.astype(rows.dtype), rows)
+            return acc, top, weights.sum(-1)
 
-        empty = (
-            filled_like(query, 0, dtype),
-            filled_like(query[..., 0], hidden(dtype), dtype),
-            filled_like(query[..., 0], 0, dtype),
-        )
-        acc, top, total = lax.fori_loop(0, tiles.tiles, add_tile, empty)
-        seen = top > hidden(dtype) / 2
-        total = jnp.where(seen, total, 1)
+        def at_once(rows):
+            return softmax(most.first(rows, shape))
+
+        def tile_by_tile():
+            tiles = walk(blocks, shape, dtype, shape.loop_rows)
+
+            def add_tile(index, carry):
+                acc, top, total = carry
+                # The tile has its own maximum, so that its logits and weights are one pass for
+                # XLA; both sides are then brought to the common maximum.
+                tile_acc, tile_top, tile_total = softmax(tiles.tile(index))
+                new_top = jnp.maximum(top, tile_top)
+                old, new = jnp.exp(top - new_top), jnp.exp(tile_top - new_top)
+                acc = acc * old[..., None] + tile_acc * new[..., None]
+                return acc, new_top, total * old + tile_total * new
+
+            empty = (
+                filled_like(query, 0, dtype),
+                filled_like(query[..., 0], hidden(dtype), dtype),
+                filled_like(query[..., 0], 0, dtype),
+            )
+            return lax.fori_loop(0, tiles.used, add_tile, empty)
+
+        # One program for each number of tiles up to some, and the loop where there are more.
+        rooms = shape.one_pass_rows
+        ways = [functools.partial(at_once, rows) for rows in rooms]
+        if rooms:
+            most = as_tile(visit(blocks, shape, rooms[-1] // shape.run), shape, dtype)
+        if not rooms or rooms[-1] < shape.most_rows:
+            ways.append(tile_by_tile)
+        way = jnp.clip(tiles_used(counts, shape, shape.tile_rows) - 1, 0, len(ways) - 1)
+        acc, top, total = lax.switch(way, ways)
+
+        # A block without rows went through no tile, or through one of hidden rows only.
+        total = jnp.where(total > 0, total, 1)
+        seen = sees_any(blocks, position, shape)
         out = jnp.where(seen[..., None], acc / total[..., None], 0)
         return out.astype(query.dtype), jnp.where(seen, top + jnp.log(total), -jnp.inf)
 

@@ -23,8 +23,15 @@ from shared_specs.pyramid import level_start, pyramid_rows
 TILE_ROWS = 256
 """Pyramid rows of one tile: little waste on a part-full last tile, enough for fast products."""
 
-CPU_BLOCKS, OTHER_BLOCKS = 16, 128
+CPU_BLOCKS, OTHER_BLOCKS = 8, 128
 """Query blocks (over batch and heads) taken at a time: a cache full, or enough for many cores."""
+
+ONE_PASS_TILES, LOOP_TILES = 8, 4
+"""On a CPU the forward pass takes up to so many tiles at once, and this many if they are more.
+Products of a few hundred rows leave its cores waiting for each other."""
+
+RUNS_PER_BLOCK = np.array([LEVELS[-1] // level for level in LEVELS], np.int32)
+"""Runs of a block at each level."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +78,29 @@ class Shape:
         return -(-self.kv_len // self.block_n)
 
     @property
-    def tile_runs(self) -> int:
-        """Runs of a tile; no more than a query block can have."""
-        return min(TILE_ROWS // self.run, LEVELS[-1] * self.n_k)
+    def most_rows(self) -> int:
+        """Most pyramid rows that a query block can have: all its key blocks at level 1."""
+        return self.n_k * self.block_n
 
     @property
     def tile_rows(self) -> int:
-        return self.tile_runs * self.run
+        return min(TILE_ROWS, self.most_rows)
 
     @property
-    def tiles(self) -> int:
-        """Most tiles that a query block can have."""
-        return -(-LEVELS[-1] * self.n_k // self.tile_runs)
+    def one_pass_rows(self) -> tuple[int, ...]:
+        """Rows, ascending, that the forward pass has a program for which takes them all at once.
+
+        None where several key heads are taken together: those go tile by tile, in bounded memory.
+        """
+        if jax.default_backend() != "cpu" or self.batch * self.kv_heads > 1:
+            return ()
+        tiles = min(ONE_PASS_TILES, -(-self.most_rows // self.tile_rows))
+        return tuple(min(n * self.tile_rows, self.most_rows) for n in range(1, tiles + 1))
+
+    @property
+    def loop_rows(self) -> int:
+        """Rows of a tile where the forward pass goes tile by tile."""
+        return self.tile_rows * (LOOP_TILES if self.one_pass_rows else 1)
 
     @property
     def chunk(self) -> int:
@@ -123,22 +141,60 @@ class Shape:
         return jnp.asarray(rows + np.int32(self.kv_len - self.q_len))
 
 
-class Walk(NamedTuple):
-    """The tiles of one chunk of query blocks.
+class Visit(NamedTuple):
+    """The runs that query blocks read, in order; int32 `[B, Hk, G, chunk, places]`.
 
     Attributes:
-        runs: int32 `[tiles, B, Hk, G, chunk, tile_runs]`, run ids; the last
-            one again in unused places.
-        bias: `[tiles, B, Hk, G, chunk, tile_rows]`, log of the keys a row stands for; the
-            dtype's `hidden` in unused places and on rows that cover no key.
+        run: its id; in unused places the last one again.
+        of_level: its id among the runs of its level.
+        level: logarithm of its level, to base 2.
+        used: whether the query block has that many.
+    """
+
+    run: Array
+    of_level: Array
+    level: Array
+    used: Array
+
+
+class Tile(NamedTuple):
+    """What a chunk of query blocks reads together.
+
+    Attributes:
+        runs: int32 `[B, Hk, G, chunk, places]`, run ids.
+        bias: `[B, Hk, G, chunk, places * run]`, log of the keys a row stands for; the dtype's
+            `hidden` in unused places and on rows that cover no key.
         last_key: int32, like bias, last key a row covers; None when not causal.
-        tiles: int32, tiles that the fullest query block has.
     """
 
     runs: Array
     bias: Array
     last_key: Array | None
-    tiles: Array
+
+    def first(self, rows: int, shape: "Shape") -> "Tile":
+        """Its first rows."""
+        return Tile(
+            self.runs[..., : rows // shape.run],
+            self.bias[..., :rows],
+            None if self.last_key is None else self.last_key[..., :rows],
+        )
+
+
+class Walk(NamedTuple):
+    """The tiles of one chunk of query blocks.
+
+    Attributes:
+        tiles: all that a query block can have, on a new leading axis.
+        used: int32, how many the fullest query block has.
+    """
+
+    tiles: Tile
+    used: Array
+
+    def tile(self, index: Array) -> Tile:
+        return jax.tree.map(
+            lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), self.tiles
+        )
 
 
 def hidden(dtype) -> float:
@@ -146,25 +202,31 @@ def hidden(dtype) -> float:
     return float(jnp.finfo(dtype).min) / 2
 
 
-def walk(table: Table, shape: Shape, dtype) -> Walk:
-    """The tiles of a chunk.
+def tiles_used(counts: Array, shape: Shape, tile_rows: int) -> Array:
+    """Tiles of the fullest query block, int32 `[]`, of a table's counts `[..., 4]`."""
+    rows = (counts * RUNS_PER_BLOCK).sum(-1, dtype=jnp.int32).max() * shape.run
+    return (rows + tile_rows - 1) // tile_rows
+
+
+def visit(table: Table, shape: Shape, places: int) -> Visit:
+    """The first `places` runs of every query block.
 
     Args:
         table: entries `[B, Hk, G, chunk, Nk]` and counts `[B, Hk, G, chunk, 4]`.
         shape: the call.
-        dtype: of the bias.
+        places: how many.
     """
-    per_block = np.array([LEVELS[-1] // level for level in LEVELS], np.int32)
+    runs = table.counts * RUNS_PER_BLOCK
     # [..., 4, 1], to meet the places of the list on the last axis.
-    run_end = jnp.cumsum(table.counts * per_block, -1, dtype=jnp.int32)[..., None]
-    run_begin = run_end - (table.counts * per_block)[..., None]
+    run_end = jnp.cumsum(runs, -1, dtype=jnp.int32)[..., None]
+    run_begin = run_end - runs[..., None]
     entry_begin = (jnp.cumsum(table.counts, -1, dtype=jnp.int32) - table.counts)[..., None]
-    place = jnp.arange(shape.tiles * shape.tile_runs, dtype=jnp.int32)
+    place = jnp.arange(places, dtype=jnp.int32)
     total = run_end[..., -1, :]
     used = place < total
     # Places past the end read the last run again, so that no row outside the mask is touched.
     place = jnp.clip(place, 0, jnp.maximum(total - 1, 0))
-    level = (place[..., None, :] >= run_end[..., :-1, :]).sum(-2, dtype=jnp.int32)  # its logarithm
+    level = (place[..., None, :] >= run_end[..., :-1, :]).sum(-2, dtype=jnp.int32)
 
     def of_level(per_level):
         """Each place's own value out of four, without a gather."""
@@ -173,39 +235,77 @@ def walk(table: Table, shape: Shape, dtype) -> Walk:
     within = place - of_level(run_begin)
     entry = jnp.clip(of_level(entry_begin) + (within >> (3 - level)), 0, shape.n_k - 1)
     block = jnp.take_along_axis(table.entries, entry, -1, mode="promise_in_bounds")
-    # Run of its level, then of the pyramid.
     run_of_level = (block << (3 - level)) + (within & ((8 >> level) - 1))
     starts = [level_start(shape.kv_len, shape.block_n, x) // shape.run for x in LEVELS]
     run = run_of_level + jnp.asarray(starts, jnp.int32)[level]
+    return Visit(run, run_of_level, level, used)
 
-    token = run_of_level[..., None] * shape.run + jnp.arange(shape.run, dtype=jnp.int32)
-    first_key = token << level[..., None]
-    size = (1 << level)[..., None]
+
+def as_tile(visit: Visit, shape: Shape, dtype) -> Tile:
+    """All places of a visit in one tile, with a bias of the given dtype."""
+    level = visit.level[..., None]
+    token = visit.of_level[..., None] * shape.run + jnp.arange(shape.run, dtype=jnp.int32)
+    first_key, size = token << level, 1 << level
     covered = jnp.clip(shape.kv_len - first_key, 0, size)
-    real = used[..., None] & (covered > 0)
+    real = visit.used[..., None] & (covered > 0)
     bias = jnp.where(real, jnp.log(jnp.maximum(covered, 1).astype(dtype)), hidden(dtype))
     last_key = None
     if shape.is_causal:
-        last_key = _tiled(jnp.minimum(first_key + size, shape.kv_len) - 1, shape)
-    tiles = (total.max() + shape.tile_runs - 1) // shape.tile_runs
-    return Walk(_tiled(run[..., None], shape), _tiled(bias, shape), last_key, tiles)
+        last_key = _join_last(jnp.minimum(first_key + size, shape.kv_len) - 1)
+    return Tile(visit.run, _join_last(bias), last_key)
 
 
-def logits(
-    query: Array, keys: Array, walk: Walk, tile: Array, position: Array, shape: Shape
-) -> Array:
-    """`[B, Hk, G, chunk, block_m, tile_rows]`: scaled products plus bias, `hidden` where unseen.
+def walk(table: Table, shape: Shape, dtype, tile_rows: int) -> Walk:
+    """The tiles of a chunk.
+
+    Args:
+        table: entries `[B, Hk, G, chunk, Nk]` and counts `[B, Hk, G, chunk, 4]`.
+        shape: the call.
+        dtype: of the bias.
+        tile_rows: rows of a tile.
+    """
+    tiles = -(-shape.most_rows // tile_rows)
+    rows = as_tile(visit(table, shape, tiles * tile_rows // shape.run), shape, dtype)
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(*x.shape[:-1], tiles, -1), -2, 0), rows)
+    return Walk(split, tiles_used(table.counts, shape, tile_rows))
+
+
+def sees_any(table: Table, position: Array, shape: Shape) -> Array:
+    """Whether each query sees a row at all, bool `[B, Hk, G, chunk, block_m]`.
+
+    Known from the table, so that the maximal logit is of no use but inside the softmax: XLA then
+    makes product and exponential in one pass.
+
+    Args:
+        table: entries `[B, Hk, G, chunk, Nk]` and counts `[B, Hk, G, chunk, 4]`.
+        position: int32 `[chunk, block_m]`, key position of each query.
+        shape: the call.
+    """
+    if not shape.is_causal:
+        return jnp.broadcast_to(
+            (table.counts > 0).any(-1, keepdims=True), (*table.counts.shape[:-1], shape.block_m)
+        )
+    begin = jnp.cumsum(table.counts, -1, dtype=jnp.int32) - table.counts
+    begin = jnp.minimum(begin, shape.n_k - 1)
+    block = jnp.take_along_axis(table.entries, begin, -1, mode="promise_in_bounds")
+    last_key = jnp.minimum(block * shape.block_n + np.array(LEVELS, np.int32), shape.kv_len) - 1
+    last_key = jnp.where(table.counts > 0, last_key, jnp.iinfo(jnp.int32).max)
+    return last_key.min(-1, keepdims=True) <= position
+
+
+def logits(query: Array, keys: Array, tile: Tile, position: Array, shape: Shape) -> Array:
+    """`[B, Hk, G, chunk, block_m, rows]`: scaled products plus bias, `hidden` where unseen.
 
     Args:
         query: `[B, Hk, G, chunk, block_m, D]`.
-        keys: `[B, Hk, G, chunk, tile_rows, D]`.
-        tile: which tile of the walk.
+        keys: `[B, Hk, G, chunk, rows, D]`, of the tile.
+        tile: what they are.
         position: int32 `[chunk, block_m]`, key position of each query.
+        shape: the call.
     """
-    bias = _at(walk.bias, tile)[..., None, :]
-    s = product("bhgcmd,bhgctd->bhgcmt", query, keys) * shape.scale + bias
+    s = product("bhgcmd,bhgctd->bhgcmt", query, keys) * shape.scale + tile.bias[..., None, :]
     if shape.is_causal:
-        seen = _at(walk.last_key, tile)[..., None, :] <= position[..., None]
+        seen = tile.last_key[..., None, :] <= position[..., None]
         s = jnp.where(seen, s, hidden(s.dtype))
     return s
 
@@ -227,23 +327,23 @@ def as_runs(rows: Array, shape: Shape) -> Array:
     return rows.reshape(*rows.shape[:2], shape.runs, shape.run * shape.head_dim)
 
 
-def take_tile(runs: Array, walk: Walk, tile: Array, shape: Shape) -> Array:
-    """Rows of a tile, `[B, Hk, G, chunk, tile_rows, D]`, out of runs `[B, Hk, P // run, ...]`."""
+def take_tile(runs: Array, tile: Tile, shape: Shape) -> Array:
+    """Rows of a tile, `[B, Hk, G, chunk, rows, D]`, out of runs `[B, Hk, P // run, ...]`."""
 
     def take(of_head, index):
         return of_head.at[index].get(mode="promise_in_bounds")
 
-    taken = jax.vmap(jax.vmap(take))(runs, _flat_runs(walk, tile))
-    return taken.reshape(*walk.runs.shape[1:-1], shape.tile_rows, shape.head_dim)
+    taken = jax.vmap(jax.vmap(take))(runs, _flat_runs(tile))
+    return taken.reshape(*tile.bias.shape, shape.head_dim)
 
 
-def add_tile(runs: Array, walk: Walk, tile: Array, rows: Array) -> Array:
-    """`runs` with the rows `[B, Hk, G, chunk, tile_rows, D]` of a tile added; takes' transpose."""
+def add_tile(runs: Array, tile: Tile, rows: Array) -> Array:
+    """`runs` with the rows `[B, Hk, G, chunk, rows, D]` of a tile added; takes' transpose."""
 
     def add(of_head, index, values):
         return of_head.at[index].add(values, mode="promise_in_bounds")
 
-    index = _flat_runs(walk, tile)
+    index = _flat_runs(tile)
     return jax.vmap(jax.vmap(add))(runs, index, rows.reshape(*index.shape, -1))
 
 
@@ -271,8 +371,14 @@ def filled_like(x: Array, value: float, dtype) -> Array:
 
 def map_heads(one_head: Callable, shape: Shape, arrays: tuple) -> tuple[Array, ...]:
     """`one_head` over every batch entry and key head in turn: arrays `[B, Hk, ...]` in and out."""
-    apart = tuple(x.reshape(-1, 1, 1, *x.shape[2:]) for x in arrays)
-    results = lax.map(lambda head: one_head(*head), apart)
+
+    def of_rows(rows):
+        # Each head is a row of a matrix: XLA copies arrays with axes of length 1 before it
+        # loops over them.
+        head = (row.reshape(1, 1, *x.shape[2:]) for row, x in zip(rows, arrays, strict=True))
+        return one_head(*head)
+
+    results = lax.map(of_rows, tuple(x.reshape(shape.batch * shape.kv_heads, -1) for x in arrays))
     return tuple(x.reshape(shape.batch, shape.kv_heads, *x.shape[3:]) for x in results)
 
 
@@ -281,19 +387,13 @@ def _inside_shard_map() -> bool:
     return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
 
 
-def _flat_runs(walk: Walk, tile: Array) -> Array:
-    runs = _at(walk.runs, tile)
-    return runs.reshape(*runs.shape[:2], math.prod(runs.shape[2:]))
+def _flat_runs(tile: Tile) -> Array:
+    return tile.runs.reshape(*tile.runs.shape[:2], math.prod(tile.runs.shape[2:]))
 
 
-def _at(x: Array, tile: Array) -> Array:
-    return lax.dynamic_index_in_dim(x, tile, 0, keepdims=False)
-
-
-def _tiled(x: Array, shape: Shape) -> Array:
-    """`[..., places, rows per place]` to `[tiles, ..., rows of a tile]`."""
-    x = x.reshape(*x.shape[:-2], shape.tiles, -1)
-    return jnp.moveaxis(x, -2, 0)
+def _join_last(x: Array) -> Array:
+    """The last two axes as one."""
+    return x.reshape(*x.shape[:-2], -1)
 
 
 def _pad(x: Array, axis: int, size: int) -> Array:
