@@ -22,7 +22,7 @@ import machine_code  # noqa: E402  (first: it turns the interpreter off)
 import torch  # noqa: E402
 from machine_code import MachineCode  # noqa: E402
 
-from psa_torch.attention.triton import configs, forward_hopper  # noqa: E402
+from psa_torch.attention.triton import configs, forward_hopper, query_gradient_hopper  # noqa: E402
 from psa_torch.attention.triton.configs import (  # noqa: E402
     BackwardConfig,
     ForwardConfig,
@@ -47,11 +47,12 @@ KERNELS = [
     (forward_hopper, "attention_forward_hopper"),
     (row_statistics, "row_statistics"),
     (query_gradient, "query_gradient"),
+    (query_gradient_hopper, "query_gradient_hopper"),
     (key_gradient, "key_gradient"),
     (pooled_gradient, "pooled_partials"),
     (pooled_gradient, "pooled_sums"),
 ]
-CONFIGURED = [configs, forward_hopper]
+CONFIGURED = [configs, forward_hopper, query_gradient_hopper]
 LENGTH = 75_600
 
 LOOP_BUDGETS = {
@@ -61,6 +62,8 @@ LOOP_BUDGETS = {
     ("attention_forward_hopper", 128): 600,
     ("query_gradient", 64): 535,
     ("query_gradient", 128): 465,
+    ("query_gradient_hopper", 64): 305,
+    ("query_gradient_hopper", 128): 320,
     ("key_gradient", 64): 575,
     ("key_gradient", 128): 720,
     ("pooled_partials", 64): 800,
@@ -71,6 +74,7 @@ LOOP_BUDGETS = {
 SPILLS = {
     "attention_forward_hopper": 40,
     "query_gradient": 64,
+    "query_gradient_hopper": 420,
     "key_gradient": 700,
     "pooled_partials": 620,
 }
@@ -86,6 +90,9 @@ LOCAL_IN_LOOP = {
 
 WIDE = {"pooled_partials": "STG.128", "pooled_sums": "LDG.128"}
 """How a kernel moves the bulk of its numbers."""
+
+WARP_SPECIALISED = {"attention_forward_hopper", "query_gradient_hopper"}
+"""Kernels in which one warpgroup copies and two multiply."""
 
 TWO_PROGRAMS = {"pooled_partials"}
 """Kernels of which two programs share a multiprocessor of sm_90."""
@@ -213,7 +220,7 @@ def _loop_breaches(case: Case, launch: Launch, code: MachineCode) -> list[str]:
         found.append(f"{code.shared_bytes} B of shared memory leave no room for a second program")
     if launch.name in ("row_statistics", "pooled_sums"):
         return found
-    specialised = launch.name == "attention_forward_hopper"
+    specialised = launch.name in WARP_SPECIALISED
     loops = code.tensor_loops()
     if any(x.opcodes["HMMA"] for x in loops):
         found.append("a loop multiplies by HMMA instead of wgmma")

@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from psa_torch.attention.triton import configs
-from psa_torch.attention.triton.configs import ForwardConfig, HopperForwardConfig
+from psa_torch.attention.triton.backward import backward
+from psa_torch.attention.triton.configs import (
+    ForwardConfig,
+    HopperForwardConfig,
+    HopperQueryGradConfig,
+)
 from psa_torch.attention.triton.forward import forward
 from shared_specs import attention as oracle
-from tests.torch.attention_contract import Case, to_numpy
+from tests.torch.attention_contract import Case, expected, to_numpy
 
 pytestmark = pytest.mark.gpu
 
@@ -72,6 +77,41 @@ class TestHopperForward:
         calls = [forward(q, k, v, levels, config=HOPPER[128], **settings(case)) for _ in range(5)]
         for out, lse in calls[1:]:
             assert torch.equal(out, calls[0][0]) and torch.equal(lse, calls[0][1])
+
+
+@pytest.mark.skipif(not hopper(), reason="needs compute capability 9.0")
+@pytest.mark.timeout(120)
+class TestHopperQueryGradient:
+    def gradients(self, case, config, inputs):
+        """dq with this config and with the plain kernel."""
+        q, k, v, levels, dout, dlse = inputs
+        key = ((9, 0), case.head_dim, case.dtype, case.block_m, case.block_n)
+        plain = configs.choose_plain_backward(*key)
+        out, lse = forward(q, k, v, levels, **settings(case))
+        return tuple(
+            backward(dout, dlse, q, k, v, levels, out, lse, config=x, **settings(case))[0]
+            for x in (dataclasses.replace(plain, query=config), plain)
+        )
+
+    @pytest.mark.parametrize("slots", [2, 4])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_no_further_from_the_oracle_than_the_plain_kernel(self, case, dtype, slots, rng):
+        case = dataclasses.replace(case, dtype=dtype)
+        inputs = case.inputs(rng, "cuda")
+        want = expected(inputs, **settings(case))
+        got, plain = self.gradients(case, HopperQueryGradConfig(tile=64, slots=slots), inputs)
+        error, plain_error = (np.linalg.norm(to_numpy(x) - want.dq) for x in (got, plain))
+        assert (to_numpy(got)[np.isneginf(want.lse)] == 0).all()
+        # The second part is for problems whose dq is nothing but rounding.
+        assert error <= 1.1 * plain_error + 1e-3 * np.linalg.norm(inputs.dout.float().cpu())
+
+    def test_same_bits_on_every_run(self, rng):
+        case = dataclasses.replace(CASES[3], dtype=torch.bfloat16)
+        inputs = case.inputs(rng, "cuda")
+        config = HopperQueryGradConfig(tile=64, slots=4)
+        first, *others = (self.gradients(case, config, inputs)[0] for _ in range(5))
+        assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("dtype", configs.DTYPES, ids=str)

@@ -193,7 +193,7 @@ def test_tile_sizes_divide_their_blocks(dtype, head_dim):
         for block_m in BLOCK_M:
             for block_n in BLOCK_N:
                 key = (capability, head_dim, dtype, block_m, block_n)
-                backward_sizes = configs.choose_backward(*key)
+                backward_sizes = configs.choose_plain_backward(*key)
                 rows = [configs.choose_plain_forward(*key).rows, backward_sizes.query.rows]
                 rows += [level.rows for level in backward_sizes.key]
                 assert all(block_m % size == 0 for size in rows)

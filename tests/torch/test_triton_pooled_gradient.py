@@ -31,7 +31,8 @@ ONE_BLOCK_ROUNDS = 1
 
 def all_pooled(case: Case, workspace=2**30, tile=32, rows=None) -> BackwardConfig:
     """Every level but the first by query blocks."""
-    shipped = configs.choose_backward((9, 0), case.head_dim, case.dtype, case.block_m, case.block_n)
+    key = ((9, 0), case.head_dim, case.dtype, case.block_m, case.block_n)
+    shipped = configs.choose_plain_backward(*key)
     pooled = PooledGradConfig(
         tile=tile, rows=rows or case.block_m, warps=4, stages=2, workspace=workspace
     )

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from psa_torch.attention.triton.configs import HopperQueryGradConfig
 from psa_torch.attention.triton.plan import query_plan
+from psa_torch.attention.triton.query_gradient import launch_query_gradient
+from psa_torch.attention.triton.row_statistics import RowStatistics
 from psa_torch.pyramid import build_pyramid
-from shared_specs.pyramid import padded_length
 from tests.torch import gluon_interpreter
 from tests.torch.attention_contract import FLOAT32_TOLERANCE, Case, Results, expected
 
@@ -30,10 +32,10 @@ CASES = [
     dataclasses.replace(BASE, heads=1, kv_len=2050, level=8),
 ]
 CONFIGS = [
-    hopper.HopperQueryGradConfig(tile=64, slots=2),
-    hopper.HopperQueryGradConfig(tile=64, slots=4),
-    hopper.HopperQueryGradConfig(tile=64, slots=1, ahead=False),
-    hopper.HopperQueryGradConfig(tile=128, slots=2, ahead=False),
+    HopperQueryGradConfig(tile=64, slots=2),
+    HopperQueryGradConfig(tile=64, slots=4),
+    HopperQueryGradConfig(tile=64, slots=1, ahead=False),
+    HopperQueryGradConfig(tile=128, slots=2, ahead=False),
 ]
 
 
@@ -72,44 +74,29 @@ def strided(x: Tensor) -> Tensor:
 def query_gradient(inputs, want, config, *, block_m, block_n, scale, is_causal) -> Tensor:
     """dq by the kernel under test; lse and out are the oracle's `want`."""
     q, k, v, levels, dout, dlse = inputs
-    batch, heads, q_len, _ = q.shape
-    padded_rows = -(-q_len // block_m) * block_m
     lse, out = torch.from_numpy(want.lse), torch.from_numpy(want.out)
-    delta = (dout.double() * out).sum(-1) - dlse.double()
     unseen = torch.isneginf(lse)
-    statistics = lse.new_empty(2, batch, heads, padded_rows, dtype=torch.float32)
+    rows = -(-q.shape[2] // block_m) * block_m
+
     # As `row_statistics` leaves them: rows without keys, or past the end, weigh nothing.
-    statistics[0] = torch.inf
-    statistics[1] = 0
-    statistics[0, ..., :q_len] = (lse * 1.4426950408889634).masked_fill(unseen, torch.inf)
-    statistics[1, ..., :q_len] = delta.masked_fill(unseen, 0)
-    kv_len = k.shape[2]
-    lengths = dict(q_len=q_len, kv_len=kv_len)
-    geometry = dict(block_m=block_m, block_n=block_n)
-    plan = query_plan(levels, is_causal=is_causal, **lengths, **geometry)
-    pyramid = build_pyramid(k, v, block_n)
-    dq = torch.full(q.shape, torch.nan)
-    arguments = (
+    def padded(x, nothing):
+        x = x.masked_fill(unseen, nothing)
+        return torch.nn.functional.pad(x, (0, rows - x.shape[-1]), value=nothing).float()
+
+    delta = padded((dout.double() * out).sum(-1) - dlse.double(), 0.0)
+    lse2 = padded(lse * 1.4426950408889634, torch.inf)
+    geometry = dict(block_m=block_m, block_n=block_n, is_causal=is_causal)
+    return launch_query_gradient(
         q,
-        pyramid.k,
-        pyramid.v,
+        build_pyramid(k, v, block_n),
         dout,
-        *statistics,
-        *plan,
-        dq,
-        *q.stride()[:3],
-        *dout.stride()[:3],
-        scale,
-        heads,
-        heads // k.shape[1],
-        q_len,
-        kv_len,
-        padded_length(kv_len, block_n),
-        plan.entries.shape[2],
-        plan.entries.shape[3],
+        RowStatistics(delta, lse2),
+        query_plan(levels, q_len=q.shape[2], kv_len=k.shape[2], **geometry),
+        kv_len=k.shape[2],
+        scale=scale,
+        config=config,
+        **geometry,
     )
-    hopper.launch(arguments, config, IS_CAUSAL=is_causal, **geometry)
-    return dq
 
 
 def settings_of(case: Case) -> dict:

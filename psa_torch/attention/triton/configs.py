@@ -4,7 +4,7 @@ Shared memory and registers bound every entry; `tests/gates` compiles all of the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,23 @@ class QueryGradConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HopperQueryGradConfig:
+    """Warp-specialised dq for compute capability 9.0: 128 queries by `tile` pooled keys.
+
+    slots: tiles of keys and of values in flight, at least 2 if `ahead`.
+    ahead: the logits of the next tile are started before the gradient of this one, for which
+        registers have room at tile 64.
+    multiply_registers, copy_registers: as in `HopperForwardConfig`.
+    """
+
+    tile: int
+    slots: int
+    ahead: bool = True
+    multiply_registers: int = 232
+    copy_registers: int = 40
+
+
+@dataclass(frozen=True, kw_only=True)
 class KeyGradConfig:
     """dk/dv kernel of one level below 8: `keys` pyramid rows by `rows` queries a step.
 
@@ -107,20 +124,21 @@ LevelConfigs = tuple[
 class BackwardConfig:
     """All of the backward."""
 
-    query: QueryGradConfig
+    query: QueryGradConfig | HopperQueryGradConfig
     key: LevelConfigs
 
 
 def forward_config(q: Tensor, block_m: int, block_n: int) -> ForwardConfig | HopperForwardConfig:
     """The forward's tile sizes for `q` `[B, H, Lq, D]`."""
-    # On the CPU the interpreter plays an H100, but cannot run its warp-specialised kernel.
+    # On the CPU the interpreter plays an H100, but cannot run its warp-specialised kernels.
     choose = choose_plain_forward if q.device.type == "cpu" else choose_forward
     return choose(capability(q), q.shape[-1], _register_dtype(q), block_m, block_n)
 
 
 def backward_config(q: Tensor, block_m: int, block_n: int) -> BackwardConfig:
     """The backward's tile sizes for `q` `[B, H, Lq, D]`."""
-    return choose_backward(capability(q), q.shape[-1], _register_dtype(q), block_m, block_n)
+    choose = choose_plain_backward if q.device.type == "cpu" else choose_backward
+    return choose(capability(q), q.shape[-1], _register_dtype(q), block_m, block_n)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -140,8 +158,7 @@ def choose_forward(
 
     Those of compute capability 9.0 were measured on an H200 (`benchmarks/LOG.md`).
     """
-    warp_specialised = block_m == 128 and head_dim in (64, 128) and dtype != torch.float32
-    if capability == HOPPER and warp_specialised:
+    if _warp_specialised(capability, head_dim, dtype, block_m):
         return HopperForwardConfig(tile=128, slots=2)
     return choose_plain_forward(capability, head_dim, dtype, block_m, block_n)
 
@@ -172,6 +189,16 @@ def choose_backward(
 
     Those of compute capability 9.0 were measured on an H200 (`benchmarks/LOG.md`).
     """
+    config = choose_plain_backward(capability, head_dim, dtype, block_m, block_n)
+    if _warp_specialised(capability, head_dim, dtype, block_m):
+        return replace(config, query=HopperQueryGradConfig(tile=64, slots=4))
+    return config
+
+
+def choose_plain_backward(
+    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int, block_n: int
+) -> BackwardConfig:
+    """Tile sizes of the kernels that run on every GPU, and in the interpreter."""
     if dtype == torch.float32:
         most = 16 if head_dim == 256 else 32
         return BackwardConfig(
@@ -229,6 +256,14 @@ def _levels(
 ) -> LevelConfigs:
     """`by_key(run)` for runs of rows long enough to pay for reading queries, else `pooled`."""
     return tuple(by_key(block_n >> g) if block_n >> g >= 32 else pooled for g in range(4))
+
+
+def _warp_specialised(
+    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int
+) -> bool:
+    """Whether the forward and dq have kernels for this GPU's warpgroups."""
+    sizes = block_m == 128 and head_dim in (64, 128)
+    return capability == HOPPER and sizes and dtype != torch.float32
 
 
 def _has_large_shared_memory(capability: tuple[int, int]) -> bool:

@@ -68,7 +68,7 @@ def _copy_rows(
 
 
 @gluon.jit
-def _place(item, blocks, heads, group, padded_len, D: gl.constexpr, IS_CAUSAL: gl.constexpr):
+def place(item, blocks, heads, group, padded_len, D: gl.constexpr, IS_CAUSAL: gl.constexpr):
     """(block, batch and head, first element of the pyramid) of an item of work.
 
     The blocks of a head are neighbours, so that programs share its pyramid in L2. Under
@@ -83,7 +83,7 @@ def _place(item, blocks, heads, group, padded_len, D: gl.constexpr, IS_CAUSAL: g
 
 
 @gluon.jit
-def _copy_tiles(
+def copy_tiles(
     k_pointer,
     v_pointer,
     entries,
@@ -116,7 +116,7 @@ def _copy_tiles(
     d = gl.arange(0, D, gl.SliceLayout(0, layout))
     copied = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, batch_head, pyramid = _place(item, q_blocks, heads, group, padded_len, D, IS_CAUSAL)
+        block, batch_head, pyramid = place(item, q_blocks, heads, group, padded_len, D, IS_CAUSAL)
         k_head = k_pointer + pyramid
         v_head = v_pointer + pyramid
         table_row = batch_head * q_blocks + block
@@ -267,7 +267,7 @@ def _multiply_tiles(
     lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [4], [0]))
     multiplied = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, batch_head, pyramid = _place(item, q_blocks, heads, group, padded_len, D, IS_CAUSAL)
+        block, batch_head, pyramid = place(item, q_blocks, heads, group, padded_len, D, IS_CAUSAL)
         batch = (batch_head // heads).to(gl.int64)
         head = (batch_head % heads).to(gl.int64)
         out_row = batch_head.to(gl.int64) * q_len
@@ -493,7 +493,7 @@ def attention_forward_hopper(
                 ),
             ),
             (
-                _copy_tiles,
+                copy_tiles,
                 (
                     k_pointer,
                     v_pointer,

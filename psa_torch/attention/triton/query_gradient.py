@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch.attention.triton.configs import QueryGradConfig
+from psa_torch.attention.triton.configs import HopperQueryGradConfig, QueryGradConfig
 from psa_torch.attention.triton.plan import Plan
 from psa_torch.attention.triton.row_statistics import LOG2E, RowStatistics
 from psa_torch.attention.triton.walk import (
@@ -153,12 +153,12 @@ def launch_query_gradient(
     block_n: int,
     scale: float,
     is_causal: bool,
-    config: QueryGradConfig,
+    config: QueryGradConfig | HopperQueryGradConfig,
 ) -> Tensor:
     """dq `[B, H, Lq, D]`; `plan` is the query plan of the level mask."""
-    batch, heads, q_len, head_dim = q.shape
+    heads, q_len = q.shape[1:3]
     dq = q.new_empty(q.shape)
-    query_gradient[triton.cdiv(q_len, config.rows), batch * heads](
+    arguments = (
         q,
         pyramid.k,
         pyramid.v,
@@ -177,6 +177,25 @@ def launch_query_gradient(
         padded_length(kv_len, block_n),
         plan.entries.shape[2],
         plan.entries.shape[3],
+    )
+    if isinstance(config, HopperQueryGradConfig):
+        # Gluon kernels cannot be interpreted: nothing else may import them.
+        from psa_torch.attention.triton import query_gradient_hopper
+
+        launch = query_gradient_hopper.launch
+    else:
+        launch = _launch
+    launch(arguments, config, block_m=block_m, block_n=block_n, IS_CAUSAL=is_causal)
+    return dq
+
+
+def _launch(
+    arguments: tuple, config: QueryGradConfig, *, block_m: int, block_n: int, **constants
+) -> None:
+    q: Tensor = arguments[0]
+    batch, heads, q_len, head_dim = q.shape
+    query_gradient[triton.cdiv(q_len, config.rows), batch * heads](
+        *arguments,
         D=head_dim,
         BLOCK_M=block_m,
         LOG_BLOCK_N=block_n.bit_length() - 1,
@@ -184,8 +203,7 @@ def launch_query_gradient(
         TILE=config.tile,
         TAIL=config.tail,
         STAGES=config.stages,
-        IS_CAUSAL=is_causal,
         num_warps=config.warps,
         num_stages=config.stages,
+        **constants,
     )
-    return dq
