@@ -177,19 +177,19 @@ def test_transformations(interpreter, rng):
     config = PSAConfig(**options, attn_impl="old_mask_type")
     case = Case(config=config, batch=2, q_len=128, kv_len=300)
     q, k = case.inputs(rng)
-    run = functools.partial(importance.block_scores, config=config)
-    want = run(q, k)
-    mapped = jax.vmap(run)(q[:, None], k[:, None])
-    np.testing.assert_array_equal(mapped[:, 0], want)
 
     def loss(q, k):
-        return run(q, k).sum() + q.astype(jnp.float32).sum()
+        scores = jax.vmap(functools.partial(importance.block_scores, config=config))(
+            q[:, None], k[:, None]
+        )
+        return scores.sum() + q.astype(jnp.float32).sum(), scores[:, 0]
 
-    dq, dk = jax.jit(jax.grad(loss, (0, 1)))(q, k)
+    (dq, dk), got = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(q, k)
+    check(got, case, q, k)
     assert (dq == 1).all() and (dk == 0).all()
 
     _, levels = psa_attention(q, k, k, config=config, implementation="gather", return_levels=True)
-    np.testing.assert_array_equal(levels, select_levels(want, config, q_len=128, kv_len=300))
+    np.testing.assert_array_equal(levels, select_levels(got, config, q_len=128, kv_len=300))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

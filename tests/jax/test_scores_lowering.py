@@ -2,6 +2,11 @@
 
 import dataclasses
 import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -74,3 +79,34 @@ def test_too_much_shared_memory_is_refused_here_already():
     too_big = dataclasses.replace(PeakConfig(), stages=6)
     with pytest.raises(ValueError, match="shared memory"):
         lower(128, sizes=too_big)
+
+
+SHARDED = """
+import functools, jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from psa_jax._sharding import per_shard
+from psa_jax.kernels.scores import peak_scores
+from shared_specs.config import PSAConfig
+
+mesh = jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Explicit,))
+x = jax.device_put(jnp.zeros((1, 4, 1000, 64), "bfloat16"), NamedSharding(mesh, P(None, "heads")))
+scores = functools.partial(peak_scores, config=PSAConfig(causal=True))
+run = jax.jit(lambda q, k: per_shard(scores, q, k))
+print(run.trace(x, x).lower(lowering_platforms=("cuda",)).as_text())
+"""
+
+
+def test_sharded_heads_stay_where_they_are():
+    """Each of two devices launches the kernel for its own two of four heads."""
+    flags = "--xla_force_host_platform_device_count=2"
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (kernel,) = (line for line in done.stdout.splitlines() if "custom_call @mosaic_gpu" in line)
+    assert "tensor<2x256x64xf32>" in kernel
+    assert not re.search(r"stablehlo\.(all_|collective|reduce_scatter)", done.stdout)
