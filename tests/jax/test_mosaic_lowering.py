@@ -13,9 +13,13 @@ import jax.numpy as jnp
 import pytest
 
 from psa_jax.attention import mosaic
-from psa_jax.attention.mosaic.config import Config, WalkConfig, default_config
+from psa_jax.attention.mosaic.config import SlotConfig, WalkConfig, default_config
 
 pytestmark = pytest.mark.timeout(240)
+
+
+KERNELS = 5
+"""Forward, dq, dk and dv by key tiles, and the two that make and sum slots."""
 
 
 def lower(*, head_dim, block_m, block_n, is_causal, dtype="bfloat16", length=1000, config=None):
@@ -59,29 +63,34 @@ ALL = [
 
 @pytest.mark.parametrize("shape", FAST, ids=str)
 def test_lowers_for_cuda(shape):
-    assert kernels_in(lower(**shape)) == 3
+    assert kernels_in(lower(**shape)) == KERNELS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ALL, ids=str)
 def test_every_configuration_lowers_for_cuda(shape):
-    assert kernels_in(lower(**shape)) == 3
+    assert kernels_in(lower(**shape)) == KERNELS
 
 
 @pytest.mark.slow
 def test_long_sequences_lower_for_cuda():
-    assert kernels_in(lower(**FAST[0], length=69_120)) == 3
+    assert kernels_in(lower(**FAST[0], length=69_120)) == KERNELS
 
 
 def test_too_much_shared_memory_is_refused_here_already():
     fits = default_config(128, 128)
-    too_big = Config(
-        forward=dataclasses.replace(fits.forward, stages=3),
-        query_gradient=fits.query_gradient,
-        key_gradient=fits.key_gradient,
-    )
+    too_big = dataclasses.replace(fits, forward=dataclasses.replace(fits.forward, stages=3))
     with pytest.raises(ValueError, match="shared memory"):
         lower(**FAST[0], config=too_big)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", FAST, ids=str)
+def test_level_4_in_slots_and_split_rounds_lower_for_cuda(shape):
+    config = default_config(shape["head_dim"], shape["block_m"])
+    slots = dataclasses.replace(config.slots, levels=(4, 8), workspace_bytes=1, blocks=8)
+    config = dataclasses.replace(config, slots=slots)
+    assert kernels_in(lower(**shape, config=config)) == KERNELS + 2
 
 
 @pytest.mark.parametrize(
@@ -90,5 +99,15 @@ def test_too_much_shared_memory_is_refused_here_already():
 def test_sizes_that_no_kernel_takes_are_refused(wrong, named):
     right = {"tile": 64, "stages": 2, "consumer_registers": 232, "producer_registers": 40}
     make = functools.partial(WalkConfig, **{**right, **wrong})
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"), [({"tiles": 5}, "tiles"), ({"levels": (2, 8)}, "levels")], ids=str
+)
+def test_slots_that_no_kernel_takes_are_refused(wrong, named):
+    right = {"tiles": 4, "query_slots": 1, "consumer_registers": 232, "producer_registers": 40}
+    make = functools.partial(SlotConfig, **{**right, **wrong})
     with pytest.raises(ValueError, match=named):
         make()

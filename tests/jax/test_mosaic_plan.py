@@ -1,11 +1,13 @@
 """The arrays that the mosaic kernels walk, decoded and compared with the mask they came from."""
 
+import dataclasses
 import itertools
 
 import jax
 import numpy as np
 import pytest
 
+from psa_jax.attention.mosaic.config import slot_config
 from psa_jax.attention.mosaic.geometry import CHUNK, QUERY_TILE, ROWS, Geometry
 from psa_jax.attention.mosaic.key_plan import (
     BLOCK_BITS,
@@ -23,6 +25,14 @@ from psa_jax.attention.mosaic.plan import (
     unpack_covers,
     walk_plan,
 )
+from psa_jax.attention.mosaic.slot_plan import (
+    FIRST_ENTRY,
+    FULL,
+    LISTED,
+    Rounds,
+    slot_plan,
+)
+from psa_jax.attention.mosaic.slot_plan import TAIL as SLOT_TAIL
 from shared_specs.constants import LEVELS, MASK_LEVELS
 from shared_specs.pyramid import build_pyramid
 
@@ -122,12 +132,13 @@ def test_the_worst_tail_fits(rng):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(("block_m", "block_n"), BLOCKS)
-def test_key_walk_visits_every_pair_once(block_m, block_n, is_causal, rng):
+@pytest.mark.parametrize("key_levels", [(0, 1), (0, 1, 2, 3)])
+def test_key_walk_visits_every_pair_once(block_m, block_n, is_causal, key_levels, rng):
     for q_len, kv_len in LENGTHS:
         geometry = Geometry(q_len, kv_len, block_m, block_n, is_causal, 64)
-        tiles = KeyTiles(geometry)
+        tiles = KeyTiles(geometry, key_levels)
         levels = random_levels(rng, geometry, heads=4)
-        plan = jax.jit(key_plan, static_argnums=(1, 2))(levels, 2, geometry)
+        plan = jax.jit(key_plan, static_argnums=(1, 2))(levels, 2, tiles)
         plan = jax.tree.map(np.asarray, plan)
         n_q, pairs = levels.shape[2], {}
         for kv_head, tile in itertools.product(range(2), range(tiles.total)):
@@ -145,14 +156,92 @@ def test_key_walk_visits_every_pair_once(block_m, block_n, is_causal, rng):
                 needs_mask = is_causal and any(last[r] > first_query for r in seen)
                 assert place < masked or not needs_mask
         for head, row in itertools.product(range(4), range(n_q)):
-            want = wanted(levels[0, head, row], geometry, row)
-            assert sorted(pairs.get((head, row), [])) == sorted(want.items())
+            want = wanted(levels[0, head, row], geometry, row).items()
+            want = [pair for pair in want if LEVELS.index(pair[0][0]) in key_levels]
+            assert sorted(pairs.get((head, row), [])) == sorted(want)
 
 
 def token_of_tile(tiles, tile, row):
-    g = max(g for g in range(len(LEVELS)) if tiles.first[g] <= tile)
+    g = max(g for g in tiles.levels if tiles.first[g] <= tile)
     block, inside = divmod((tile - tiles.first[g]) * ROWS + row, tiles.geometry.pitch[g])
     return LEVELS[g], block * tiles.geometry.rows[g] + inside
+
+
+def rounds_of(geometry, level, workspace_bytes, blocks):
+    config = dataclasses.replace(slot_config(64, geometry.block_m), workspace_bytes=workspace_bytes)
+    return Rounds(geometry, LEVELS.index(level), config, 1, 4, 2, 64, blocks, True)
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 30], ids=["split", "at once"])
+@pytest.mark.parametrize("level", [4, 8])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("block_m", "block_n"), BLOCKS)
+def test_every_slot_is_filled_by_one_query_block_and_summed_once(
+    block_m, block_n, is_causal, level, workspace_bytes, rng
+):
+    for q_len, kv_len in LENGTHS:
+        geometry = Geometry(q_len, kv_len, block_m, block_n, is_causal, ROWS)
+        rounds = rounds_of(geometry, level, workspace_bytes, blocks=2)
+        levels = random_levels(rng, geometry, heads=4)
+        plan = jax.jit(lambda x, g=geometry, r=rounds: slot_plan(x, walk_plan(x, g), r))(levels)
+        plan = jax.tree.map(np.asarray, plan)
+        assert (rounds.splits > 1) == (workspace_bytes == 1)
+        for number in range(rounds.head_rounds * rounds.splits):
+            filled = filled_slots(plan, geometry, rounds, levels, number)
+            units = rounds.heads_per_round * geometry.key_blocks
+            summed = {}
+            for unit in range(units):
+                row = number * units + unit
+                slots = plan.slots[row, : plan.counts[row]]
+                assert (np.diff(slots) > 0).all()
+                kv_head, block = divmod(unit, geometry.key_blocks)
+                summed |= {int(slot): (kv_head, block) for slot in slots}
+            assert summed == filled
+
+
+def filled_slots(plan, geometry, rounds, levels, number):
+    """Slot -> (key/value head of the round, key block) of what the kernel leaves in one round."""
+    filled = {}
+    heads = rounds.heads_per_round * rounds.group
+    for local_head, local in itertools.product(range(heads), range(rounds.queries_per_round)):
+        head = number // rounds.splits * heads + local_head
+        query = number % rounds.splits * rounds.queries_per_round + local
+        spans = plan.spans[head * rounds.padded_queries + query]
+        if query >= levels.shape[2]:
+            assert (spans[[FULL, SLOT_TAIL, LISTED]] == 0).all()
+            continue
+        entries = plan.entries[head * geometry.query_blocks + query]
+        blocks = entries[spans[FIRST_ENTRY] :][: spans[LISTED]]
+        covers = plan.tail_covers[head * rounds.padded_queries + query]
+        count, last = (x[: spans[SLOT_TAIL]].ravel() for x in unpack_covers(covers))
+        level, found = LEVELS[rounds.level], {}
+        for place, block in enumerate(blocks):
+            tokens = block * geometry.rows[rounds.level] + np.arange(geometry.rows[rounds.level])
+            at = (place - spans[FULL] * rounds.slots_per_tile) * rounds.pitch
+            for inside, token in enumerate(tokens):
+                covered = (level, token * level + level - 1)
+                if at >= 0:
+                    covered = count[at + inside], last[at + inside]
+                if covered[0] > 0:
+                    found[level, token] = covered
+            item = local_head * rounds.queries_per_round + local
+            filled[item * rounds.slots_per_item + place] = local_head // rounds.group, block
+        # Rows of the tail tiles that no block has must not count.
+        assert (count > 0).sum() == sum(
+            1
+            for level_token in found
+            if place_of(blocks, level_token, geometry, rounds) >= spans[FULL]
+        )
+        want = wanted(levels[0, head, query], geometry, query)
+        assert found == {key: value for key, value in want.items() if key[0] == level}
+        assert spans[SLOT_TAIL] <= rounds.tail_tiles
+    return filled
+
+
+def place_of(blocks, level_token, geometry, rounds):
+    """Tile of a token in its query block's list."""
+    block = level_token[1] // geometry.rows[rounds.level]
+    return list(blocks).index(block) // rounds.slots_per_tile
 
 
 @pytest.mark.parametrize("block_n", [32, 64, 128])

@@ -9,16 +9,26 @@ import jax.numpy as jnp
 from jax import Array
 
 from psa_jax.attention.mosaic.channels import pad_channels
-from psa_jax.attention.mosaic.config import Config, KeyConfig, WalkConfig, default_config
+from psa_jax.attention.mosaic.config import (
+    Config,
+    KeyConfig,
+    SlotConfig,
+    WalkConfig,
+    default_config,
+)
 from psa_jax.attention.mosaic.forward_kernel import forward_kernel
 from psa_jax.attention.mosaic.geometry import CHUNK, ROWS, Geometry, cdiv
 from psa_jax.attention.mosaic.key_gradient import KeyWalk, key_gradient_kernel
-from psa_jax.attention.mosaic.key_plan import KeyTiles, key_plan, unpool
+from psa_jax.attention.mosaic.key_plan import KeyTiles, key_plan, rows_of_level
 from psa_jax.attention.mosaic.plan import MASKED, kernel_pyramid, walk_plan
 from psa_jax.attention.mosaic.query_gradient import query_gradient_kernel
+from psa_jax.attention.mosaic.slot_plan import Rounds, slot_plan
+from psa_jax.attention.mosaic.slot_sum import slot_gradients
+from psa_jax.attention.mosaic.unpool import unpool
 from psa_jax.attention.mosaic.walk import Walk
 from psa_jax.kernels.device import interpreter, multiprocessors
 from psa_jax.pyramid import build_pyramid
+from shared_specs.constants import LEVELS
 
 
 def forward(
@@ -117,13 +127,22 @@ def backward(
         ),
     )
     options = {"scale": scale, "interpret": call.interpret}
-    dq = query_gradient_kernel(*inputs, walk_plan(levels, walk.geometry), walk, **options)
+    plan = walk_plan(levels, walk.geometry)
+    dq = query_gradient_kernel(*inputs, plan, walk, **options)
     dq = dq[:, : q.shape[2]].reshape(q.shape) * sign
     key_walk = call.key_walk()
     gradients = key_gradient_kernel(
-        *inputs, key_plan(levels, k.shape[1], key_walk.tiles.geometry), key_walk, **options
+        *inputs, key_plan(levels, k.shape[1], key_walk.tiles), key_walk, **options
     )
-    dk, dv = (unpool(rows, key_walk.tiles, k.shape) for rows in gradients)
+    by_level = [
+        {g: rows_of_level(rows, key_walk.tiles, g) for g in key_walk.tiles.levels}
+        for rows in gradients
+    ]
+    for rounds in call.rounds():
+        sums = slot_gradients(*inputs, slot_plan(levels, plan, rounds), rounds, **options)
+        for rows, gradient in zip(by_level, sums, strict=True):
+            rows[rounds.level] = gradient
+    dk, dv = (unpool(rows, walk.geometry, k.shape) for rows in by_level)
     return tuple(x[..., :dim].astype(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
 
 
@@ -168,7 +187,8 @@ class _Call:
 
     def key_walk(self) -> KeyWalk:
         config = self.config.key_gradient
-        tiles = KeyTiles(self.geometry(self.config.query_gradient.tile))
+        others = tuple(g for g, x in enumerate(LEVELS) if x not in self.config.slots.levels)
+        tiles = KeyTiles(self.geometry(ROWS), others)
         batch, kv_heads = self.k.shape[:2]
         return KeyWalk(
             tiles=tiles,
@@ -180,8 +200,27 @@ class _Call:
             interpreted=self.interpret is not None,
         )
 
+    def rounds(self) -> list[Rounds]:
+        config = self.config.slots
+        batch, heads = self.q.shape[:2]
+        geometry = self.geometry(ROWS)
+        return [
+            Rounds(
+                geometry=geometry,
+                level=LEVELS.index(level),
+                config=config,
+                batch=batch,
+                heads=heads,
+                kv_heads=self.k.shape[1],
+                head_dim=self.q.shape[-1],
+                blocks=self._blocks(config, batch * heads * geometry.query_blocks),
+                interpreted=self.interpret is not None,
+            )
+            for level in config.levels
+        ]
+
     @staticmethod
-    def _blocks(config: WalkConfig | KeyConfig, items: int) -> int:
+    def _blocks(config: WalkConfig | KeyConfig | SlotConfig, items: int) -> int:
         return min(config.blocks or multiprocessors(), items)
 
     def query_rows(self, x: Array) -> Array:

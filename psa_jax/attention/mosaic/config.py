@@ -87,12 +87,56 @@ def key_gradient_config(head_dim: int) -> KeyConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotConfig:
+    """How the gradients of coarse levels are made in slots and summed (see `slot_plan`).
+
+    Attributes:
+        levels: levels for which it is done; the dk and dv kernel does the others.
+        tiles: 64-row tiles in shared memory, for both consumers together: an even number, at
+            least 4, because a tile is given back while its consumer has the next one.
+        query_slots: query blocks in shared memory; with 2 the next one arrives while the last
+            one is finished.
+        workspace_bytes: memory for the slots of one round.
+        batch_rows: slot rows that a thread block of the sum reads at a time.
+        consumer_registers, producer_registers, blocks: as in `WalkConfig`.
+    """
+
+    levels: tuple[int, ...] = (8,)
+    tiles: int
+    query_slots: int
+    consumer_registers: int
+    producer_registers: int
+    workspace_bytes: int = 1 << 30
+    batch_rows: int = 64
+    blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tiles < 4 or self.tiles % 2:
+            raise ValueError(f"tiles must be even and at least 4, got {self.tiles}")
+        if not set(self.levels) <= {4, 8}:
+            raise ValueError(f"levels must be among 4 and 8, got {self.levels}")
+
+
+def slot_config(head_dim: int, block_m: int) -> SlotConfig:
+    """The sizes of the kernels that fill slots and sum them."""
+    if head_dim == 128:
+        return SlotConfig(
+            tiles=4,
+            query_slots=1 if block_m == 2 * ROWS else 2,
+            consumer_registers=232,
+            producer_registers=40,
+        )
+    return SlotConfig(tiles=8, query_slots=2, consumer_registers=232, producer_registers=40)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sizes of the three kernels."""
+    """Sizes of the kernels."""
 
     forward: WalkConfig
     query_gradient: WalkConfig
     key_gradient: KeyConfig
+    slots: SlotConfig
 
 
 def default_config(head_dim: int, block_m: int) -> Config:
@@ -101,4 +145,5 @@ def default_config(head_dim: int, block_m: int) -> Config:
         forward=forward_config(head_dim, block_m),
         query_gradient=query_gradient_config(head_dim, block_m),
         key_gradient=key_gradient_config(head_dim),
+        slots=slot_config(head_dim, block_m),
     )

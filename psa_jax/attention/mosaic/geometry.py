@@ -101,13 +101,18 @@ class Geometry:
         return self.tile // CHUNK
 
     @property
+    def masked_blocks(self) -> int:
+        """Most blocks of a row that need a mask: the ragged last one and, when causal, those that
+        straddle the diagonal of the query block."""
+        straddling = (self.block_m - 1) // self.block_n + 2 if self.is_causal else 0
+        return min(self.key_blocks, straddling + 1)
+
+    @property
     def masked_chunk_capacity(self) -> int:
         """Most chunks that the masked tail of a row can have, in whole tiles.
 
-        Remainders of the levels that do not fill a tile, and the blocks that need a mask: the
-        ragged last one and, when causal, those that straddle the diagonal of the query block.
+        Remainders of the levels that do not fill a tile, and the blocks that need a mask.
         """
         remainders = len(LEVELS) * (self.chunks - 1)
-        straddling = (self.block_m - 1) // self.block_n + 2 if self.is_causal else 0
-        blocks = min(self.key_blocks, straddling + 1)
-        return cdiv(remainders + blocks * (self.block_n // CHUNK), self.chunks) * self.chunks
+        chunks = remainders + self.masked_blocks * (self.block_n // CHUNK)
+        return cdiv(chunks, self.chunks) * self.chunks

@@ -59,22 +59,27 @@ def unpack_row(packed):
 
 @dataclasses.dataclass(frozen=True)
 class KeyTiles:
-    """Static facts of the key tiles of a geometry."""
+    """Static facts of the key tiles of a geometry.
+
+    Attributes:
+        levels: indices of the levels that have tiles, ascending.
+    """
 
     geometry: Geometry
+    levels: tuple[int, ...]
+
+    def count(self, g: int) -> int:
+        """Tiles of a level."""
+        return cdiv(self.geometry.key_blocks * self.geometry.pitch[g], ROWS)
 
     @functools.cached_property
-    def per_level(self) -> tuple[int, ...]:
-        return tuple(cdiv(self.geometry.key_blocks * p, ROWS) for p in self.geometry.pitch)
-
-    @functools.cached_property
-    def first(self) -> tuple[int, ...]:
+    def first(self) -> dict[int, int]:
         """First tile, by level."""
-        return tuple(sum(self.per_level[:g]) for g in range(len(LEVELS)))
+        return {g: sum(map(self.count, self.levels[:i])) for i, g in enumerate(self.levels)}
 
     @property
     def total(self) -> int:
-        return sum(self.per_level)
+        return sum(map(self.count, self.levels))
 
     def block_rows(self, g: int) -> int:
         """Rows of one block inside one tile."""
@@ -84,8 +89,9 @@ class KeyTiles:
         """`KeyPlan.starts`, `KeyPlan.rows`, and the last key of each tile."""
         geometry = self.geometry
         starts, rows, last_keys = [], [], []
-        for g, level in enumerate(LEVELS):
-            row = np.arange(self.per_level[g] * ROWS).reshape(-1, ROWS)
+        for g in self.levels:
+            level = LEVELS[g]
+            row = np.arange(self.count(g) * ROWS).reshape(-1, ROWS)
             block, inside = np.divmod(row, geometry.pitch[g])
             token = block * geometry.rows[g] + inside
             real = (inside < geometry.rows[g]) & (block < geometry.key_blocks)
@@ -98,13 +104,13 @@ class KeyTiles:
         return starts.astype(np.int32), rows.astype(np.int32), last_keys
 
 
-def key_plan(levels: jax.Array, kv_heads: int, geometry: Geometry) -> KeyPlan:
+def key_plan(levels: jax.Array, kv_heads: int, key_tiles: KeyTiles) -> KeyPlan:
     """Plan of the dk and dv kernel.
 
     Args:
         levels: int32 `[B, H, Nq, Nk]`, values in {0, 1, 2, 4, 8}.
     """
-    key_tiles = KeyTiles(geometry)
+    geometry = key_tiles.geometry
     starts, rows, last_key = key_tiles.arrays()
     levels = jnp.swapaxes(pad_query_blocks(levels, geometry), -1, -2)
     query_block = jnp.arange(geometry.query_blocks, dtype=jnp.int32)
@@ -112,7 +118,7 @@ def key_plan(levels: jax.Array, kv_heads: int, geometry: Geometry) -> KeyPlan:
         first_key = (jnp.arange(geometry.key_blocks) * geometry.block_n)[:, None]
         last_query = (query_block + 1) * geometry.block_m - 1 + geometry.offset
         levels = jnp.where(first_key <= last_query, levels, 0)
-    bits = jnp.concatenate([_bits(levels, key_tiles, g) for g in range(len(LEVELS))], axis=2)
+    bits = jnp.concatenate([_bits(levels, key_tiles, g) for g in key_tiles.levels], axis=2)
     masked = jnp.zeros((), bool)
     if geometry.is_causal:
         first_query = query_block * geometry.block_m + geometry.offset
@@ -150,31 +156,14 @@ def _bits(levels: jax.Array, key_tiles: KeyTiles, g: int) -> jax.Array:
     here = (levels == LEVELS[g]).astype(jnp.int32)
     here = jnp.repeat(here, geometry.pitch[g] // key_tiles.block_rows(g), axis=2)
     blocks = ROWS // key_tiles.block_rows(g)
-    missing = key_tiles.per_level[g] * blocks - here.shape[2]
+    missing = key_tiles.count(g) * blocks - here.shape[2]
     here = jnp.pad(here, [(0, 0), (0, 0), (0, missing), (0, 0)])
     here = here.reshape(*here.shape[:2], -1, blocks, here.shape[-1])
     place = jnp.left_shift(1, jnp.arange(blocks, dtype=jnp.int32))[:, None]
     return (here * place).sum(3, dtype=jnp.int32)
 
 
-def unpool(rows: jax.Array, key_tiles: KeyTiles, shape: tuple[int, ...]) -> jax.Array:
-    """Gradients of pyramid rows to gradients of keys.
-
-    Args:
-        rows: float32 `[B * Hk, tiles * 64, D]`, tile by tile.
-        shape: of the keys, `(B, Hk, Lk, D)`.
-
-    Returns:
-        float32, of that shape.
-    """
-    geometry = key_tiles.geometry
-    batch, heads, kv_len, dim = shape
-    total = 0
-    for g, level in enumerate(LEVELS):
-        start, tokens = key_tiles.first[g] * ROWS, geometry.key_blocks * geometry.rows[g]
-        share = rows[:, start : start + geometry.key_blocks * geometry.pitch[g]]
-        share = share.reshape(batch, heads, geometry.key_blocks, geometry.pitch[g], dim)
-        share = share[..., : geometry.rows[g], :].reshape(batch, heads, tokens, dim)
-        count = np.clip(kv_len - np.arange(tokens) * level, 1, level).astype(np.float32)
-        total = total + jnp.repeat(share / count[:, None], level, axis=2)
-    return total[:, :, :kv_len]
+def rows_of_level(rows: jax.Array, key_tiles: KeyTiles, g: int) -> jax.Array:
+    """A level's part `[B * Hk, Nk * pitch, D]` of rows laid out tile by tile."""
+    start = key_tiles.first[g] * ROWS
+    return rows[:, start : start + key_tiles.geometry.key_blocks * key_tiles.geometry.pitch[g]]

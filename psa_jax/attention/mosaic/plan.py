@@ -84,7 +84,12 @@ def walk_plan(levels: jax.Array, geometry: Geometry) -> WalkPlan:
     """
     levels = pad_query_blocks(levels, geometry)
     entries, counts = build_table(levels)
-    seen, whole = _needed(levels, geometry)
+    seen, whole = (
+        jnp.stack([x.sum(-1, dtype=jnp.int32) for x in of_levels], -1)
+        for of_levels in zip(
+            *(needed(levels, geometry, g) for g in range(len(LEVELS))), strict=True
+        )
+    )
     pitch, rows, start = (
         np.asarray(x, np.int32) for x in (geometry.pitch, geometry.rows, geometry.start)
     )
@@ -132,8 +137,8 @@ def walk_plan(levels: jax.Array, geometry: Geometry) -> WalkPlan:
     )
 
 
-def _needed(levels: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
-    """Entries of each level that can be seen at all, and that need no mask: `[..., Nq, 4]` each.
+def needed(levels: jax.Array, geometry: Geometry, g: int) -> tuple[jax.Array, jax.Array]:
+    """Which blocks at `LEVELS[g]` can be seen at all, and which need no mask: bool like `levels`.
 
     Both are prefixes of the level's entries, which ascend.
     """
@@ -144,10 +149,8 @@ def _needed(levels: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array
         top = (jnp.arange(geometry.query_blocks) * geometry.block_m + geometry.offset)[:, None]
         seen = keys <= top + geometry.block_m - 1
         whole = whole & (keys + geometry.block_n - 1 <= top)
-    return tuple(
-        jnp.stack([((levels == level) & mask).sum(-1, dtype=jnp.int32) for level in LEVELS], -1)
-        for mask in (seen, whole)
-    )
+    here = levels == LEVELS[g]
+    return here & seen, here & whole
 
 
 def _half_covers(geometry: Geometry) -> np.ndarray:

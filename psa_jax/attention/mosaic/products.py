@@ -216,6 +216,57 @@ def key_gradients(
     return acc_k, acc_v
 
 
+def tile_key_gradients(
+    logits: jax.Array,
+    d_weights: jax.Array,
+    operands: tuple[Any, Any, Any, Any],
+    *,
+    weights: Callable[[jax.Array], jax.Array],
+    interpreted: bool,
+    meanwhile: Callable[[], None],
+    store_k: Callable[[jax.Array], None],
+    store_v: Callable[[jax.Array], None],
+) -> None:
+    """`store_k((p * (d_weights + v @ dout.T)) @ q)` and `store_v(p @ dout)`, float32 `[M, D]`.
+
+    As `key_gradients`, with nothing to add to: the accumulators exist only after the logits are
+    gone, so that twice as many queries fit the registers.
+
+    Args:
+        logits, d_weights, operands, weights: as for `key_gradients`.
+        meanwhile: called while the first products are under way.
+        store_k, store_v: take the results when `k` and `v` are no longer needed.
+    """
+    k, v, q, dout = operands
+    if interpreted:
+        p = weights(logits + _dot(k[...], q[...].T))
+        d_logits = p * (d_weights + _dot(v[...], dout[...].T))
+        meanwhile()
+        store_v(_dot(p.astype(q.dtype), dout[...]))
+        store_k(_dot(d_logits.astype(q.dtype), q[...]))
+        return
+
+    def multiply(refs):
+        logits, d_weights = refs
+        plgpu.wgmma(logits, k, _transposed(q))
+        plgpu.wgmma(d_weights, v, _transposed(dout))
+        meanwhile()
+        p = weights(plgpu.wgmma_accumulator_load(logits, wait_n=1))
+        d_logits = p * plgpu.wgmma_accumulator_load(d_weights, wait_n=0)
+        p, d_logits = p.astype(q.dtype), d_logits.astype(q.dtype)
+
+        def inner(acc_v, acc_k):
+            plgpu.wgmma(acc_v, p, dout)
+            plgpu.wgmma(acc_k, d_logits, q)
+            store_v(plgpu.wgmma_accumulator_load(acc_v, wait_n=1))
+            store_k(plgpu.wgmma_accumulator_load(acc_k, wait_n=0))
+
+        acc = plgpu.ACC((k.shape[0], q.shape[1]), jnp.float32)
+        pl.run_scoped(inner, acc, acc)
+
+    pl.run_state(multiply)((plgpu.ACC.init(logits), plgpu.ACC.init(d_weights)))
+
+
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
