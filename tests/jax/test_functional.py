@@ -78,8 +78,9 @@ def test_what_is_returned_and_in_which_order(rng):
     assert levels.shape == (2, 2, 4, 7 + 5) and levels.dtype == jnp.int32
     out3, lse, levels2 = run(q, k, v, return_lse=True, return_levels=True)
     assert lse.shape == (2, 2, 200) and lse.dtype == jnp.float32
-    for x in (out2, out3):
-        np.testing.assert_array_equal(x, out)
+    np.testing.assert_array_equal(out2, out)
+    # With lse XLA fuses other passes, and the last bit may differ.
+    np.testing.assert_allclose(out3, out, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(levels2, levels)
     # Segments stand by descending score, and mean the same mask in any order.
     scores = block_scores(q, k, SMALL)
