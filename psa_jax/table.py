@@ -35,8 +35,9 @@ def build_table(levels: Array, *, transposed: bool = False) -> Table:
     group = jnp.int32(skip)
     for place, level in enumerate(LEVELS):
         group = jnp.where(levels == level, jnp.int32(place), group)
-    # One sort of (level, id) packed in an int32 groups the ids and keeps them ascending.
-    packed = jnp.sort(group * n + jnp.arange(n, dtype=jnp.int32), axis=-1)
+    # One sort of (level, id) packed in an int32 groups the ids and keeps them ascending. No two are
+    # equal, and a stable sort would carry an index along.
+    packed = jnp.sort(group * n + jnp.arange(n, dtype=jnp.int32), axis=-1, stable=False)
     entries = jnp.where(packed < skip * n, packed % n, jnp.int32(-1))
     counts = [(group == place).sum(-1, dtype=jnp.int32) for place in range(skip)]
     return Table(entries, jnp.stack(counts, -1))

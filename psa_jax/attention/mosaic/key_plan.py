@@ -135,7 +135,7 @@ def key_plan(levels: jax.Array, kv_heads: int, key_tiles: KeyTiles) -> KeyPlan:
     visited = bits > 0
     query = jnp.arange(bits.shape[-1], dtype=jnp.int32)
     visits = query << BLOCK_BITS | bits | jnp.where(masked, 0, 1 << UNMASKED_BIT)
-    visits = jnp.sort(jnp.where(visited, visits, np.iinfo(np.int32).max), axis=-1)
+    visits = jnp.sort(jnp.where(visited, visits, np.iinfo(np.int32).max), axis=-1, stable=False)
     counts = [x.sum(-1, dtype=jnp.int32) for x in (visited, visited & masked)]
     return KeyPlan(
         visits=visits,

@@ -197,4 +197,4 @@ def _slots(here: jax.Array, rounds: Rounds) -> tuple[jax.Array, jax.Array]:
     slot = jnp.where(here, item * rounds.slots_per_item + rank, np.iinfo(np.int32).max)
     order = (0, 3, 1, 5, 2, 4)
     slot, here = (x.transpose(order).reshape(-1, group * queries) for x in (slot, here))
-    return jnp.sort(slot, axis=-1), here.sum(-1, dtype=jnp.int32)
+    return jnp.sort(slot, axis=-1, stable=False), here.sum(-1, dtype=jnp.int32)
