@@ -35,7 +35,7 @@ SPILLED_BYTES = {
     "forward": 64,
     "query_gradient": 0,
     "key_gradient": 64,
-    "slot_gradient": 448,
+    "slot_gradient": 384,
     "slot_sum": 0,
 }
 """Allowed by kernel, for addresses outside the loops that multiply: at D 128 the forward's producer
