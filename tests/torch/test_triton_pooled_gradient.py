@@ -11,7 +11,7 @@ from psa_torch.attention.triton.backward import backward, backward_planned
 from psa_torch.attention.triton.configs import BackwardConfig, KeyGradConfig, PooledGradConfig
 from psa_torch.attention.triton.forward import forward
 from psa_torch.attention.triton.plan import key_plan, query_plan
-from psa_torch.attention.triton.pooled_gradient import blocks_per_round
+from psa_torch.attention.triton.pooled_gradient import round_size
 from psa_torch.pyramid import build_pyramid
 from tests.torch.attention_contract import (
     FLOAT32_TOLERANCE,
@@ -95,7 +95,7 @@ def test_tile_sizes_do_not_change_the_answer(tile, rows, rng):
 
 
 def test_lists_longer_than_one_look(rng, monkeypatch):
-    monkeypatch.setattr(blocks_per_round.__module__ + ".LIST_WIDTH", 2)
+    monkeypatch.setattr(round_size.__module__ + ".LIST_WIDTH", 2)
     case = dataclasses.replace(ONE, level=8, q_len=600, kv_len=70)
     check(case, rng, workspace=3 * 2 * 16 * 32 * 4)
 
@@ -156,18 +156,41 @@ def test_a_slot_that_nobody_wrote_shows(rng):
 
 
 class TestRounds:
-    q = torch.empty(2, 3, 640, 64, dtype=torch.bfloat16)
+    """Two key heads of three query heads each, ten query blocks."""
+
+    q = torch.empty(1, 6, 640, 64, dtype=torch.bfloat16)
     slot = 2 * 80 * 64
-    of_block = 6 * slot * 2
+    of_block = slot * 2
+    of_group = 3 * 10 * of_block
+
+    def size(self, budget):
+        return round_size(self.q, 3, self.slot, budget, 10)
 
     @pytest.mark.parametrize(
-        ("budget", "blocks"), [(2**30, 10), (5 * of_block, 5), (9 * of_block, 5), (of_block, 1)]
+        ("budget", "heads"), [(2**30, 6), (2 * of_group - 1, 3), (of_group // 4, 3)]
     )
-    def test_the_budget_bounds_a_round_and_rounds_are_even(self, budget, blocks):
-        assert blocks_per_round(self.q, self.slot, budget, 10) == blocks
+    def test_whole_groups_of_heads_where_one_fits(self, budget, heads):
+        assert self.size(budget) == (heads, 10)
+
+    def test_else_some_blocks_of_every_head_in_even_rounds(self):
+        assert self.size(self.of_group // 4 - 1) == (6, 1)
+        self.q = torch.empty(1, 3, 640, 64, dtype=torch.bfloat16)
+        assert self.size(7 * 3 * self.of_block) == (3, 10)
+        assert self.size(2 * 3 * self.of_block) == (3, 2)
 
     def test_few_heads_take_more_to_fill_the_machine_but_not_any_amount(self, monkeypatch):
-        monkeypatch.setattr(blocks_per_round.__module__ + ".resident_programs", lambda *_: 60)
-        assert blocks_per_round(self.q, self.slot, 3 * self.of_block, 10) == 10
-        assert blocks_per_round(self.q, self.slot, self.of_block, 10) == 4
-        assert blocks_per_round(self.q, self.slot, 1, 10) == 1
+        monkeypatch.setattr(round_size.__module__ + ".resident_programs", lambda *_: 60)
+        assert self.size(6 * self.of_block) == (6, 4)
+        assert self.size(1) == (6, 1)
+
+    def test_heads_share_out_evenly(self):
+        self.q = torch.empty(2, 15, 640, 64, dtype=torch.bfloat16)
+        assert self.size(4 * self.of_group) == (12, 10)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_rounds_of_heads(kv_heads, rng):
+    case = Case(batch=2, heads=4, kv_heads=kv_heads, q_len=200, kv_len=333)
+    blocks = -(-case.q_len // case.block_m)
+    group = 4 // kv_heads * blocks * 2 * 6 * 32 * case.head_dim * 4
+    check(case, rng, workspace=3 * group)

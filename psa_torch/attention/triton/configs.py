@@ -101,7 +101,7 @@ class PooledGradConfig:
 
     rows: queries a product; block_m keeps the query block in shared memory, a divisor reads it
         again for every tile.
-    workspace: bytes that the sums of one round of query blocks may take (see `blocks_per_round`).
+    workspace: bytes that the sums of one round may take (see `round_size`).
     """
 
     tile: int
@@ -159,7 +159,7 @@ def choose_forward(
     Those of compute capability 9.0 were measured on an H200 (`benchmarks/LOG.md`).
     """
     if _warp_specialised(capability, head_dim, dtype, block_m):
-        return HopperForwardConfig(tile=128, slots=2)
+        return HopperForwardConfig(tile=128, slots=4 if head_dim == 64 else 2)
     return choose_plain_forward(capability, head_dim, dtype, block_m, block_n)
 
 
@@ -255,7 +255,8 @@ def _levels(
     block_n: int, by_key: Callable[[int], KeyGradConfig], pooled: PooledGradConfig
 ) -> LevelConfigs:
     """`by_key(run)` for runs of rows long enough to pay for reading queries, else `pooled`."""
-    return tuple(by_key(block_n >> g) if block_n >> g >= 32 else pooled for g in range(4))
+    # Nothing is coarser than level 8, whose rows only the sums of slots can begin.
+    return tuple(by_key(block_n >> g) if block_n >> g >= 16 and g < 3 else pooled for g in range(4))
 
 
 def _warp_specialised(

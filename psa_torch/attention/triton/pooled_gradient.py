@@ -4,9 +4,12 @@ A key block has few rows of a coarse level, too few to pay for reading a block o
 kernel takes a query block at a time, whose rows of the level fill whole tiles, and writes what
 it adds to each key block it sees into a slot of that pair; a second one adds the slots up.
 Slots are addressed by head, query block and key block: no atomics, no counting, a fixed order of
-addition. Query blocks go in rounds, so that the slots fit a workspace of bounded size.
+addition. The work goes in rounds, so that the slots fit a workspace of bounded size: a few key
+heads at a time, or, where one head alone has too many slots, a few query blocks of every head,
+whose sums are then read and written again in every round.
 """
 
+import itertools
 import math
 
 import triton
@@ -23,7 +26,7 @@ from psa_torch.pyramid import Pyramid
 from shared_specs.pyramid import padded_length
 
 
-@triton.jit(do_not_specialize=["first_block", "round_blocks"])
+@triton.jit(do_not_specialize=["first_head", "first_block", "round_blocks"])
 def pooled_partials(
     q_pointer,
     k_pointer,
@@ -49,6 +52,7 @@ def pooled_partials(
     padded_len,
     q_blocks,
     k_blocks,
+    first_head,
     first_block,
     round_blocks,
     Q_STRIDE_M: tl.constexpr,
@@ -62,23 +66,24 @@ def pooled_partials(
     STAGES: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
-    """What query block `first_block + program` of one head owes to the rows it sees at level 2**G.
+    """What query block `first_block + program` of head `first_head + program` owes to the rows it
+    sees at level 2**G.
 
-    dk_slots, dv_slots: `[B * H, round_blocks, padded_len >> G, D]` in the dtype of q. A row holds
+    dk_slots, dv_slots: `[heads, round_blocks, padded_len >> G, D]` in the dtype of q. A row holds
     what it owes to each key that it covers, dk before the factor `scale` but times `dk_unit`,
     which is about as large. Key blocks that are not listed stay as they are. Rows that cover no
     key are written like others, and end in sums that nothing reads.
     """
     # Of a causal round the last blocks have most to do.
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch_head = tl.program_id(1)
+    batch_head = first_head + tl.program_id(1)
     batch = (batch_head // heads).to(tl.int64)
     head = batch_head % heads
     kv_head = batch * (heads // group) + head // group
     pyramid = kv_head * (2 * padded_len - padded_len // 8) * D
     k_pointer += pyramid
     v_pointer += pyramid
-    slots = (batch_head.to(tl.int64) * round_blocks + slot) * (padded_len >> G) * D
+    slots = (tl.program_id(1).to(tl.int64) * round_blocks + slot) * (padded_len >> G) * D
     dk_slots += slots
     dv_slots += slots
     q_base = q_pointer + batch * q_stride_b + head.to(tl.int64) * q_stride_h
@@ -173,7 +178,7 @@ def pooled_partials(
             tl.store(dv_slots + here, dv.to(dv_slots.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["first_block", "round_blocks"])
+@triton.jit(do_not_specialize=["first_head", "first_block", "round_blocks"])
 def pooled_sums(
     dk_slots,
     dv_slots,
@@ -186,6 +191,7 @@ def pooled_sums(
     padded_len,
     q_blocks,
     k_blocks,
+    first_head,
     first_block,
     round_blocks,
     D: tl.constexpr,
@@ -203,7 +209,7 @@ def pooled_sums(
     """
     RUN: tl.constexpr = (1 << LOG_BLOCK_N) >> G
     key_block = tl.program_id(0)
-    batch_kv_head = tl.program_id(1)
+    batch_kv_head = first_head // group + tl.program_id(1)
     d = tl.arange(0, D)
     run = key_block * RUN + tl.arange(0, RUN)
     own = run[:, None] * D + d[None, :]
@@ -225,7 +231,7 @@ def pooled_sums(
             of_round = tl.load(listed + place, mask=place < count, other=2**30) - first_block
             begin += tl.sum((of_round < 0).to(tl.int32), 0)
             end += tl.sum((of_round < round_blocks).to(tl.int32), 0)
-        base = batch_head.to(tl.int64) * round_blocks - first_block
+        base = (batch_head - first_head).to(tl.int64) * round_blocks - first_block
         for at in tl.range(begin, end, SLOTS, num_stages=1):
             for ahead in tl.static_range(SLOTS):
                 live = at + ahead < end
@@ -264,23 +270,33 @@ LIST_WIDTH = 128
 PROGRAMS_PER_PROCESSOR = 2
 
 
-def blocks_per_round(q: Tensor, slot_elements: int, budget: int, q_blocks: int) -> int:
-    """Query blocks of one round, at least 1.
+def round_size(
+    q: Tensor, group: int, slot_elements: int, budget: int, q_blocks: int
+) -> tuple[int, int]:
+    """(heads, query blocks) of one round: whole groups of heads, and at least one block.
 
-    As many as `budget` bytes hold; or as many as give every multiprocessor work, if that takes
-    no more than four times the budget.
+    Whole heads, as many as `budget` bytes hold, or one group of them if that takes no more than
+    four times the budget; else all heads, and as many query blocks as the budget holds, or as
+    give every multiprocessor work, up to four times the budget again.
 
     Args:
         q: `[B, H, Lq, D]`.
+        group: query heads per key head.
         slot_elements: numbers that one query block of one head writes at most.
         q_blocks: all query blocks of a head.
     """
     heads = max(1, q.shape[0] * q.shape[1])
-    of_block = heads * slot_elements * q.element_size()
+    of_block = slot_elements * q.element_size()
+    of_group = group * q_blocks * of_block
+    groups = max(budget // of_group, int(of_group <= 4 * budget))
+    if groups:
+        rounds = -(-heads // (groups * group))
+        return -(-heads // (rounds * group)) * group, q_blocks
+    of_block *= heads
     to_fill = -(-resident_programs(q, PROGRAMS_PER_PROCESSOR) // heads)
     most = max(1, budget // of_block, min(to_fill, 4 * budget // of_block))
     rounds = -(-q_blocks // most)
-    return -(-q_blocks // rounds)
+    return heads, -(-q_blocks // rounds)
 
 
 def launch_pooled_gradient(
@@ -311,15 +327,22 @@ def launch_pooled_gradient(
     padded_len = padded_length(kv_len, block_n)
     q_blocks, k_blocks = by_query.entries.shape[2:]
     slot_rows = padded_len >> g
-    capacity = blocks_per_round(q, 2 * slot_rows * head_dim, config.workspace, q_blocks)
-    slots = q.new_empty(2, batch * heads, capacity, slot_rows, head_dim)
+    group = heads // kv_heads
+    round_heads, round_blocks = round_size(
+        q, group, 2 * slot_rows * head_dim, config.workspace, q_blocks
+    )
+    slots = q.new_empty(2, round_heads, round_blocks, slot_rows, head_dim)
     # A power of two near `scale`, so that a slot of dk has the size of dk; 1 for scale 0.
     dk_unit = 2.0 ** max(-32, min(32, math.frexp(scale)[1]))
     log_block_n = block_n.bit_length() - 1
     slot_bytes = (block_n >> g) * head_dim * q.element_size()
-    for first_block in range(0, q_blocks, capacity):
-        blocks = min(capacity, q_blocks - first_block)
-        pooled_partials[blocks, batch * heads](
+    rounds = itertools.product(
+        range(0, batch * heads, round_heads), range(0, q_blocks, round_blocks)
+    )
+    for first_head, first_block in rounds:
+        taken_heads = min(round_heads, batch * heads - first_head)
+        blocks = min(round_blocks, q_blocks - first_block)
+        pooled_partials[blocks, taken_heads](
             q,
             pyramid.k,
             pyramid.v,
@@ -334,14 +357,15 @@ def launch_pooled_gradient(
             scale,
             dk_unit,
             heads,
-            heads // kv_heads,
+            group,
             q_len,
             kv_len,
             padded_len,
             q_blocks,
             k_blocks,
+            first_head,
             first_block,
-            capacity,
+            round_blocks,
             Q_STRIDE_M=q.stride(2),
             DOUT_STRIDE_M=dout.stride(2),
             D=head_dim,
@@ -355,7 +379,7 @@ def launch_pooled_gradient(
             num_warps=config.warps,
             num_stages=config.stages,
         )
-        pooled_sums[k_blocks, batch * kv_heads](
+        pooled_sums[k_blocks, taken_heads // group](
             slots[0],
             slots[1],
             by_key.entries,
@@ -363,12 +387,13 @@ def launch_pooled_gradient(
             pooled[0],
             pooled[1],
             dk_unit,
-            heads // kv_heads,
+            group,
             padded_len,
             q_blocks,
             k_blocks,
+            first_head,
             first_block,
-            capacity,
+            round_blocks,
             D=head_dim,
             LOG_BLOCK_N=log_block_n,
             G=g,
