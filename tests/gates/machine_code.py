@@ -57,10 +57,10 @@ def signature(fn, types: dict[str, str], constants: dict):
         if name in constants:
             kinds[name], values[name] = "constexpr", constants[name]
             continue
-        kind, _, divisor = types[name].partition(":")
+        kind, divisor = types[name].removesuffix(":16"), types[name].endswith(":16") and 16
         kinds[name] = kind
         if divisor:
-            attributes[(place,)] = [["tt.divisibility", int(divisor)]]
+            attributes[(place,)] = [["tt.divisibility", divisor]]
     return kinds, values, attributes
 
 
@@ -108,6 +108,9 @@ def compile_launch(kernel, args: tuple, options: dict, arch: int) -> MachineCode
             constants[parameter.name] = value
         elif isinstance(value, torch.Tensor):
             types[parameter.name] = f"*{TYPES[value.dtype]}:16"
+        elif hasattr(value, "block_shape"):
+            box = f"{TYPES[value.base.dtype]}{list(value.block_shape)}"
+            types[parameter.name] = f"tensordesc<{box},{value.layout!r}>"
         elif isinstance(value, int):
             width = "i32" if value < 2**31 else "i64"
             types[parameter.name] = width + (":16" if special and value % 16 == 0 else "")

@@ -19,7 +19,7 @@ from tests.torch.attention_contract import Case, expected, to_numpy
 
 pytestmark = pytest.mark.gpu
 
-HOPPER = {64: HopperForwardConfig(tile=128, slots=3), 128: HopperForwardConfig(tile=128, slots=2)}
+HOPPER = {64: HopperForwardConfig(tile=128, slots=4), 128: HopperForwardConfig(tile=128, slots=2)}
 
 CASES = [
     Case(block_m=128, head_dim=128, q_len=300, kv_len=1000),

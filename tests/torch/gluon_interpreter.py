@@ -77,6 +77,17 @@ class Shared:
     def load(self, layout):
         return array(self.data.copy())
 
+    def slice(self, start, length):
+        return Shared(self.data[start : start + length])
+
+
+class Descriptor:
+    """Boxes of adjacent rows of a matrix."""
+
+    def __init__(self, matrix: np.ndarray, block_shape):
+        self.matrix, self.block_shape = matrix, block_shape
+        self.dtype, self.layout = matrix.dtype, None
+
 
 class Product:
     """An asynchronous product: its operands are read when it is waited for, not before."""
@@ -98,7 +109,7 @@ class Barrier:
     def __init__(self, count: int):
         self.all = [self] if count == 1 else [Barrier(1) for _ in range(count)]
         self.changed = threading.Condition()
-        self.expected = self.pending = self.phase = 0
+        self.expected = self.pending = self.phase = self.bytes = 0
 
     def index(self, i):
         return self.all[int(i)]
@@ -110,10 +121,23 @@ class Barrier:
         with self.changed:
             self.pending -= count
             assert self.pending >= 0, "more arrivals than the barrier expects"
-            if self.pending == 0:
-                self.phase += 1
-                self.pending = self.expected
-                self.changed.notify_all()
+            self._complete()
+
+    def expect(self, count):
+        with self.changed:
+            self.bytes += count
+        self.arrive(1)
+
+    def land(self, count):
+        with self.changed:
+            self.bytes -= count
+            self._complete()
+
+    def _complete(self):
+        if self.pending == 0 and self.bytes == 0:
+            self.phase += 1
+            self.pending = self.expected
+            self.changed.notify_all()
 
     def wait(self, parity):
         with self.changed:
@@ -142,9 +166,11 @@ class Run:
                 MBarrierLayout=lambda: None,
                 init=lambda barrier, count: barrier.init(count),
                 wait=lambda barrier, phase, pred=True: pred and barrier.wait(int(phase)),
+                expect=lambda barrier, count: barrier.expect(count),
                 arrive=lambda barrier, count=1, pred=True: pred and barrier.arrive(count),
             ),
             "copy_async": self._copy_async,
+            "load_async": self._load_async,
             "async_copy": types.SimpleNamespace(mbarrier_arrive=self._copies_arrive),
             "fence_async_shared": lambda: None,
             "warpgroup_mma": self._multiply,
@@ -166,6 +192,18 @@ class Run:
 
     def _copy_async(self, target, pointer):
         self.copies.__dict__.setdefault("waiting", []).append((target, pointer))
+
+    @staticmethod
+    def _load_async(box, corner, barrier, target):
+        time.sleep(COPY_SECONDS)
+        row, column = (int(x) for x in corner)
+        rows, columns = target.shape
+        assert [rows, columns] == list(box.block_shape)
+        inside = box.matrix[row : row + rows, column : column + columns]
+        target.data[...] = 0  # what lies outside the matrix
+        target.data[: len(inside)] = inside
+        # The kernels count two bytes a number, whatever numbers are made of here.
+        barrier.land(rows * columns * 2)
 
     def _copies_arrive(self, barrier, increment_count):
         assert not increment_count
@@ -286,11 +324,18 @@ class _Language:
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """Run every program of a Gluon kernel; tensors are read and written in place."""
     grid = (*grid, 1)[:2]
-    arguments = [Pointer(_memory(x)) if hasattr(x, "numpy") else x for x in args]
+    arguments = [_argument(x) for x in args]
     for y in range(grid[1]):
         for x in range(grid[0]):
             with np.errstate(all="ignore"):
                 Run((x, y), grid).function(kernel)(*arguments, **constants)
+
+
+def _argument(x):
+    """What the kernel sees of a tensor, a tensor descriptor or a number."""
+    if hasattr(x, "block_shape"):
+        return Descriptor(x.base.numpy(), x.block_shape)
+    return Pointer(_memory(x)) if hasattr(x, "numpy") else x
 
 
 def _memory(x) -> np.ndarray:

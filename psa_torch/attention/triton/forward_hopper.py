@@ -1,10 +1,10 @@
 """The forward for Hopper, warp-specialised: one warpgroup copies, two multiply.
 
-The copying warpgroup gathers pyramid rows into a ring of tiles by asynchronous copies; each of
-the other two owns 64 query rows and issues the logits of the next tile before the softmax of this
-one, so tensor cores work during both softmaxes. A program takes query block after query block,
-and the copies of the next block start while this one's output is written. Same table, same
-tiles, same arithmetic as `forward`; Triton's interpreter does not know Gluon (see the tests).
+The copying warpgroup brings pyramid rows into a ring of tiles, by tensor copies of whole runs
+where a tile is a few long ones, row by row elsewhere; each of the other two owns 64 query rows and
+issues the logits of the next tile before the softmax of this one, so tensor cores work during both
+softmaxes. Same table, same tiles, same arithmetic as `forward`; Triton's interpreter does not know
+Gluon (see the tests).
 """
 
 import torch
@@ -12,26 +12,27 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from psa_torch.attention.triton.configs import HopperForwardConfig
+from psa_torch.attention.triton.copies_hopper import copy_rows
 from psa_torch.attention.triton.walk import (
     gather_rows,
     in_full_tiles,
     load4,
-    select4,
     tail_length,
     tail_rows,
 )
-from psa_torch.kernels._launch import capability, resident_programs
+from psa_torch.kernels._launch import capability
 
 # Renamed between Triton 3.6 and 3.9.
-copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 BLOCK_M = 128
 HEAD_DIMS = (64, 128)
@@ -40,62 +41,67 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _copy_rows(
-    k_pointer,
-    v_pointer,
-    rows,
-    d,
+def _load_boxes(
+    k_box,
+    v_box,
+    entries,
+    first_row,
+    position,
     t,
+    padded_len,
     k_ring,
     v_ring,
     k_full,
     k_empty,
     v_full,
     v_empty,
-    D: gl.constexpr,
+    G: gl.constexpr,
+    LOG_BLOCK_N: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
-    """Copies the rows of tile `t` into its place of both rings once that is free."""
+    """Loads tile `t` by tensor copies, a box for each run of adjacent rows of level `2**G`.
+
+    entries: points at the first block id of the level.
+    first_row: row of the descriptors at which the pyramid of this head starts.
+    """
+    BOX: gl.constexpr = k_box.block_shape[0]
+    TILE: gl.constexpr = k_ring.shape[1]
+    BYTES: gl.constexpr = TILE * k_ring.shape[2] * 2
     slot = t % SLOTS
     lap = (t // SLOTS) & 1
-    at = gl.expand_dims(rows, 1) * D + gl.expand_dims(d, 0)
+    rows = ()
+    for j in gl.static_range(TILE // BOX):
+        row = gather_rows(entries, 0, position + j * BOX, G, padded_len, LOG_BLOCK_N)
+        rows = rows + (first_row + row,)
+    # The bytes count as the arrival of one thread; the other 127 have nothing to wait for.
     mbarrier.wait(k_empty.index(slot), lap ^ 1)
-    copy_async(k_ring.index(slot), k_pointer + at)
-    async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
+    mbarrier.expect(k_full.index(slot), BYTES)
+    for j in gl.static_range(TILE // BOX):
+        box = k_ring.index(slot).slice(j * BOX, BOX)
+        load_async(k_box, [rows[j], 0], k_full.index(slot), box)
+    mbarrier.arrive(k_full.index(slot), count=127)
     mbarrier.wait(v_empty.index(slot), lap ^ 1)
-    copy_async(v_ring.index(slot), v_pointer + at)
-    async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
+    mbarrier.expect(v_full.index(slot), BYTES)
+    for j in gl.static_range(TILE // BOX):
+        box = v_ring.index(slot).slice(j * BOX, BOX)
+        load_async(v_box, [rows[j], 0], v_full.index(slot), box)
+    mbarrier.arrive(v_full.index(slot), count=127)
 
 
 @gluon.jit
-def place(item, blocks, heads, group, padded_len, D: gl.constexpr, IS_CAUSAL: gl.constexpr):
-    """(block, batch and head, first element of the pyramid) of an item of work.
-
-    The blocks of a head are neighbours, so that programs share its pyramid in L2. Under
-    causality the last blocks see most: they come first.
-    """
-    block = item % blocks
-    if IS_CAUSAL:
-        block = blocks - 1 - block
-    batch_head = item // blocks
-    kv_head = (batch_head // heads).to(gl.int64) * (heads // group) + batch_head % heads // group
-    return block, batch_head, kv_head * (2 * padded_len - padded_len // 8) * D
-
-
-@gluon.jit
-def copy_tiles(
+def _copy_tiles(
     k_pointer,
     v_pointer,
+    k_long,
+    k_half,
+    v_long,
+    v_half,
+    first_row,
     entries,
     counts,
     full_counts,
-    heads,
-    group,
     kv_len,
     padded_len,
-    q_blocks,
-    k_blocks,
-    items,
     k_ring,
     v_ring,
     k_full,
@@ -106,96 +112,136 @@ def copy_tiles(
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
     SLOTS: gl.constexpr,
-    IS_CAUSAL: gl.constexpr,
 ):
-    """The copying warpgroup: every tile of each table row, full ones first."""
+    """The copying warpgroup: every tile of the table row, full ones first.
+
+    Full tiles of levels 1 and 2 are a few long runs, loaded as boxes; rows of the others are
+    gathered one by one.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    n0, n1, n2, n3 = load4(counts, 0)
+    u0, u1, u2, u3 = load4(full_counts, 0)
+    done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
+    done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
+    done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
+    done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     # One position a thread while rows are looked up; every thread that copies gets them after.
     lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [4], [0]))
     d = gl.arange(0, D, gl.SliceLayout(0, layout))
-    copied = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, batch_head, pyramid = place(item, q_blocks, heads, group, padded_len, D, IS_CAUSAL)
-        k_head = k_pointer + pyramid
-        v_head = v_pointer + pyramid
-        table_row = batch_head * q_blocks + block
-        listed = entries + table_row.to(gl.int64) * k_blocks
-        n0, n1, n2, n3 = load4(counts, table_row)
-        u0, u1, u2, u3 = load4(full_counts, table_row)
-        done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
-        done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
-        done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
-        done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
-        end0 = done0 // TILE
-        end1 = end0 + done1 // TILE
-        end2 = end1 + done2 // TILE
-        end3 = end2 + done3 // TILE
-        for t in range(end3):
-            g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
-            level_entry = select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
-            position = (t - select4(g, 0, end0, end1, end2)) * TILE + lane
-            rows = gather_rows(listed, level_entry, position, g, padded_len, LOG_BLOCK_N)
-            rows = gl.convert_layout(rows, row_layout)
-            _copy_rows(
-                k_head,
-                v_head,
-                rows,
-                d,
-                copied + t,
-                k_ring,
-                v_ring,
-                k_full,
-                k_empty,
-                v_full,
-                v_empty,
-                D,
-                SLOTS,
-            )
-        left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
-        tiles = end3 + (left + TILE - 1) // TILE
-        for t in range(end3, tiles):
-            rows, last, bias = tail_rows(
-                listed,
-                (t - end3) * TILE + lane,
-                n0,
-                n1,
-                n2,
-                n3,
-                done0,
-                done1,
-                done2,
-                done3,
-                padded_len,
-                kv_len,
-                LOG_BLOCK_N,
-            )
-            # A row that is not there has weight 0; any real one stands in for it.
-            rows = gl.convert_layout(gl.where(bias > float("-inf"), rows, 0), row_layout)
-            _copy_rows(
-                k_head,
-                v_head,
-                rows,
-                d,
-                copied + t,
-                k_ring,
-                v_ring,
-                k_full,
-                k_empty,
-                v_full,
-                v_empty,
-                D,
-                SLOTS,
-            )
-        copied += tiles
+    end0 = done0 // TILE
+    end1 = end0 + done1 // TILE
+    end2 = end1 + done2 // TILE
+    end3 = end2 + done3 // TILE
+    for t in range(end0):
+        _load_boxes(
+            k_long,
+            v_long,
+            entries,
+            first_row,
+            t * TILE,
+            t,
+            padded_len,
+            k_ring,
+            v_ring,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            0,
+            LOG_BLOCK_N,
+            SLOTS,
+        )
+    for t in range(end0, end1):
+        _load_boxes(
+            k_half,
+            v_half,
+            entries + n0,
+            first_row,
+            (t - end0) * TILE,
+            t,
+            padded_len,
+            k_ring,
+            v_ring,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            1,
+            LOG_BLOCK_N,
+            SLOTS,
+        )
+    for t in range(end1, end3):
+        g = 2 + (t >= end2).to(gl.int32)
+        level_entry = n0 + n1 + gl.where(g == 2, 0, n2)
+        position = (t - gl.where(g == 2, end1, end2)) * TILE + lane
+        rows = gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N)
+        rows = gl.convert_layout(rows, row_layout)
+        copy_rows(
+            k_pointer,
+            v_pointer,
+            rows,
+            d,
+            t,
+            k_ring,
+            v_ring,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            D,
+            SLOTS,
+        )
+    left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
+    for i in range((left + TILE - 1) // TILE):
+        rows, last, bias = tail_rows(
+            entries,
+            i * TILE + lane,
+            n0,
+            n1,
+            n2,
+            n3,
+            done0,
+            done1,
+            done2,
+            done3,
+            padded_len,
+            kv_len,
+            LOG_BLOCK_N,
+        )
+        # A row that is not there has weight 0; any real one stands in for it.
+        rows = gl.convert_layout(gl.where(bias > float("-inf"), rows, 0), row_layout)
+        copy_rows(
+            k_pointer,
+            v_pointer,
+            rows,
+            d,
+            end3 + i,
+            k_ring,
+            v_ring,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            D,
+            SLOTS,
+        )
 
 
 @gluon.jit
-def _start_logits(q, k_ring, k_full, t, there, SLOTS: gl.constexpr, S_LAYOUT: gl.constexpr):
+def _start_logits(
+    q,
+    k_ring,
+    k_full,
+    t,
+    there,
+    SLOTS: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
+):
     """Starts q k^T of tile `t` as soon as its keys are in place."""
     slot = t % SLOTS
     mbarrier.wait(k_full.index(slot), (t // SLOTS) & 1, pred=there)
-    # The copies were ordinary writes; tensor cores read through another path.
+    # Gathered rows are ordinary writes; tensor cores read through another path.
     fence_async_shared()
     ROWS: gl.constexpr = q.shape[0]
     TILE: gl.constexpr = k_ring.shape[1]
@@ -204,7 +250,16 @@ def _start_logits(q, k_ring, k_full, t, there, SLOTS: gl.constexpr, S_LAYOUT: gl
 
 
 @gluon.jit
-def _add_values(acc, p, shrink, v_ring, v_full, v_empty, t, SLOTS: gl.constexpr):
+def _add_values(
+    acc,
+    p,
+    shrink,
+    v_ring,
+    v_full,
+    v_empty,
+    t,
+    SLOTS: gl.constexpr,
+):
     """acc * shrink + p v of tile `t`; then its place in the ring is free."""
     layout: gl.constexpr = acc.type.layout
     shrink = gl.convert_layout(shrink, gl.SliceLayout(1, layout))
@@ -228,18 +283,13 @@ def _multiply_tiles(
     entries,
     counts,
     full_counts,
-    q_stride_b,
-    q_stride_h,
     q_stride_m,
     scale,
-    heads,
-    group,
+    first_row,
+    out_row,
     q_len,
     kv_len,
     padded_len,
-    q_blocks,
-    k_blocks,
-    items,
     q_tiles,
     k_ring,
     v_ring,
@@ -254,7 +304,7 @@ def _multiply_tiles(
     IS_CAUSAL: gl.constexpr,
     NEGATE: gl.constexpr,
 ):
-    """One multiplying warpgroup: 64 rows of each query block through every tile."""
+    """One multiplying warpgroup: 64 query rows through every tile."""
     ROWS: gl.constexpr = 64
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -262,108 +312,98 @@ def _multiply_tiles(
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     dtype: gl.constexpr = q_pointer.dtype.element_ty
 
+    first = first_row + part * ROWS
+    m = first + gl.arange(0, ROWS, gl.SliceLayout(1, io_layout))
     d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0)
+    q_at = gl.expand_dims(m.to(gl.int64), 1) * q_stride_m + d
+    q_values = gl.load(q_pointer + q_at, mask=gl.expand_dims(m < q_len, 1), other=0.0)
+    if NEGATE:
+        q_values = (-q_values.to(gl.float32)).to(dtype)
     q = q_tiles.index(part)
-    lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [4], [0]))
-    multiplied = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, batch_head, pyramid = place(item, q_blocks, heads, group, padded_len, D, IS_CAUSAL)
-        batch = (batch_head // heads).to(gl.int64)
-        head = (batch_head % heads).to(gl.int64)
-        out_row = batch_head.to(gl.int64) * q_len
-        table_row = batch_head * q_blocks + block
-        listed = entries + table_row.to(gl.int64) * k_blocks
-        first = block * 128 + part * ROWS
-        m = first + gl.arange(0, ROWS, gl.SliceLayout(1, io_layout))
-        q_at = gl.expand_dims(m.to(gl.int64), 1) * q_stride_m + d
-        q_head = q_pointer + batch * q_stride_b + head * q_stride_h
-        q_values = gl.load(q_head + q_at, mask=gl.expand_dims(m < q_len, 1), other=0.0)
-        if NEGATE:
-            q_values = (-q_values.to(gl.float32)).to(dtype)
-        q.store(q_values)
-        fence_async_shared()
+    q.store(q_values)
+    fence_async_shared()
 
-        n0, n1, n2, n3 = load4(counts, table_row)
-        u0, u1, u2, u3 = load4(full_counts, table_row)
-        done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
-        done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
-        done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
-        done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
-        end0 = done0 // TILE
-        end1 = end0 + done1 // TILE
-        end2 = end1 + done2 // TILE
-        end3 = end2 + done3 // TILE
-        left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
-        tiles = end3 + (left + TILE - 1) // TILE
+    n0, n1, n2, n3 = load4(counts, 0)
+    u0, u1, u2, u3 = load4(full_counts, 0)
+    done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
+    done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
+    done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
+    done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
+    end0 = done0 // TILE
+    end1 = end0 + done1 // TILE
+    end2 = end1 + done2 // TILE
+    end3 = end2 + done3 // TILE
+    left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
+    tiles = end3 + (left + TILE - 1) // TILE
 
-        acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-        top = gl.full([ROWS], float("-inf"), gl.float32, s_row)
-        total = gl.full([ROWS], 0.0, gl.float32, s_row)
-        token = _start_logits(q, k_ring, k_full, multiplied, tiles > 0, SLOTS, s_layout)
+    acc = gl.zeros([ROWS, D], gl.float32, o_layout)
+    top = gl.full([ROWS], float("-inf"), gl.float32, s_row)
+    total = gl.full([ROWS], 0.0, gl.float32, s_row)
+    token = _start_logits(q, k_ring, k_full, 0, tiles > 0, SLOTS, s_layout)
+    s = warpgroup_mma_wait(0, deps=[token])
+    mbarrier.arrive(k_empty.index(0), count=1, pred=tiles > 0)
+    for t in range(end3):
+        more = t + 1 < tiles
+        following = gl.where(more, t + 1, t)
+        token = _start_logits(q, k_ring, k_full, following, more, SLOTS, s_layout)
+        g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
+        bias = g.to(gl.float32)
+        new_top = gl.maximum(top, gl.max(s, 1) * scale + bias)
+        p = gl.exp2(s * scale - gl.expand_dims(new_top - bias, 1))
+        shrink = gl.exp2(top - new_top)
+        total = total * shrink + gl.sum(p, 1)
+        top = new_top
         s = warpgroup_mma_wait(0, deps=[token])
-        mbarrier.arrive(k_empty.index(multiplied % SLOTS), count=1, pred=tiles > 0)
-        for t in range(end3):
-            more = t + 1 < tiles
-            following = multiplied + gl.where(more, t + 1, t)
-            token = _start_logits(q, k_ring, k_full, following, more, SLOTS, s_layout)
-            g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
-            bias = g.to(gl.float32)
-            new_top = gl.maximum(top, gl.max(s, 1) * scale + bias)
-            p = gl.exp2(s * scale - gl.expand_dims(new_top - bias, 1))
-            shrink = gl.exp2(top - new_top)
-            total = total * shrink + gl.sum(p, 1)
-            top = new_top
-            s = warpgroup_mma_wait(0, deps=[token])
-            mbarrier.arrive(k_empty.index(following % SLOTS), count=1, pred=more)
-            acc = _add_values(acc, p, shrink, v_ring, v_full, v_empty, multiplied + t, SLOTS)
+        mbarrier.arrive(k_empty.index(following % SLOTS), count=1, pred=more)
+        acc = _add_values(acc, p, shrink, v_ring, v_full, v_empty, t, SLOTS)
 
-        row = first + gl.arange(0, ROWS, s_row)
-        s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
-        for t in range(end3, tiles):
-            rows, last, bias = tail_rows(
-                listed,
-                (t - end3) * TILE + lane,
-                n0,
-                n1,
-                n2,
-                n3,
-                done0,
-                done1,
-                done2,
-                done3,
-                padded_len,
-                kv_len,
-                LOG_BLOCK_N,
-            )
-            s = s * scale + gl.expand_dims(gl.convert_layout(bias, s_column), 0)
-            if IS_CAUSAL:
-                position = gl.expand_dims(row + (kv_len - q_len), 1)
-                last = gl.expand_dims(gl.convert_layout(last, s_column), 0)
-                s = gl.where(last <= position, s, float("-inf"))
-            new_top = gl.maximum(top, gl.max(s, 1))
-            # A row that has seen nothing yet keeps -inf as its maximum, and must not subtract it.
-            origin = gl.where(new_top == float("-inf"), 0.0, new_top)
-            p = gl.exp2(s - gl.expand_dims(origin, 1))
-            shrink = gl.exp2(top - origin)
-            total = total * shrink + gl.sum(p, 1)
-            top = new_top
-            more = t + 1 < tiles
-            following = multiplied + gl.where(more, t + 1, t)
-            # The mask took the registers that a second tile of logits would need until here.
-            token = _start_logits(q, k_ring, k_full, following, more, SLOTS, s_layout)
-            s = warpgroup_mma_wait(0, deps=[token])
-            mbarrier.arrive(k_empty.index(following % SLOTS), count=1, pred=more)
-            acc = _add_values(acc, p, shrink, v_ring, v_full, v_empty, multiplied + t, SLOTS)
+    row = first + gl.arange(0, ROWS, s_row)
+    lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [4], [0]))
+    s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
+    for t in range(end3, tiles):
+        _, last, bias = tail_rows(
+            entries,
+            (t - end3) * TILE + lane,
+            n0,
+            n1,
+            n2,
+            n3,
+            done0,
+            done1,
+            done2,
+            done3,
+            padded_len,
+            kv_len,
+            LOG_BLOCK_N,
+        )
+        s = s * scale + gl.expand_dims(gl.convert_layout(bias, s_column), 0)
+        if IS_CAUSAL:
+            position = gl.expand_dims(row + (kv_len - q_len), 1)
+            last = gl.expand_dims(gl.convert_layout(last, s_column), 0)
+            s = gl.where(last <= position, s, float("-inf"))
+        new_top = gl.maximum(top, gl.max(s, 1))
+        # A row that has seen nothing yet keeps -inf as its maximum, and must not subtract it.
+        origin = gl.where(new_top == float("-inf"), 0.0, new_top)
+        p = gl.exp2(s - gl.expand_dims(origin, 1))
+        shrink = gl.exp2(top - origin)
+        total = total * shrink + gl.sum(p, 1)
+        top = new_top
+        more = t + 1 < tiles
+        following = gl.where(more, t + 1, t)
+        # The mask took the registers that a second tile of logits would need until here.
+        token = _start_logits(q, k_ring, k_full, following, more, SLOTS, s_layout)
+        s = warpgroup_mma_wait(0, deps=[token])
+        mbarrier.arrive(k_empty.index(following % SLOTS), count=1, pred=more)
+        acc = _add_values(acc, p, shrink, v_ring, v_full, v_empty, t, SLOTS)
 
-        seen = total > 0
-        norm = gl.where(seen, 1.0 / gl.where(seen, total, 1.0), 0.0)
-        lse = (top + gl.log2(gl.where(seen, total, 1.0))) * LN2
-        out = acc * gl.expand_dims(gl.convert_layout(norm, gl.SliceLayout(1, o_layout)), 1)
-        out = gl.convert_layout(out.to(dtype), io_layout)
-        out_at = gl.expand_dims((out_row + m) * D, 1) + d
-        gl.store(out_pointer + out_at, out, mask=gl.expand_dims(m < q_len, 1))
-        gl.store(lse_pointer + out_row + row, gl.where(seen, lse, float("-inf")), mask=row < q_len)
-        multiplied += tiles
+    seen = total > 0
+    norm = gl.where(seen, 1.0 / gl.where(seen, total, 1.0), 0.0)
+    lse = (top + gl.log2(gl.where(seen, total, 1.0))) * LN2
+    out = acc * gl.expand_dims(gl.convert_layout(norm, gl.SliceLayout(1, o_layout)), 1)
+    out = gl.convert_layout(out.to(dtype), io_layout)
+    out_at = gl.expand_dims((out_row + m) * D, 1) + d
+    gl.store(out_pointer + out_at, out, mask=gl.expand_dims(m < q_len, 1))
+    gl.store(lse_pointer + out_row + row, gl.where(seen, lse, float("-inf")), mask=row < q_len)
 
 
 @gluon.jit
@@ -387,7 +427,10 @@ def attention_forward_hopper(
     padded_len,
     q_blocks,
     k_blocks,
-    items,
+    k_long,
+    k_half,
+    v_long,
+    v_half,
     D: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
@@ -397,8 +440,26 @@ def attention_forward_hopper(
     IS_CAUSAL: gl.constexpr,
     NEGATE: gl.constexpr,
 ):
-    """Grid: any number of programs. Arguments as in `forward.attention_forward`, block_m 128;
-    `items` is the number of query blocks over all heads."""
+    """128 query rows of one head; arguments as in `forward.attention_forward`, block_m 128.
+
+    k_long, v_long: descriptors of the pyramids as `[B * Hk * P, D]` with boxes of the rows of a
+    level-1 block; k_half, v_half: of a level-2 block.
+    """
+    block = gl.program_id(0)
+    if IS_CAUSAL:
+        block = gl.num_programs(0) - 1 - block
+    batch_head = gl.program_id(1)
+    batch = batch_head // heads
+    head = batch_head % heads
+    kv_head = batch.to(gl.int64) * (heads // group) + head // group
+    pyramid = kv_head * (2 * padded_len - padded_len // 8)
+    q_pointer += batch.to(gl.int64) * q_stride_b + head.to(gl.int64) * q_stride_h
+    table_row = batch_head * q_blocks + block
+    counts += table_row.to(gl.int64) * 4
+    full_counts += table_row.to(gl.int64) * 4
+    entries += table_row.to(gl.int64) * k_blocks
+    out_row = batch_head.to(gl.int64) * q_len
+
     dtype: gl.constexpr = q_pointer.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], dtype)
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
@@ -409,8 +470,8 @@ def attention_forward_hopper(
     k_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    # All 128 copying threads arrive as their copies land; each multiplying warpgroup once.
     for slot in gl.static_range(SLOTS):
-        # All 128 copying threads arrive as their copies land; each multiplying warpgroup once.
         mbarrier.init(k_full.index(slot), count=128)
         mbarrier.init(k_empty.index(slot), count=2)
         mbarrier.init(v_full.index(slot), count=128)
@@ -428,18 +489,13 @@ def attention_forward_hopper(
                     entries,
                     counts,
                     full_counts,
-                    q_stride_b,
-                    q_stride_h,
                     q_stride_m,
                     scale,
-                    heads,
-                    group,
+                    block * 128,
+                    out_row,
                     q_len,
                     kv_len,
                     padded_len,
-                    q_blocks,
-                    k_blocks,
-                    items,
                     q_tiles,
                     k_ring,
                     v_ring,
@@ -465,18 +521,13 @@ def attention_forward_hopper(
                     entries,
                     counts,
                     full_counts,
-                    q_stride_b,
-                    q_stride_h,
                     q_stride_m,
                     scale,
-                    heads,
-                    group,
+                    block * 128,
+                    out_row,
                     q_len,
                     kv_len,
                     padded_len,
-                    q_blocks,
-                    k_blocks,
-                    items,
                     q_tiles,
                     k_ring,
                     v_ring,
@@ -493,20 +544,20 @@ def attention_forward_hopper(
                 ),
             ),
             (
-                copy_tiles,
+                _copy_tiles,
                 (
-                    k_pointer,
-                    v_pointer,
+                    k_pointer + pyramid * D,
+                    v_pointer + pyramid * D,
+                    k_long,
+                    k_half,
+                    v_long,
+                    v_half,
+                    pyramid.to(gl.int32),
                     entries,
                     counts,
                     full_counts,
-                    heads,
-                    group,
                     kv_len,
                     padded_len,
-                    q_blocks,
-                    k_blocks,
-                    items,
                     k_ring,
                     v_ring,
                     k_full,
@@ -517,7 +568,6 @@ def attention_forward_hopper(
                     LOG_BLOCK_N,
                     TILE,
                     SLOTS,
-                    IS_CAUSAL,
                 ),
             ),
         ],
@@ -543,11 +593,10 @@ def launch(
             f"block_m {BLOCK_M} and compute capability 9.0, "
             f"got {head_dim}, {q.dtype}, {block_m} and {capability(q)}"
         )
-    items = (q_len + BLOCK_M - 1) // BLOCK_M * batch * heads
-    # Shared memory holds one program per multiprocessor.
-    attention_forward_hopper[(min(items, resident_programs(q, 1)),)](
+    boxes = [min(block_n >> g, config.tile) for g in (0, 1)]
+    attention_forward_hopper[(q_len + BLOCK_M - 1) // BLOCK_M, batch * heads](
         *arguments,
-        items,
+        *(_descriptor(rows, box) for rows in arguments[1:3] for box in boxes),
         D=head_dim,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         TILE=config.tile,
@@ -557,3 +606,11 @@ def launch(
         num_warps=4,
         **constants,
     )
+
+
+def _descriptor(rows: Tensor, box: int) -> TensorDescriptor:
+    """Tensor copies of `box` adjacent rows of a pyramid `[B, Hk, P, D]`."""
+    shape = [box, rows.shape[-1]]
+    dtype = getattr(gl, str(rows.dtype).removeprefix("torch."))
+    layout = gl.NVMMASharedLayout.get_default_for(shape, dtype)
+    return TensorDescriptor.from_tensor(rows.view(-1, rows.shape[-1]), shape, layout)

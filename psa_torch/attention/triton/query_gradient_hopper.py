@@ -1,9 +1,8 @@
 """dq for Hopper, warp-specialised: one warpgroup copies, two multiply.
 
-As in `forward_hopper`, a program takes query block after query block, and its copying warpgroup
-runs ahead of the others through a ring of tiles. Each multiplying warpgroup owns 64 query rows,
-whose q and dout lie in shared memory. Same table, same tiles, same arithmetic as
-`query_gradient`.
+A program takes query block after query block, and its copying warpgroup runs ahead of the others
+through a ring of tiles. Each multiplying warpgroup owns 64 query rows, whose q and dout lie in
+shared memory. Same table, same tiles, same arithmetic as `query_gradient`.
 """
 
 import torch
@@ -18,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from psa_torch.attention.triton.configs import HopperQueryGradConfig
-from psa_torch.attention.triton.forward_hopper import copy_tiles, place
+from psa_torch.attention.triton.copies_hopper import copy_tiles, place
 from psa_torch.attention.triton.walk import in_full_tiles, load4, tail_length, tail_rows
 from psa_torch.kernels._launch import capability, resident_programs
 
