@@ -12,24 +12,30 @@ from torch import Tensor
 from psa_torch.kernels._launch import on_device_of
 
 
-def pool_blocks(x: Tensor, block: int, size: int) -> tuple[Tensor, Tensor | None]:
+def pool_blocks(
+    x: Tensor, block: int, size: int, *, by_place: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Means over groups of `size` tokens, real tokens only, summed in float32.
 
     Args:
         x: `[B, H, L, D]`, any strides; float16, bfloat16 or float32.
         block: tokens per block, a multiple of `size`.
         size: tokens per group.
+        by_place: order the groups by their place in the block: the first of every block, then
+            the second, ...; groups without a token repeat the last one that has some.
 
     Returns:
-        (rows, scale): rows `[B, H, ceil(L / size), D]`, the means. float32 inputs: float32, scale
+        (rows, scale): rows `[B, H, ceil(L / size), D]`, the means, or by place `[B, H, block //
+        size * ceil(L / block), D]`. float32 inputs: float32, scale
         None. 16-bit inputs: float16, to be multiplied by scale, float32 `[B, H, ceil(L / block)]`,
         a power of two per block that brings its largest element near 1.
     """
     batch, heads, length, head_dim = x.shape
     groups, blocks = triton.cdiv(length, size), triton.cdiv(length, block)
     narrow = x.dtype != torch.float32
+    places = block // size * blocks if by_place else groups
     rows = x.new_empty(
-        batch, heads, groups, head_dim, dtype=torch.float16 if narrow else torch.float32
+        batch, heads, places, head_dim, dtype=torch.float16 if narrow else torch.float32
     )
     scale = x.new_empty(batch, heads, blocks, dtype=torch.float32) if narrow else None
     with on_device_of(x):
@@ -46,6 +52,7 @@ def pool_blocks(x: Tensor, block: int, size: int) -> tuple[Tensor, Tensor | None
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK=block,
             SIZE=size,
+            BY_PLACE=by_place,
             num_warps=4,
         )
     return rows, scale
@@ -68,12 +75,16 @@ def _pool_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
+    BY_PLACE: tl.constexpr,
 ):
     """Grid: blocks * batch * heads."""
     pid = tl.program_id(0)
     block = pid % blocks
     bh = (pid // blocks).to(tl.int64)
-    group = block * (BLOCK // SIZE) + tl.arange(0, BLOCK // SIZE)
+    place = tl.arange(0, BLOCK // SIZE)
+    group = block * (BLOCK // SIZE) + place
+    if BY_PLACE:
+        group = tl.minimum(group, groups - 1)
     d = tl.arange(0, BLOCK_D)
     X += (bh // heads) * stride_b + (bh % heads) * stride_h
     total = tl.zeros((BLOCK // SIZE, BLOCK_D), tl.float32)
@@ -92,6 +103,10 @@ def _pool_kernel(
         exponent = tl.minimum(tl.maximum(exponent, 1), 253)
         tl.store(SCALE + pid, (exponent << 23).to(tl.float32, bitcast=True))
         mean = mean * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    at = (bh * groups + group)[:, None] * HEAD_DIM + d[None, :]
+    if BY_PLACE:
+        row = (bh * (BLOCK // SIZE) + place) * blocks + block
+    else:
+        row = bh * groups + group
+    at = row[:, None] * HEAD_DIM + d[None, :]
     inside = (group < groups)[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(ROWS + at, mean.to(ROWS.dtype.element_ty), mask=inside)

@@ -43,7 +43,12 @@ from psa_torch.kernels._launch import (
     resident_programs,
 )
 from psa_torch.kernels.antidiagonal import antidiagonal_scores
-from psa_torch.kernels.configs import HOPPER_PEAK, HopperScoreConfig, choose_peak
+from psa_torch.kernels.configs import (
+    HOPPER_PEAK,
+    HopperScoreConfig,
+    ScoreConfig,
+    choose_peak,
+)
 from psa_torch.kernels.pool import pool_blocks
 from shared_specs.config import PSAConfig
 from shared_specs.sampling import SamplePlan
@@ -79,27 +84,34 @@ def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
 
 def pooled_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     """Rows and columns are means over groups of `importance_pool` tokens; see `block_scores`."""
+    size = config.importance_pool
 
-    def means(x, block):
-        size = config.importance_pool
-        rows, scale = pool_blocks(x, block, size)
+    def means(x, block, by_place):
+        rows, scale = pool_blocks(x, block, size, by_place=by_place)
         return _Samples(rows, x.shape[2], block, size, scale, None, block // size)
 
-    return _peak_scores(means(q, config.block_m), means(k, config.block_n), config)
+    tile = _tile(q, k, config.block_m // size, config)
+    rows = means(q, config.block_m, False)
+    columns = means(k, config.block_n, isinstance(tile, HopperScoreConfig))
+    return _peak_scores(rows, columns, tile, config)
 
 
 def sampled_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     """Rows and columns are tokens at fixed offsets of each block; see `block_scores`."""
+    seed = config.sample_seed
+    q_plan = SamplePlan(config.block_m, config.resolved_sample_m, seed)
+    k_plan = SamplePlan(config.block_n, config.resolved_sample_n, seed + 1)
 
-    def tokens(x, block, count, seed):
-        offsets = _offsets(SamplePlan(block, count, seed), x.device)
-        return _Samples(x, x.shape[2], block, 1, None, offsets, offsets.shape[0])
+    def tokens(x, plan):
+        offsets = _offsets(plan, x.device)
+        return _Samples(x, x.shape[2], plan.block, 1, None, offsets, offsets.shape[0])
 
-    return _peak_scores(
-        tokens(q, config.block_m, config.resolved_sample_m, config.sample_seed),
-        tokens(k, config.block_n, config.resolved_sample_n, config.sample_seed + 1),
-        config,
-    )
+    rows, columns = tokens(q, q_plan), tokens(k, k_plan)
+    tile = _tile(q, k, rows.count, config)
+    if isinstance(tile, HopperScoreConfig):
+        sampled = k.index_select(2, _by_place(k_plan, k.shape[2], k.device))
+        columns = columns._replace(values=sampled, count=k_plan.count)
+    return _peak_scores(rows, columns, tile, config)
 
 
 @functools.lru_cache(maxsize=64)
@@ -113,17 +125,26 @@ def _offsets(plan: SamplePlan, device: torch.device) -> Tensor:
     return torch.cat([offsets, offsets[-1:].expand(missing)]).to(device)
 
 
+@functools.lru_cache(maxsize=64)
+def _by_place(plan: SamplePlan, length: int, device: torch.device) -> Tensor:
+    """Sampled tokens on the device: the first of every block, then the second, ..."""
+    starts = torch.arange(0, length, plan.block)
+    at = torch.tensor(plan.offsets.tolist())[:, None] + starts
+    return at.clamp(max=length - 1).flatten().to(device)
+
+
 class _Samples(NamedTuple):
     """What stands for the queries, or the keys, of each block.
 
     Attributes:
-        values: `[B, heads, rows, D]`: means (rows are groups) or the tokens themselves.
+        values: `[B, heads, rows, D]`: means (rows are groups) or the tokens themselves. Keys for
+            the warp-specialised kernel: one row of every block, then the next of every block.
         length: tokens of the sequence.
         block: tokens per block.
         size: tokens per row.
         scale: float32 `[B, heads, blocks]`, factor on the rows of a block, or None for 1.
         offsets: int32 `[count]`, sampled rows of a block, or None for all.
-        count: rows per block that count, a power of two.
+        count: rows per block that count; of queries a power of two.
     """
 
     values: Tensor
@@ -135,36 +156,36 @@ class _Samples(NamedTuple):
     count: int
 
 
-def _tile(q: _Samples, k: _Samples, key_blocks: int, is_causal: bool):
+def _tile(q: Tensor, k: Tensor, q_count: int, config: PSAConfig) -> ScoreConfig | HopperScoreConfig:
     """Tile sizes for this call: the warp-specialised kernel's where it can run."""
-    x = q.values
+    head_dim, key_blocks = q.shape[-1], triton.cdiv(k.shape[2], config.block_n)
     # On the CPU the interpreter plays an H100, but cannot run the warp-specialised kernel.
-    on_hopper = x.is_cuda and capability(x) == (9, 0)
-    hopper = HOPPER_PEAK.get(x.shape[-1])
-    if on_hopper and hopper and fits_hopper(q, k, key_blocks, hopper):
-        return hopper
-    return choose_peak(capability(x), x.shape[-1], x.dtype, is_causal)
+    if (
+        q.is_cuda
+        and capability(q) == (9, 0)
+        and fits_hopper(q.dtype, head_dim, q_count, key_blocks)
+    ):
+        return HOPPER_PEAK[head_dim]
+    return choose_peak(capability(q), head_dim, q.dtype, config.causal)
 
 
-def fits_hopper(q: _Samples, k: _Samples, key_blocks: int, tile: HopperScoreConfig) -> bool:
-    """Whether the warp-specialised kernel takes these rows.
+def fits_hopper(dtype: torch.dtype, head_dim: int, q_count: int, key_blocks: int) -> bool:
+    """Whether the warp-specialised kernel takes such a call.
 
-    Each half of its rows must be whole query blocks, its copies move 16 bytes at a time, and with
-    few key blocks most of its columns would be repeats.
+    Each half of its rows must be whole query blocks, and with few key blocks most of its columns
+    would be empty.
     """
-    aligned = all(
-        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in x.stride()[:-1])
-        for x in (q.values, k.values)
-    )
-    narrow = q.values.dtype != torch.float32
-    return narrow and aligned and q.count <= tile.rows // 2 and key_blocks >= tile.columns
+    tile = HOPPER_PEAK.get(head_dim)
+    narrow = dtype != torch.float32
+    return narrow and tile is not None and q_count <= tile.rows // 2 and key_blocks >= tile.columns
 
 
-def _peak_scores(q: _Samples, k: _Samples, config: PSAConfig) -> Tensor:
+def _peak_scores(
+    q: _Samples, k: _Samples, tile: ScoreConfig | HopperScoreConfig, config: PSAConfig
+) -> Tensor:
     batch, heads, q_rows, head_dim = q.values.shape
     scale = head_dim**-0.5 if config.scale is None else config.scale
     nq, nk = triton.cdiv(q.length, q.block), triton.cdiv(k.length, k.block)
-    tile = _tile(q, k, nk, config.causal)
     rows = max(tile.rows, q.count)
     # A tensor-core product has at least 16 columns.
     key_blocks = min(tile.columns, max(16, triton.next_power_of_2(nk)))
@@ -175,13 +196,13 @@ def _peak_scores(q: _Samples, k: _Samples, config: PSAConfig) -> Tensor:
     width = triton.cdiv(nk, sweep) * sweep
     slab = torch.empty(programs, rows, width, dtype=torch.float32, device=q.values.device)
     scores = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.values.device)
-    tensors = (q.values, k.values, q.scale, k.scale, q.offsets, k.offsets, slab, scores)
+    tensors = (q.scale, k.scale, q.offsets, k.offsets, slab, scores)
     numbers = (
         max(abs(scale), _LEAST_SCALE) * _LOG2_E,
         heads,
         heads // k.values.shape[1],
         q_rows,
-        k.values.shape[2],
+        triton.cdiv(k.length, k.size),
         q.length,
         k.length,
         nq,
@@ -204,17 +225,19 @@ def _peak_scores(q: _Samples, k: _Samples, config: PSAConfig) -> Tensor:
             # Triton's interpreter does not know Gluon: nothing else may import it.
             from psa_torch.kernels import scores_hopper
 
-            strides = (*q.values.stride()[:3], *k.values.stride()[:3])
             scores_hopper.launch(
-                (*tensors, *strides, *numbers),
+                q.values,
+                k.values,
+                (*tensors, *q.values.stride(), *numbers),
                 programs,
                 tile,
-                D=head_dim,
                 Q_BLOCKS=rows // q.count,
                 **constants,
             )
             return scores
         _peak_kernel[(programs,)](
+            q.values,
+            k.values,
             *tensors,
             *q.values.stride(),
             *k.values.stride(),

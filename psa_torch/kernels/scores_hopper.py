@@ -2,26 +2,28 @@
 multiply.
 
 Same arithmetic as `scores`: products of the rows with one column of every key block at a time,
-the largest kept element by element. The copying warpgroup fills a ring of such columns, 128 key
-blocks wide; each of the other two owns 64 rows, keeps them in registers, and takes maxima while
-the other one's product occupies the tensor cores. Block maxima go through a slab of scratch that
-the thread that wrote them reads back, so that no barrier is needed.
+the largest kept element by element. Keys lie by their place in the block, so that such a column is
+a box that one tensor copy brings. One warpgroup fills a ring of columns, 128 key blocks wide; each
+of the other two owns 64 rows, keeps them in registers, and takes maxima while the other one's
+product occupies the tensor cores. Block maxima go through a slab of scratch that the thread that
+wrote them reads back, so that no barrier is needed.
 """
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from psa_torch.kernels.configs import HopperScoreConfig
 
 # Renamed between Triton 3.6 and 3.9.
-copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -38,12 +40,13 @@ def _item(
     TILE_KEYS: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):
-    """(first query block, batch, head, key head, tiles seen whole by every row, tiles seen)."""
+    """(first query block, batch, head, batch and key head, tiles that every row sees whole, tiles
+    seen)."""
     # Under causality the last rows see most: they come first.
     block = (row_tiles - 1 - item % row_tiles) * Q_BLOCKS
     bh = item // row_tiles
-    batch = (bh // heads).to(gl.int64)
-    head = (bh % heads).to(gl.int64)
+    batch = bh // heads
+    head = bh % heads
     open_tiles = block_tiles
     seen_tiles = block_tiles
     if CAUSAL:
@@ -52,7 +55,8 @@ def _item(
         open_tiles = gl.minimum(gl.maximum(first + 1, 0) // TILE_KEYS, block_tiles)
         seen = (gl.maximum(last + 1, 0) + TILE_KEYS - 1) // TILE_KEYS
         seen_tiles = gl.minimum(seen, block_tiles)
-    return block, batch, head, head // group_heads, open_tiles, seen_tiles
+    kv_bh = batch * (heads // group_heads) + head // group_heads
+    return block, batch.to(gl.int64), head.to(gl.int64), kv_bh, open_tiles, seen_tiles
 
 
 @gluon.jit
@@ -66,15 +70,10 @@ def _place_in_block(OFFSETS, sample):
 
 
 @gluon.jit
-def _copy_columns(
-    K,
-    K_OFFSETS,
-    k_stride_b,
-    k_stride_h,
-    k_stride_l,
+def _load_columns(
+    k_box,
     heads,
     group_heads,
-    k_rows,
     q_len,
     kv_len,
     k_blocks,
@@ -83,24 +82,23 @@ def _copy_columns(
     ring,
     full,
     empty,
-    D: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    SIZE: gl.constexpr,
     Q_BLOCKS: gl.constexpr,
     K_COUNT: gl.constexpr,
     SLOTS: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):
-    """The copying warpgroup: for every tile of key blocks, one column of each at a time."""
+    """The copying warpgroup: for every tile of key blocks, one column of each at a time.
+
+    What lies past the last key block belongs to the next column, or is zero.
+    """
     WIDTH: gl.constexpr = ring.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    lane = gl.arange(0, WIDTH, gl.SliceLayout(1, layout))
-    d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, layout)), 0)
+    BYTES: gl.constexpr = WIDTH * ring.shape[2] * 2
     block_tiles = (k_blocks + WIDTH - 1) // WIDTH
-    copied = 0
+    loaded = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, batch, head, kv_head, open_tiles, seen_tiles = _item(
+        block, batch, head, kv_bh, open_tiles, seen_tiles = _item(
             item,
             heads,
             group_heads,
@@ -113,18 +111,14 @@ def _copy_columns(
             WIDTH * BLOCK_N,
             CAUSAL,
         )
-        k_head = K + batch * k_stride_b + kv_head * k_stride_h
         for tile in range(seen_tiles):
-            # Blocks past the last one repeat it: repeats change no maximum.
-            first = gl.minimum(tile * WIDTH + lane, k_blocks - 1) * (BLOCK_N // SIZE)
             for sample in range(K_COUNT):
-                index = gl.minimum(first + _place_in_block(K_OFFSETS, sample), k_rows - 1)
-                at = gl.expand_dims(index.to(gl.int64), 1) * k_stride_l + d
-                slot = copied % SLOTS
-                mbarrier.wait(empty.index(slot), (copied // SLOTS) & 1 ^ 1)
-                copy_async(ring.index(slot), k_head + at)
-                async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
-                copied += 1
+                slot = loaded % SLOTS
+                row = (kv_bh * K_COUNT + sample) * k_blocks + tile * WIDTH
+                mbarrier.wait(empty.index(slot), (loaded // SLOTS) & 1 ^ 1)
+                mbarrier.expect(full.index(slot), BYTES)
+                load_async(k_box, [row, 0], full.index(slot), ring.index(slot))
+                loaded += 1
 
 
 @gluon.jit
@@ -149,8 +143,6 @@ def _largest_products(
     """The larger of `peak` and the products with the next column of the ring."""
     slot = multiplied % SLOTS
     mbarrier.wait(full.index(slot), (multiplied // SLOTS) & 1)
-    # The copies were ordinary writes; tensor cores read through another path.
-    fence_async_shared()
     column = ring.index(slot).permute([1, 0])
     zero = gl.zeros(peak.shape, gl.float32, LAYOUT)
     token = warpgroup_mma(q, column, zero, use_acc=False, is_async=True)
@@ -178,6 +170,7 @@ def _multiply_columns(
     q_stride_b,
     q_stride_h,
     q_stride_l,
+    q_stride_d,
     logit_factor,
     heads,
     group_heads,
@@ -211,7 +204,7 @@ def _multiply_columns(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     io_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     io_row: gl.constexpr = gl.SliceLayout(1, io_layout)
-    d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0)
+    d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0) * q_stride_d
     row = gl.arange(0, PART_ROWS, gl.SliceLayout(1, layout))
     lane = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     # Tile after tile, so that the places of a thread differ by constants.
@@ -228,7 +221,7 @@ def _multiply_columns(
     block_tiles = (k_blocks + WIDTH - 1) // WIDTH
     multiplied = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, batch, head, kv_head, open_tiles, seen_tiles = _item(
+        block, batch, head, kv_bh, open_tiles, seen_tiles = _item(
             item,
             heads,
             group_heads,
@@ -253,7 +246,6 @@ def _multiply_columns(
         row_position = gl.minimum(index * SIZE + SIZE, q_len) - 1 + kv_len - q_len
 
         row_max = gl.full([PART_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
-        kv_bh = batch * (heads // group_heads) + kv_head
         for MASKED in gl.static_range(2 if CAUSAL else 1):
             for tile in range(open_tiles if MASKED else 0, seen_tiles if MASKED else open_tiles):
                 key_block = gl.minimum(tile * WIDTH + lane, k_blocks - 1)
@@ -279,8 +271,10 @@ def _multiply_columns(
                     )
                     multiplied += 1
                 if K_SCALE is not None:
-                    factor = gl.load(K_SCALE + kv_bh * k_blocks + key_block)
+                    factor = gl.load(K_SCALE + kv_bh.to(gl.int64) * k_blocks + key_block)
                     peak = peak * gl.expand_dims(factor, 0)
+                real = gl.expand_dims(tile * WIDTH + lane < k_blocks, 0)
+                peak = gl.where(real, peak, float("-inf"))
                 row_max = gl.maximum(row_max, gl.max(peak, 1))
                 gl.store(SLAB + tile * (PART_ROWS * WIDTH) + in_slab, peak)
 
@@ -311,7 +305,7 @@ def _multiply_columns(
 @gluon.jit
 def peak_kernel_hopper(
     Q,
-    K,
+    k_box,
     Q_SCALE,
     K_SCALE,
     Q_OFFSETS,
@@ -321,9 +315,7 @@ def peak_kernel_hopper(
     q_stride_b,
     q_stride_h,
     q_stride_l,
-    k_stride_b,
-    k_stride_h,
-    k_stride_l,
+    q_stride_d,
     logit_factor,
     heads,
     group_heads,
@@ -350,15 +342,16 @@ def peak_kernel_hopper(
     CAUSAL: gl.constexpr,
     NEGATIVE: gl.constexpr,
 ):
-    """Grid: any number of programs; arguments as in `scores._peak_kernel`."""
-    dtype: gl.constexpr = K.dtype.element_ty
-    ring_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([K_BLOCKS, D], dtype)
-    ring = gl.allocate_shared_memory(dtype, [SLOTS, K_BLOCKS, D], ring_layout)
+    """Grid: any number of programs; arguments as in `scores._peak_kernel`, but for the keys.
+
+    k_box: descriptor of `[B * Hk * K_COUNT * k_blocks, D]`, boxes of K_BLOCKS rows.
+    """
+    ring = gl.allocate_shared_memory(k_box.dtype, [SLOTS, K_BLOCKS, D], k_box.layout)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
-        # All 128 copying threads arrive as their copies land; each multiplying warpgroup once.
-        mbarrier.init(full.index(slot), count=128)
+        # The copy arrives once, and each multiplying warpgroup.
+        mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
     gl.warp_specialize(
         [
@@ -376,6 +369,7 @@ def peak_kernel_hopper(
                     q_stride_b,
                     q_stride_h,
                     q_stride_l,
+                    q_stride_d,
                     logit_factor,
                     heads,
                     group_heads,
@@ -417,6 +411,7 @@ def peak_kernel_hopper(
                     q_stride_b,
                     q_stride_h,
                     q_stride_l,
+                    q_stride_d,
                     logit_factor,
                     heads,
                     group_heads,
@@ -445,16 +440,11 @@ def peak_kernel_hopper(
                 ),
             ),
             (
-                _copy_columns,
+                _load_columns,
                 (
-                    K,
-                    K_OFFSETS,
-                    k_stride_b,
-                    k_stride_h,
-                    k_stride_l,
+                    k_box,
                     heads,
                     group_heads,
-                    k_rows,
                     q_len,
                     kv_len,
                     k_blocks,
@@ -463,10 +453,8 @@ def peak_kernel_hopper(
                     ring,
                     full,
                     empty,
-                    D,
                     BLOCK_M,
                     BLOCK_N,
-                    SIZE,
                     Q_BLOCKS,
                     K_COUNT,
                     SLOTS,
@@ -479,10 +467,25 @@ def peak_kernel_hopper(
     )
 
 
-def launch(arguments: tuple, programs: int, config: HopperScoreConfig, **constants) -> None:
-    """Run the kernel on the run-time arguments of `peak_kernel_hopper`."""
+def launch(
+    q: Tensor, k: Tensor, arguments: tuple, programs: int, config: HopperScoreConfig, **constants
+) -> None:
+    """Run the kernel.
+
+    Args:
+        q: rows, `[B, H, rows, D]`.
+        k: keys by place, `[B, Hk, K_COUNT * k_blocks, D]`, contiguous.
+        arguments: the run-time arguments of `peak_kernel_hopper` after k_box.
+    """
+    shape = [config.columns, k.shape[-1]]
+    dtype = getattr(gl, str(k.dtype).removeprefix("torch."))
+    layout = gl.NVMMASharedLayout.get_default_for(shape, dtype)
+    box = TensorDescriptor.from_tensor(k.view(-1, k.shape[-1]), shape, layout)
     peak_kernel_hopper[(programs,)](
+        q,
+        box,
         *arguments,
+        D=k.shape[-1],
         K_BLOCKS=config.columns,
         SLOTS=config.slots,
         MULTIPLY_REGISTERS=config.multiply_registers,

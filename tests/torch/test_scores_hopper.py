@@ -101,28 +101,23 @@ def test_a_missing_wait_is_noticed(deaf, rng, monkeypatch):
         torch.testing.assert_close(scores.block_scores(q, k, case[0]), want)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(columns=512),
-        dict(rows=32),
-        dict(dtype=torch.float32),
-        dict(shift=1),
-    ],
-    ids=str,
-)
-def test_calls_that_the_kernel_does_not_take(change, rng):
-    """Few key blocks, query blocks wider than half a tile, float32, rows at odd addresses."""
-    dtype = change.get("dtype", torch.bfloat16)
-    tile = HopperScoreConfig(
-        slots=2, rows=change.get("rows", 128), columns=change.get("columns", 16)
-    )
-    values = torch.zeros(1, 1, 2000 * 64 + 8, dtype=dtype)[..., change.get("shift", 0) :]
-    values = values[..., : 2000 * 64].view(1, 1, 2000, 64)
-    rows = scores._Samples(values, 2000, 128, 4, None, None, 32)
-    assert not scores.fits_hopper(rows, rows, 16, tile)
-    plain = rows._replace(values=torch.zeros(1, 1, 2000, 64, dtype=torch.bfloat16))
-    assert scores.fits_hopper(plain, plain, 16, HopperScoreConfig(slots=2, columns=16))
+def test_strided_queries(rng):
+    """Sampled queries are read where they lie, keys are copied."""
+    config = PSAConfig(importance="sampled")
+    q, k = draw(rng, (config, 2, 1, 300, 1100))
+    want = scores.block_scores(q, k, config)
+    strided = q.transpose(2, 3).contiguous().transpose(2, 3)
+    got = scores.block_scores(strided, k.expand(2, 1, 1100, 64)[:, :, :, :], config)
+    torch.testing.assert_close(got, want)
+
+
+def test_calls_that_the_kernel_does_not_take():
+    """float32, head dimensions without a tile, wide query blocks, few key blocks."""
+    assert scores.fits_hopper(torch.bfloat16, 128, 64, 128)
+    assert not scores.fits_hopper(torch.float32, 128, 64, 128)
+    assert not scores.fits_hopper(torch.bfloat16, 96, 64, 128)
+    assert not scores.fits_hopper(torch.bfloat16, 128, 128, 128)
+    assert not scores.fits_hopper(torch.bfloat16, 128, 64, 127)
 
 
 def poisoned(*args, **kwargs):
