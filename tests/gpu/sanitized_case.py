@@ -1,7 +1,10 @@
 """Small cases of every kernel, forward and backward, for a memory and race checker:
 
 compute-sanitizer --tool memcheck python -m tests.gpu.sanitized_case torch
-compute-sanitizer --tool racecheck python -m tests.gpu.sanitized_case torch
+compute-sanitizer --tool racecheck --num-cuda-barriers 64 python -m tests.gpu.sanitized_case torch
+
+The race checker follows as many memory barriers as it is told to. For `jax` put
+XLA_FLAGS=--xla_gpu_enable_command_buffer= before it: the checker crashes on XLA's CUDA graphs.
 """
 
 import sys
