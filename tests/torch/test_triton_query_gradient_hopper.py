@@ -32,10 +32,9 @@ CASES = [
     dataclasses.replace(BASE, heads=1, kv_len=2050, level=8),
 ]
 CONFIGS = [
-    HopperQueryGradConfig(tile=64, slots=2),
+    HopperQueryGradConfig(tile=64, slots=1),
     HopperQueryGradConfig(tile=64, slots=4),
-    HopperQueryGradConfig(tile=64, slots=1, ahead=False),
-    HopperQueryGradConfig(tile=128, slots=2, ahead=False),
+    HopperQueryGradConfig(tile=128, slots=2),
 ]
 
 
@@ -104,11 +103,13 @@ def settings_of(case: Case) -> dict:
     return {**case.settings(), "scale": scale}
 
 
-def check(got: Tensor, want: Results) -> None:
+def check(got: Tensor, want: Results, dout: Tensor) -> None:
     """As the contract does: a small error by norm, and exactly 0 where a row sees nothing."""
     assert not got[torch.isneginf(torch.from_numpy(want.lse))].any()
     right = torch.from_numpy(want.dq)
-    assert torch.linalg.norm(got - right) <= FLOAT32_TOLERANCE * torch.linalg.norm(right)
+    # The second part is for rows of one key, where dp and delta cancel all but dlse.
+    allowed = FLOAT32_TOLERANCE * torch.linalg.norm(right) + 1e-7 * torch.linalg.norm(dout)
+    assert torch.linalg.norm(got - right) <= allowed
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -117,7 +118,7 @@ def test_against_the_oracle(case, config, rng):
     inputs, settings = case.inputs(rng), settings_of(case)
     want = expected(inputs, **settings)
     got = query_gradient(inputs, want, config, **settings)
-    check(got, want)
+    check(got, want, inputs.dout)
 
 
 def test_strided_queries_and_gradients(rng):
@@ -129,7 +130,7 @@ def test_strided_queries_and_gradients(rng):
     torch.testing.assert_close(got, query_gradient(inputs, want, CONFIGS[0], **settings))
 
 
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2]], ids=str)
+@pytest.mark.parametrize("config", CONFIGS[::2], ids=str)
 @pytest.mark.parametrize("deaf", range(3), ids=["k_full", "v_full", "empty"])
 def test_a_missing_wait_is_noticed(deaf, config, rng, monkeypatch):
     """Without one of its waits the kernel gives a wrong answer or never ends."""
@@ -155,7 +156,7 @@ def test_a_missing_wait_is_noticed(deaf, config, rng, monkeypatch):
     monkeypatch.setattr(gluon_interpreter._Language, "allocate_shared_memory", allocate_deaf)
     with pytest.raises((AssertionError, TimeoutError)):
         got = query_gradient(inputs, want, config, **settings)
-        check(got, want)
+        check(got, want, inputs.dout)
 
 
 def test_what_the_kernel_cannot_do_is_refused(rng):

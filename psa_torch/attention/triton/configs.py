@@ -68,15 +68,12 @@ class QueryGradConfig:
 class HopperQueryGradConfig:
     """Warp-specialised dq for compute capability 9.0: 128 queries by `tile` pooled keys.
 
-    slots: tiles of keys and of values in flight, at least 2 if `ahead`.
-    ahead: the logits of the next tile are started before the gradient of this one, for which
-        registers have room at tile 64.
+    slots: tiles of keys and of values in flight.
     multiply_registers, copy_registers: as in `HopperForwardConfig`.
     """
 
     tile: int
     slots: int
-    ahead: bool = True
     multiply_registers: int = 232
     copy_registers: int = 40
 
@@ -191,7 +188,13 @@ def choose_backward(
     """
     config = choose_plain_backward(capability, head_dim, dtype, block_m, block_n)
     if _warp_specialised(capability, head_dim, dtype, block_m):
-        return replace(config, query=HopperQueryGradConfig(tile=64, slots=4))
+        if head_dim == 64:
+            query = HopperQueryGradConfig(tile=128, slots=2)
+        else:
+            query = HopperQueryGradConfig(
+                tile=64, slots=4, multiply_registers=240, copy_registers=24
+            )
+        return replace(config, query=query)
     return config
 
 

@@ -28,10 +28,10 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _start(rows, ring, full, t, there, SLOTS: gl.constexpr, S_LAYOUT: gl.constexpr):
+def _start(rows, ring, full, t, SLOTS: gl.constexpr, S_LAYOUT: gl.constexpr):
     """Starts rows x^T, x the tile `t` of a ring, as soon as that is in place."""
     slot = t % SLOTS
-    mbarrier.wait(full.index(slot), (t // SLOTS) & 1, pred=there)
+    mbarrier.wait(full.index(slot), (t // SLOTS) & 1)
     # The copies were ordinary writes; tensor cores read through another path.
     fence_async_shared()
     ROWS: gl.constexpr = rows.shape[0]
@@ -41,11 +41,13 @@ def _start(rows, ring, full, t, there, SLOTS: gl.constexpr, S_LAYOUT: gl.constex
 
 
 @gluon.jit
-def _start_gradient(dq, p, dp, delta, k_ring, t, SLOTS: gl.constexpr, O_LAYOUT: gl.constexpr):
-    """Starts dq + ds k of tile `t`, which is in place."""
+def _add_gradient(dq, p, dp, delta, k_ring, t, SLOTS: gl.constexpr):
+    """dq + ds k of tile `t`, which is in place."""
     ds = p * (dp - gl.expand_dims(delta, 1))
-    ds = gl.convert_layout(ds.to(k_ring.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
-    return warpgroup_mma(ds, k_ring.index(t % SLOTS), dq, is_async=True)
+    layout: gl.constexpr = gl.DotOperandLayout(0, dq.type.layout, 2)
+    ds = gl.convert_layout(ds.to(k_ring.dtype), layout)
+    token = warpgroup_mma(ds, k_ring.index(t % SLOTS), dq, is_async=True)
+    return warpgroup_mma_wait(0, deps=[token])
 
 
 @gluon.jit
@@ -85,7 +87,6 @@ def _multiply_tiles(
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
     SLOTS: gl.constexpr,
-    AHEAD: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):
     """One multiplying warpgroup: 64 rows of each query block through every tile."""
@@ -137,39 +138,22 @@ def _multiply_tiles(
         tiles = end3 + (left + TILE - 1) // TILE
 
         dq = gl.zeros([ROWS, D], gl.float32, o_layout)
-        if AHEAD:
-            s = _start(q, k_ring, k_full, multiplied, tiles > 0, SLOTS, s_layout)
-            s = warpgroup_mma_wait(0, deps=[s])
         for t in range(end3):
             x = multiplied + t
             g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
             shift = gl.expand_dims(g.to(gl.float32) - lse2, 1)
-            if AHEAD:
-                # Tensor cores have dp to do under the exponentials, and then the next logits
-                # under the rest: these need the registers of s, so they start after those.
-                dp = _start(dout, v_ring, v_full, x, True, SLOTS, s_layout)
-                p = gl.exp2(s * slope + shift)
-                more = t + 1 < tiles
-                following = gl.where(more, x + 1, x)
-                next_s = _start(q, k_ring, k_full, following, more, SLOTS, s_layout)
-                dp = warpgroup_mma_wait(1, deps=[dp])
-                dq = _start_gradient(dq, p, dp, delta, k_ring, x, SLOTS, o_layout)
-                dq, s = warpgroup_mma_wait(0, deps=[dq, next_s])
-            else:
-                s = _start(q, k_ring, k_full, x, True, SLOTS, s_layout)
-                dp = _start(dout, v_ring, v_full, x, True, SLOTS, s_layout)
-                s = warpgroup_mma_wait(1, deps=[s])
-                p = gl.exp2(s * slope + shift)
-                dp = warpgroup_mma_wait(0, deps=[dp])
-                dq = _start_gradient(dq, p, dp, delta, k_ring, x, SLOTS, o_layout)
-                dq = warpgroup_mma_wait(0, deps=[dq])
+            s = _start(q, k_ring, k_full, x, SLOTS, s_layout)
+            dp = _start(dout, v_ring, v_full, x, SLOTS, s_layout)
+            s = warpgroup_mma_wait(1, deps=[s])
+            p = gl.exp2(s * slope + shift)
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            dq = _add_gradient(dq, p, dp, delta, k_ring, x, SLOTS)
             mbarrier.arrive(empty.index(x % SLOTS), count=1)
 
         for t in range(end3, tiles):
             x = multiplied + t
-            if not AHEAD:
-                s = _start(q, k_ring, k_full, x, True, SLOTS, s_layout)
-                s = warpgroup_mma_wait(0, deps=[s])
+            s = _start(q, k_ring, k_full, x, SLOTS, s_layout)
+            s = warpgroup_mma_wait(0, deps=[s])
             rows, last, bias = tail_rows(
                 listed,
                 (t - end3) * TILE + lane,
@@ -191,19 +175,10 @@ def _multiply_tiles(
                 last = gl.expand_dims(gl.convert_layout(last, s_column), 0)
                 s = gl.where(last <= position, s, float("-inf"))
             p = gl.exp2(s - gl.expand_dims(lse2, 1))
-            # The mask took the registers that these products need until here.
-            dp = _start(dout, v_ring, v_full, x, True, SLOTS, s_layout)
-            if AHEAD:
-                more = t + 1 < tiles
-                following = gl.where(more, x + 1, x)
-                next_s = _start(q, k_ring, k_full, following, more, SLOTS, s_layout)
-                dp = warpgroup_mma_wait(1, deps=[dp])
-                dq = _start_gradient(dq, p, dp, delta, k_ring, x, SLOTS, o_layout)
-                dq, s = warpgroup_mma_wait(0, deps=[dq, next_s])
-            else:
-                dp = warpgroup_mma_wait(0, deps=[dp])
-                dq = _start_gradient(dq, p, dp, delta, k_ring, x, SLOTS, o_layout)
-                dq = warpgroup_mma_wait(0, deps=[dq])
+            # The mask took the registers that this product needs until here.
+            dp = _start(dout, v_ring, v_full, x, SLOTS, s_layout)
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            dq = _add_gradient(dq, p, dp, delta, k_ring, x, SLOTS)
             mbarrier.arrive(empty.index(x % SLOTS), count=1)
 
         # Nobody else reads these queries: their place serves to bring rows together.
@@ -244,7 +219,6 @@ def query_gradient_hopper(
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
     SLOTS: gl.constexpr,
-    AHEAD: gl.constexpr,
     MULTIPLY_REGISTERS: gl.constexpr,
     COPY_REGISTERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
@@ -308,7 +282,6 @@ def query_gradient_hopper(
                     LOG_BLOCK_N,
                     TILE,
                     SLOTS,
-                    AHEAD,
                     IS_CAUSAL,
                 ),
             ),
@@ -350,7 +323,6 @@ def query_gradient_hopper(
                     LOG_BLOCK_N,
                     TILE,
                     SLOTS,
-                    AHEAD,
                     IS_CAUSAL,
                 ),
             ),
@@ -414,7 +386,6 @@ def launch(
         LOG_BLOCK_N=block_n.bit_length() - 1,
         TILE=config.tile,
         SLOTS=config.slots,
-        AHEAD=config.ahead,
         MULTIPLY_REGISTERS=config.multiply_registers,
         COPY_REGISTERS=config.copy_registers,
         num_warps=4,
