@@ -63,7 +63,7 @@ LOOP_BUDGETS = {
     ("query_gradient", 64): 535,
     ("query_gradient", 128): 465,
     ("query_gradient_hopper", 64): 425,
-    ("query_gradient_hopper", 128): 325,
+    ("query_gradient_hopper", 128): 328,
     ("key_gradient", 64): 575,
     ("key_gradient", 128): 720,
     ("pooled_partials", 64): 800,
@@ -74,7 +74,7 @@ LOOP_BUDGETS = {
 SPILLS = {
     "attention_forward_hopper": 92,
     "query_gradient": 64,
-    "query_gradient_hopper": 505,
+    "query_gradient_hopper": 357,
     "key_gradient": 700,
     "pooled_partials": 620,
 }

@@ -1,24 +1,26 @@
 """What the warp-specialised kernels for Hopper share: how pyramid rows get into a ring of tiles."""
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from psa_torch.attention.triton.walk import (
     gather_rows,
     in_full_tiles,
     load4,
-    select4,
     tail_length,
     tail_rows,
 )
 
 # Renamed between Triton 3.6 and 3.9.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def copy_rows(
+def _copy_rows(
     k_pointer,
     v_pointer,
     rows,
@@ -46,34 +48,68 @@ def copy_rows(
 
 
 @gluon.jit
-def place(item, blocks, heads, group, padded_len, D: gl.constexpr, IS_CAUSAL: gl.constexpr):
-    """(block, batch and head, first element of the pyramid) of an item of work.
+def _load_boxes(
+    k_box,
+    v_box,
+    entries,
+    first_row,
+    position,
+    t,
+    padded_len,
+    k_ring,
+    v_ring,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    G: gl.constexpr,
+    LOG_BLOCK_N: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
+    """Loads tile `t` by tensor copies, a box for each run of adjacent rows of level `2**G`.
 
-    The blocks of a head are neighbours, so that programs share its pyramid in L2. Under
-    causality the last blocks see most: they come first.
+    entries: points at the first block id of the level.
+    first_row: row of the descriptors at which the pyramid of this head starts.
     """
-    block = item % blocks
-    if IS_CAUSAL:
-        block = blocks - 1 - block
-    batch_head = item // blocks
-    kv_head = (batch_head // heads).to(gl.int64) * (heads // group) + batch_head % heads // group
-    return block, batch_head, kv_head * (2 * padded_len - padded_len // 8) * D
+    BOX: gl.constexpr = k_box.block_shape[0]
+    TILE: gl.constexpr = k_ring.shape[1]
+    BYTES: gl.constexpr = TILE * k_ring.shape[2] * 2
+    slot = t % SLOTS
+    lap = (t // SLOTS) & 1
+    rows = ()
+    for j in gl.static_range(TILE // BOX):
+        row = gather_rows(entries, 0, position + j * BOX, G, padded_len, LOG_BLOCK_N)
+        rows = rows + (first_row + row,)
+    # The bytes count as the arrival of one thread; the other 127 have nothing to wait for.
+    mbarrier.wait(k_empty.index(slot), lap ^ 1)
+    mbarrier.expect(k_full.index(slot), BYTES)
+    for j in gl.static_range(TILE // BOX):
+        box = k_ring.index(slot).slice(j * BOX, BOX)
+        load_async(k_box, [rows[j], 0], k_full.index(slot), box)
+    mbarrier.arrive(k_full.index(slot), count=127)
+    mbarrier.wait(v_empty.index(slot), lap ^ 1)
+    mbarrier.expect(v_full.index(slot), BYTES)
+    for j in gl.static_range(TILE // BOX):
+        box = v_ring.index(slot).slice(j * BOX, BOX)
+        load_async(v_box, [rows[j], 0], v_full.index(slot), box)
+    mbarrier.arrive(v_full.index(slot), count=127)
 
 
 @gluon.jit
 def copy_tiles(
     k_pointer,
     v_pointer,
+    k_long,
+    k_half,
+    v_long,
+    v_half,
+    first_row,
     entries,
     counts,
     full_counts,
-    heads,
-    group,
     kv_len,
     padded_len,
-    q_blocks,
-    k_blocks,
-    items,
+    copied,
     k_ring,
     v_ring,
     k_full,
@@ -84,85 +120,146 @@ def copy_tiles(
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
     SLOTS: gl.constexpr,
-    IS_CAUSAL: gl.constexpr,
 ):
-    """The copying warpgroup: every tile of each table row, full ones first."""
+    """The work of the copying warpgroup for one table row: every tile, full ones first.
+
+    Full tiles of levels 1 and 2 are a few long runs, loaded as boxes; rows of the others are
+    gathered one by one.
+
+    Args:
+        k_pointer, v_pointer: the pyramid of this head.
+        k_long, v_long, k_half, v_half: see `boxes`.
+        first_row: row of the boxes at which the pyramid of this head starts.
+        entries, counts, full_counts: the table row.
+        copied: tiles that went through the ring before.
+
+    Returns:
+        Tiles of this table row.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    n0, n1, n2, n3 = load4(counts, 0)
+    u0, u1, u2, u3 = load4(full_counts, 0)
+    done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
+    done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
+    done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
+    done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     # One position a thread while rows are looked up; every thread that copies gets them after.
     lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [4], [0]))
     d = gl.arange(0, D, gl.SliceLayout(0, layout))
-    copied = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, batch_head, pyramid = place(item, q_blocks, heads, group, padded_len, D, IS_CAUSAL)
-        k_head = k_pointer + pyramid
-        v_head = v_pointer + pyramid
-        table_row = batch_head * q_blocks + block
-        listed = entries + table_row.to(gl.int64) * k_blocks
-        n0, n1, n2, n3 = load4(counts, table_row)
-        u0, u1, u2, u3 = load4(full_counts, table_row)
-        done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
-        done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
-        done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
-        done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
-        end0 = done0 // TILE
-        end1 = end0 + done1 // TILE
-        end2 = end1 + done2 // TILE
-        end3 = end2 + done3 // TILE
-        for t in range(end3):
-            g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
-            level_entry = select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
-            position = (t - select4(g, 0, end0, end1, end2)) * TILE + lane
-            rows = gather_rows(listed, level_entry, position, g, padded_len, LOG_BLOCK_N)
-            rows = gl.convert_layout(rows, row_layout)
-            copy_rows(
-                k_head,
-                v_head,
-                rows,
-                d,
-                copied + t,
-                k_ring,
-                v_ring,
-                k_full,
-                k_empty,
-                v_full,
-                v_empty,
-                D,
-                SLOTS,
-            )
-        left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
-        tiles = end3 + (left + TILE - 1) // TILE
-        for t in range(end3, tiles):
-            rows, last, bias = tail_rows(
-                listed,
-                (t - end3) * TILE + lane,
-                n0,
-                n1,
-                n2,
-                n3,
-                done0,
-                done1,
-                done2,
-                done3,
-                padded_len,
-                kv_len,
-                LOG_BLOCK_N,
-            )
-            # A row that is not there has weight 0; any real one stands in for it.
-            rows = gl.convert_layout(gl.where(bias > float("-inf"), rows, 0), row_layout)
-            copy_rows(
-                k_head,
-                v_head,
-                rows,
-                d,
-                copied + t,
-                k_ring,
-                v_ring,
-                k_full,
-                k_empty,
-                v_full,
-                v_empty,
-                D,
-                SLOTS,
-            )
-        copied += tiles
+    end0 = done0 // TILE
+    end1 = end0 + done1 // TILE
+    end2 = end1 + done2 // TILE
+    end3 = end2 + done3 // TILE
+    for t in range(end0):
+        _load_boxes(
+            k_long,
+            v_long,
+            entries,
+            first_row,
+            t * TILE,
+            copied + t,
+            padded_len,
+            k_ring,
+            v_ring,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            0,
+            LOG_BLOCK_N,
+            SLOTS,
+        )
+    for t in range(end0, end1):
+        _load_boxes(
+            k_half,
+            v_half,
+            entries + n0,
+            first_row,
+            (t - end0) * TILE,
+            copied + t,
+            padded_len,
+            k_ring,
+            v_ring,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            1,
+            LOG_BLOCK_N,
+            SLOTS,
+        )
+    for t in range(end1, end3):
+        g = 2 + (t >= end2).to(gl.int32)
+        level_entry = n0 + n1 + gl.where(g == 2, 0, n2)
+        position = (t - gl.where(g == 2, end1, end2)) * TILE + lane
+        rows = gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N)
+        rows = gl.convert_layout(rows, row_layout)
+        _copy_rows(
+            k_pointer,
+            v_pointer,
+            rows,
+            d,
+            copied + t,
+            k_ring,
+            v_ring,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            D,
+            SLOTS,
+        )
+    left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
+    tail = (left + TILE - 1) // TILE
+    for i in range(tail):
+        rows, last, bias = tail_rows(
+            entries,
+            i * TILE + lane,
+            n0,
+            n1,
+            n2,
+            n3,
+            done0,
+            done1,
+            done2,
+            done3,
+            padded_len,
+            kv_len,
+            LOG_BLOCK_N,
+        )
+        # A row that is not there has weight 0; any real one stands in for it.
+        rows = gl.convert_layout(gl.where(bias > float("-inf"), rows, 0), row_layout)
+        _copy_rows(
+            k_pointer,
+            v_pointer,
+            rows,
+            d,
+            copied + end3 + i,
+            k_ring,
+            v_ring,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            D,
+            SLOTS,
+        )
+    return end3 + tail
+
+
+def boxes(k: Tensor, v: Tensor, block_n: int, tile: int) -> tuple[TensorDescriptor, ...]:
+    """Descriptors (k_long, k_half, v_long, v_half) of the pyramids k and v, `[B, Hk, P, D]`.
+
+    They see matrices `[B * Hk * P, D]`. A long box is the rows of a block of level 1, a half box
+    those of level 2, or a tile if that is smaller.
+    """
+    return tuple(_descriptor(rows, min(block_n >> g, tile)) for rows in (k, v) for g in (0, 1))
+
+
+def _descriptor(rows: Tensor, box: int) -> TensorDescriptor:
+    """Tensor copies of `box` adjacent rows of a pyramid `[B, Hk, P, D]`."""
+    shape = [box, rows.shape[-1]]
+    dtype = getattr(gl, str(rows.dtype).removeprefix("torch."))
+    layout = gl.NVMMASharedLayout.get_default_for(shape, dtype)
+    return TensorDescriptor.from_tensor(rows.view(-1, rows.shape[-1]), shape, layout)

@@ -1,8 +1,9 @@
 """dq for Hopper, warp-specialised: one warpgroup copies, two multiply.
 
 A program takes query block after query block, and its copying warpgroup runs ahead of the others
-through a ring of tiles. Each multiplying warpgroup owns 64 query rows, whose q and dout lie in
-shared memory. Same table, same tiles, same arithmetic as `query_gradient`.
+through a ring of tiles, which it fills as that of `forward_hopper` does. Each multiplying
+warpgroup owns 64 query rows, whose q and dout lie in shared memory. Same table, same tiles, same
+arithmetic as `query_gradient`.
 """
 
 import torch
@@ -17,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from psa_torch.attention.triton.configs import HopperQueryGradConfig
-from psa_torch.attention.triton.copies_hopper import copy_tiles, place
+from psa_torch.attention.triton.copies_hopper import boxes, copy_tiles
 from psa_torch.attention.triton.walk import in_full_tiles, load4, tail_length, tail_rows
 from psa_torch.kernels._launch import capability, resident_programs
 
@@ -28,11 +29,87 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
+def _place(item, blocks, heads, group, padded_len, IS_CAUSAL: gl.constexpr):
+    """(block, batch and head, first row of the pyramids) of an item of work.
+
+    The blocks of a head are neighbours, so that programs share its pyramid in L2. Under
+    causality the last blocks see most: they come first.
+    """
+    block = item % blocks
+    if IS_CAUSAL:
+        block = blocks - 1 - block
+    batch_head = item // blocks
+    kv_head = (batch_head // heads).to(gl.int64) * (heads // group) + batch_head % heads // group
+    return block, batch_head, kv_head * (2 * padded_len - padded_len // 8)
+
+
+@gluon.jit
+def _copy_items(
+    k_pointer,
+    v_pointer,
+    k_long,
+    k_half,
+    v_long,
+    v_half,
+    entries,
+    counts,
+    full_counts,
+    heads,
+    group,
+    kv_len,
+    padded_len,
+    q_blocks,
+    k_blocks,
+    items,
+    k_ring,
+    v_ring,
+    k_full,
+    v_full,
+    empty,
+    D: gl.constexpr,
+    LOG_BLOCK_N: gl.constexpr,
+    TILE: gl.constexpr,
+    SLOTS: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+):
+    """The copying warpgroup: the tiles of each query block."""
+    copied = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block, batch_head, pyramid = _place(item, q_blocks, heads, group, padded_len, IS_CAUSAL)
+        table_row = (batch_head * q_blocks + block).to(gl.int64)
+        copied += copy_tiles(
+            k_pointer + pyramid * D,
+            v_pointer + pyramid * D,
+            k_long,
+            k_half,
+            v_long,
+            v_half,
+            pyramid.to(gl.int32),
+            entries + table_row * k_blocks,
+            counts + table_row * 4,
+            full_counts + table_row * 4,
+            kv_len,
+            padded_len,
+            copied,
+            k_ring,
+            v_ring,
+            k_full,
+            empty,
+            v_full,
+            empty,
+            D,
+            LOG_BLOCK_N,
+            TILE,
+            SLOTS,
+        )
+
+
+@gluon.jit
 def _start(rows, ring, full, t, SLOTS: gl.constexpr, S_LAYOUT: gl.constexpr):
     """Starts rows x^T, x the tile `t` of a ring, as soon as that is in place."""
     slot = t % SLOTS
     mbarrier.wait(full.index(slot), (t // SLOTS) & 1)
-    # The copies were ordinary writes; tensor cores read through another path.
+    # Gathered rows are ordinary writes; tensor cores read through another path.
     fence_async_shared()
     ROWS: gl.constexpr = rows.shape[0]
     TILE: gl.constexpr = ring.shape[1]
@@ -105,7 +182,7 @@ def _multiply_tiles(
     slope = scale * LOG2E
     multiplied = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, batch_head, pyramid = place(item, q_blocks, heads, group, padded_len, D, IS_CAUSAL)
+        block, batch_head, pyramid = _place(item, q_blocks, heads, group, padded_len, IS_CAUSAL)
         batch = (batch_head // heads).to(gl.int64)
         head = (batch_head % heads).to(gl.int64)
         table_row = batch_head * q_blocks + block
@@ -215,6 +292,10 @@ def query_gradient_hopper(
     q_blocks,
     k_blocks,
     items,
+    k_long,
+    k_half,
+    v_long,
+    v_half,
     D: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
@@ -224,7 +305,7 @@ def query_gradient_hopper(
     IS_CAUSAL: gl.constexpr,
 ):
     """Grid: any number of programs. Arguments as in `query_gradient`, block_m 128; `items` is the
-    number of query blocks over all heads."""
+    number of query blocks over all heads; k_long to v_half are the `boxes` of the pyramids."""
     dtype: gl.constexpr = q_pointer.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], dtype)
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
@@ -327,10 +408,14 @@ def query_gradient_hopper(
                 ),
             ),
             (
-                copy_tiles,
+                _copy_items,
                 (
                     k_pointer,
                     v_pointer,
+                    k_long,
+                    k_half,
+                    v_long,
+                    v_half,
                     entries,
                     counts,
                     full_counts,
@@ -344,7 +429,6 @@ def query_gradient_hopper(
                     k_ring,
                     v_ring,
                     k_full,
-                    empty,
                     v_full,
                     empty,
                     D,
@@ -382,6 +466,7 @@ def launch(
     query_gradient_hopper[(min(items, resident_programs(q, 1)),)](
         *arguments,
         items,
+        *boxes(*arguments[1:3], block_n, config.tile),
         D=head_dim,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         TILE=config.tile,
