@@ -1,13 +1,15 @@
 """Arrays that are sharded over batch and heads, where the program has to know of it.
 
-Under a mesh with automatic axes, XLA splits the work by itself and nothing here applies. With
-explicit axes (the default of `jax.make_mesh`) every array's sharding is part of its type; batch
-entries and heads are independent, so the whole call then runs shard by shard.
+Under a mesh with automatic axes, XLA splits its own operations by itself and nothing here applies;
+it cannot split a kernel, so callers wrap those in `jax.shard_map`. With explicit axes (the default
+of `jax.make_mesh`) every array's sharding is part of its type; batch entries and heads are
+independent, so the whole call then runs shard by shard.
 """
 
 from collections.abc import Callable
 
 import jax
+from jax import lax
 from jax.sharding import PartitionSpec
 
 
@@ -42,6 +44,25 @@ def per_shard(run: Callable, q: jax.Array, *arrays: jax.Array):
                 )
     arrays = tuple(jax.sharding.reshard(x, jax.NamedSharding(mesh, lead)) for x in arrays)
     return jax.shard_map(run, mesh=mesh, in_specs=lead, out_specs=lead)(q, *arrays)
+
+
+def vary_alike(arrays: tuple[jax.Array, ...], *others: jax.Array) -> tuple[jax.Array, ...]:
+    """`arrays`, whose types say that they differ between shards where any of all these does.
+
+    Inside `jax.shard_map` a gradient must have the type of what it is the gradient of; JAX then
+    sums it over shards where an array was the same before it was marked here. Results of a kernel
+    are typed as the same everywhere, whatever it was given.
+
+    Args:
+        arrays: what is marked; values stay as they are.
+        others: what they are made from.
+    """
+    axes = [jax.typeof(x).manual_axis_type.varying for x in (*arrays, *others)]
+    every = frozenset().union(*axes)
+    return tuple(
+        lax.pcast(x, tuple(sorted(every - own, key=str)), to="varying")
+        for x, own in zip(arrays, axes, strict=False)
+    )
 
 
 def _shards(mesh, names) -> int:

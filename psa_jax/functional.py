@@ -36,7 +36,9 @@ def psa_attention(
 
     Differentiable in q, k and v for the levels chosen; the choice itself has no gradient. Works
     under `jit` (the configuration is static), `vmap`, `jax.checkpoint`, `lax.scan`, `jax.export`
-    and `jax.shard_map`; nothing between q, k, v and the output makes the host wait.
+    and `jax.shard_map`; nothing between q, k, v and the output makes the host wait. Arrays sharded
+    over batch and heads stay where they are (under a mesh with automatic axes, kernels need the
+    call to be inside `jax.shard_map` for that).
 
     Args:
         q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.

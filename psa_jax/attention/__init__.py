@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from psa_jax._arrays import describe
-from psa_jax._sharding import per_shard
+from psa_jax._sharding import per_shard, vary_alike
 from psa_jax.attention.differentiable import Call, attention, attention_with_lse
 from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
 from psa_jax.masks import check_levels_of_form, from_segments
@@ -33,7 +33,8 @@ def sparse_attention(
 
     Differentiable (reverse mode, once) in q, k and v, through out and lse; levels get no
     gradient. Works under `jit`, `vmap`, `jax.checkpoint`, `lax.scan`, `jax.export` and
-    `jax.shard_map`; arrays sharded over batch and heads stay where they are.
+    `jax.shard_map`; arrays sharded over batch and heads stay where they are (under a mesh with
+    automatic axes, a kernel needs the call to be inside `jax.shard_map` for that).
 
     Args:
         q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.
@@ -83,4 +84,5 @@ def sparse_attention(
 @functools.partial(jax.jit, static_argnames=("call", "form", "return_lse"))
 def _attend(q, k, v, levels, *, call: Call, form: str, return_lse: bool):
     dense = from_segments(levels) if form == "segments" else levels.astype(jnp.int32)
-    return (attention_with_lse if return_lse else attention)(call, q, k, v, dense)
+    arrays = vary_alike((q, k, v, dense))
+    return (attention_with_lse if return_lse else attention)(call, *arrays)

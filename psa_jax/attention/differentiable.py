@@ -6,6 +6,7 @@ import functools
 import jax
 from jax import Array
 
+from psa_jax._sharding import vary_alike
 from psa_jax._vmap import vmap_as_batch
 from psa_jax.attention.implementations import IMPLEMENTATIONS
 
@@ -31,14 +32,16 @@ class Call:
     def forward(self, *arrays: Array) -> tuple[Array, Array]:
         """out and lse of q, k, v and levels."""
         run = functools.partial(IMPLEMENTATIONS[self.implementation].forward, **self._options())
-        return vmap_as_batch(run)(*arrays)
+        return vary_alike(vmap_as_batch(run)(*arrays), *arrays)
 
     def backward(self, dout: Array, dlse: Array | None, *arrays: Array) -> tuple[Array, ...]:
         """dq, dk and dv; arrays are q, k, v, levels, out and lse."""
         run = functools.partial(IMPLEMENTATIONS[self.implementation].backward, **self._options())
         if dlse is None:
-            return vmap_as_batch(lambda dout, *rest: run(dout, None, *rest))(dout, *arrays)
-        return vmap_as_batch(run)(dout, dlse, *arrays)
+            gradients = vmap_as_batch(lambda dout, *rest: run(dout, None, *rest))(dout, *arrays)
+        else:
+            gradients = vmap_as_batch(run)(dout, dlse, *arrays)
+        return vary_alike(gradients, *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

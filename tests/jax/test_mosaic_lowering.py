@@ -7,6 +7,11 @@ code then holds is checked by `tests/gates/mosaic_aot.py`, which needs NVIDIA's 
 import dataclasses
 import functools
 import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -111,3 +116,61 @@ def test_slots_that_no_kernel_takes_are_refused(wrong, named):
     make = functools.partial(SlotConfig, **{**right, **wrong})
     with pytest.raises(ValueError, match=named):
         make()
+
+
+SHARDED = """
+import sys
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from psa_jax import importance, psa_attention
+from psa_jax.attention import mosaic
+
+mosaic.device_reason = lambda x: None  # the kernels are lowered, not run
+importance._against_kernel = lambda *_: None
+
+explicit = sys.argv[1] == "explicit"
+axes = AxisType.Explicit if explicit else AxisType.Auto
+mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(axes, axes))
+spec = P("data", "heads")
+
+
+def zeros(*shape):
+    return jax.device_put(jnp.zeros(shape, "bfloat16"), NamedSharding(mesh, spec))
+
+
+def attend(q, k, v):
+    return psa_attention(
+        q, k, v, causal=True, block_m=128, block_n=64, implementation="mosaic", return_lse=True
+    )
+
+
+if not explicit:
+    attend = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)
+
+
+def both(q, k, v):
+    out, pull = jax.vjp(attend, q, k, v)
+    return out, pull(out)
+
+
+arrays = zeros(2, 8, 300, 64), *[zeros(2, 4, 293, 64)] * 2
+print(jax.jit(both).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text())
+"""
+
+
+@pytest.mark.parametrize("axes", ["explicit", "automatic, inside shard_map"])
+def test_sharded_batch_and_heads_stay_where_they_are(axes):
+    """Each of four devices launches every kernel for its own batch entry and half of the heads."""
+    flags = "--xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, axes],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert kernels_in(done.stdout) == KERNELS + 1  # and the scores
+    assert "tensor<4x304x64xbf16>, tensor<2x" in done.stdout  # q and k of one device
+    assert "tensor<16x304x64xbf16>" not in done.stdout  # q of all devices
+    assert not re.search(r"stablehlo\.(all_|collective|reduce_scatter)", done.stdout)

@@ -57,6 +57,16 @@ if sys.argv[1] == "control":  # a loop over heads has to bring them together
     print(len(moved(jax.jit(attend).lower(*arrays).compile())))
     sys.exit()
 
+if sys.argv[1] == "shared keys":  # every shard of the heads has all key heads
+    mesh, (shards, *_) = sharded(AxisType.Auto)
+    specs = spec, P("data"), P("data")
+    run = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=spec)
+    k, v = k[:, :1], v[:, :1]
+    want = jax.jit(lambda *x: both(attend, *x))(q, k, v)
+    for x, y in zip(jax.jit(lambda *x: both(run, *x))(shards, k, v), want, strict=True):
+        np.testing.assert_allclose(jax.device_get(x), y, rtol=1e-5, atol=1e-5)
+    sys.exit()
+
 want = jax.jit(lambda *x: both(attend, *x))(q, k, v)
 for kind in ("auto", "explicit", "shard_map"):
     mesh, arrays = sharded(AxisType.Explicit if kind == "explicit" else AxisType.Auto)
@@ -106,3 +116,7 @@ def test_nothing_but_scalars_moves():
 def test_the_check_can_fail():
     (arrays,) = run("control")
     assert int(arrays) > 0
+
+
+def test_gradients_of_keys_that_shards_share_are_summed():
+    assert run("shared keys") == []

@@ -13,7 +13,7 @@ from jax import lax
 
 from psa_jax.attention.mosaic import products
 from psa_jax.attention.mosaic.geometry import CONSUMERS, ROWS
-from psa_jax.attention.mosaic.plan import ENDS, HALF, MASKED, TAIL, WalkPlan, unpack_covers
+from psa_jax.attention.mosaic.plan import ENDS, HALF, MASKED, TAIL, WalkPlan, read, unpack_covers
 from psa_jax.attention.mosaic.walk import (
     Tiles,
     Walk,
@@ -124,7 +124,7 @@ def _consume(plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup, n, f
     lane = 0 if walk.shared else warpgroup
     place = walk.locate(n, lane)
     first_query = place.first_query + warpgroup * ROWS
-    spans = [plan.spans[place.row, i] for i in range(TAIL + 1)]
+    spans = [read(plan.spans, place.row, i) for i in range(TAIL + 1)]
     ends = spans[ENDS]
     full_tiles = ends[-1]
     all_tiles = full_tiles + spans[HALF] + spans[TAIL]

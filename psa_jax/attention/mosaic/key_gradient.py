@@ -28,7 +28,7 @@ from psa_jax.attention.mosaic.key_plan import (
     unpack_row,
     visited_query,
 )
-from psa_jax.attention.mosaic.plan import MASKED
+from psa_jax.attention.mosaic.plan import MASKED, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _produce(q_ref, dout_ref, numbers_ref, k_ref, v_ref, plan, scratch, walk, n,
         plgpu.copy_gmem_to_smem(source, target, scratch.keys_full)
 
     row = kv_head * walk.tiles.total + tile
-    steps = [walk.steps(plan.counts[row, VISITS], c) for c in range(CONSUMERS)]
+    steps = [walk.steps(read(plan.counts, row, VISITS), c) for c in range(CONSUMERS)]
 
     def copy_step(step, _):
         for consumer in range(CONSUMERS):
@@ -272,11 +272,11 @@ def _consume(plan, dk_ref, dv_ref, scratch, walk, scale, consumer, n, done):
         return carry
 
     row = kv_head * walk.tiles.total + tile
-    steps = walk.steps(plan.counts[row, VISITS], consumer)
+    steps = walk.steps(read(plan.counts, row, VISITS), consumer)
     gradients = (jnp.zeros((ROWS, head_dim), jnp.float32),) * 2
     masked = 0
     if geometry.is_causal:
-        masked = walk.steps(plan.counts[row, MASKED_VISITS], consumer)
+        masked = walk.steps(read(plan.counts, row, MASKED_VISITS), consumer)
         gradients = lax.fori_loop(0, masked, functools.partial(step, masked=True), gradients)
     dk, dv = lax.fori_loop(masked, steps, functools.partial(step, masked=False), gradients)
     products.release(scratch.keys_empty, interpreted=interpreted)

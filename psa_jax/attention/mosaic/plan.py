@@ -52,6 +52,16 @@ def pack_covers(count, last):
     return last * 16 + count
 
 
+def read(ref, *index) -> jax.Array:
+    """An integer of a plan, inside a kernel.
+
+    Inside `jax.shard_map` the type of what is read says that it differs between shards, the type
+    of what a kernel computes never does. A loop that begins at the former would be refused,
+    because its counter changes type: adding 0 makes it the latter.
+    """
+    return ref[index] + 0
+
+
 def unpack_covers(packed):
     """Inverse of `pack_covers`: (count, last)."""
     return packed & 15, packed >> 4

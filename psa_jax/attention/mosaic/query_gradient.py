@@ -14,7 +14,7 @@ from jax import lax
 from psa_jax.attention.mosaic import products
 from psa_jax.attention.mosaic.forward_kernel import masked_logits
 from psa_jax.attention.mosaic.geometry import CONSUMERS, ROWS
-from psa_jax.attention.mosaic.plan import ENDS, HALF, TAIL, WalkPlan
+from psa_jax.attention.mosaic.plan import ENDS, HALF, TAIL, WalkPlan, read
 from psa_jax.attention.mosaic.walk import (
     Tiles,
     Walk,
@@ -119,7 +119,7 @@ def _consume(plan, out_ref, scoped, tiles, walk, scale, warpgroup, n, first_tile
     lane = 0 if walk.shared else warpgroup
     place = walk.locate(n, lane)
     first_query = place.first_query + warpgroup * ROWS
-    spans = [plan.spans[place.row, i] for i in range(TAIL + 1)]
+    spans = [read(plan.spans, place.row, i) for i in range(TAIL + 1)]
     ends = spans[ENDS]
     full_tiles = ends[-1]
     all_tiles = full_tiles + spans[HALF] + spans[TAIL]

@@ -19,7 +19,7 @@ from jax import lax
 
 from psa_jax.attention.mosaic.config import WalkConfig
 from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS, Geometry
-from psa_jax.attention.mosaic.plan import ENDS, FIRST, HALF, TAIL
+from psa_jax.attention.mosaic.plan import ENDS, FIRST, HALF, TAIL, read
 from shared_specs.constants import LEVELS
 
 
@@ -137,7 +137,7 @@ def copy_row(walk: Walk, place: Place, first_tile, lane, k_ref, v_ref, plan, til
         The same count after this row.
     """
     geometry = walk.geometry
-    spans = [plan.spans[place.row, i] for i in range(TAIL + 1)]
+    spans = [read(plan.spans, place.row, i) for i in range(TAIL + 1)]
     ends, first = spans[ENDS], spans[FIRST]
 
     def load(t, starts, rows, covers=None):
