@@ -1,5 +1,7 @@
 """Pooled keys and values (specification, section 2); the layout is `shared_specs.pyramid`'s."""
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -55,7 +57,9 @@ def group_means(x: Array, size: int, groups: int | None = None) -> Array:
     length, dtype = x.shape[-2], accumulator(x.dtype)
     groups = -(-length // size) if groups is None else groups
     tiles = split_tokens(x.astype(dtype), groups, size)
-    return tiles.sum(-2) / group_counts(length, groups, size, dtype)[:, None]
+    # Token by token: XLA makes one vector loop of it on a CPU, and a slow one of a reduction.
+    total = functools.reduce(operator.add, (tiles[..., token, :] for token in range(size)))
+    return total / group_counts(length, groups, size, dtype)[:, None]
 
 
 def split_tokens(x: Array, groups: int, size: int) -> Array:
