@@ -160,7 +160,12 @@ def test_checkpoint_and_scan_over_layers(rng):
 
     want = jax.jit(jax.value_and_grad(by_loop, (0, 1)))(x, weights)
     got = jax.jit(jax.value_and_grad(by_checkpoint, (0, 1)))(x, weights)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4), got, want)
+
+    def check(x, y):
+        # Rounding is that of the largest numbers, from which small ones are differences.
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6 * float(jnp.abs(y).max()))
+
+    jax.tree.map(check, got, want)
 
 
 def test_export(rng):
