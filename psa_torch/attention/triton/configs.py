@@ -184,7 +184,8 @@ def choose_backward(
 ) -> BackwardConfig:
     """Backward tile sizes; `capability` is the compute capability of the GPU.
 
-    Those of compute capability 9.0 were measured on an H200 (`benchmarks/LOG.md`).
+    Those of compute capability 9.0 were measured on an H200 (`benchmarks/LOG.md`), but for the
+    registers of dq at D = 128, which were measured with another order of its products.
     """
     config = choose_plain_backward(capability, head_dim, dtype, block_m, block_n)
     if _warp_specialised(capability, head_dim, dtype, block_m):
