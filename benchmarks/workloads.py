@@ -103,6 +103,14 @@ def workloads(device: str) -> list[Workload]:
         _gpu("gpu-32k-h12-d128-default", 12, 32_768, 128, default),
         _gpu("gpu-32k-h16-d64-default", 16, 32_768, 64, default),
         _gpu("gpu-32k-h24-d128-wan2.1-14b", 24, 32_768, 128, wan),
+        # A quarter of the multiplications that scores take at the default of 4.
+        _gpu(
+            "gpu-32k-h24-d128-pool8",
+            24,
+            32_768,
+            128,
+            dataclasses.replace(default, importance_pool=8),
+        ),
         _gpu(
             "gpu-32k-h28kv4-d128-causal",
             28,
