@@ -66,7 +66,7 @@ def test_every_workload_of_the_plan_is_there():
     assert {"gpu-preset-wan2.1-14b", "gpu-preset-cogvideox-5b"} <= {
         w.name for w in workloads("gpu")
     }
-    assert len({work.name for work in workloads("gpu") + workloads("cpu")}) == 15
+    assert len({work.name for work in workloads("gpu") + workloads("cpu")}) == 16
     assert workloads("cpu")[0].length == 8192
 
 
