@@ -82,10 +82,11 @@ CHUNKS = Case(q_len=7 * 64, kv_len=350, heads=2, kv_heads=1, level="empty")
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """One query block at a time, in one pass up to 3 tiles of 64 rows, else in tiles of 128."""
+    """One query block at a time, in one pass up to 192 rows, else in tiles of 128."""
     jax.clear_caches()  # of programs made before what follows
     monkeypatch.setattr(walk.Shape, "chunk", property(lambda shape: 1))
-    for name, value in (("TILE_ROWS", 64), ("ONE_PASS_TILES", 3), ("LOOP_TILES", 2)):
+    sizes = dict(TILE_ROWS=64, ONE_PASS_ROWS=192, ONE_PASS_STEP=64, LOOP_TILES=2)
+    for name, value in sizes.items():
         monkeypatch.setattr(walk, name, value)
     yield
     jax.clear_caches()

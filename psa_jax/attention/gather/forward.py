@@ -1,11 +1,14 @@
 """Softmax over the visited rows, in one pass or tile by tile (specification, section 4)."""
 
+import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from psa_jax.attention.gather.walk import (
+    ONE_PASS_BLOCKS,
     Shape,
     as_runs,
     as_tile,
@@ -46,7 +49,7 @@ def forward(
     shape = Shape.of(q, k, block_m=block_m, block_n=block_n, scale=scale, is_causal=is_causal)
     arrays = (shape.group_heads(q), k, v, shape.group_heads(levels))
     if head_by_head(shape):
-        one = shape.one_head()
+        one = dataclasses.replace(shape.one_head(), cpu_blocks=ONE_PASS_BLOCKS)
         out, lse = map_heads(lambda *head: _heads(*head, one), shape, arrays)
     else:
         out, lse = _heads(*arrays, shape)
@@ -59,9 +62,15 @@ def _heads(q: Array, k: Array, v: Array, levels: Array, shape: Shape) -> tuple[A
     keys, values = as_runs(pyramid.k, shape), as_runs(pyramid.v, shape)
     table = build_table(levels)
     dtype = accumulator(q.dtype)
+    # One program for each number of rows up to some, and the loop where there are more. What the
+    # programs read is listed for all chunks together: many small steps for each would cost more.
+    rooms = shape.one_pass_rows
+    listed = None
+    if rooms:
+        listed = as_tile(visit(table, shape, rooms[-1] // shape.run), shape, dtype)
 
     def chunk(of_chunk):
-        query, entries, counts, position = of_chunk
+        query, entries, counts, position, most = of_chunk
         blocks = Table(entries, counts)
 
         def softmax(tile):
@@ -96,15 +105,14 @@ def _heads(q: Array, k: Array, v: Array, levels: Array, shape: Shape) -> tuple[A
             )
             return lax.fori_loop(0, tiles.used, add_tile, empty)
 
-        # One program for each number of tiles up to some, and the loop where there are more.
-        rooms = shape.one_pass_rows
-        ways = [functools.partial(at_once, rows) for rows in rooms]
         if rooms:
-            most = as_tile(visit(blocks, shape, rooms[-1] // shape.run), shape, dtype)
-        if not rooms or rooms[-1] < shape.most_rows:
-            ways.append(tile_by_tile)
-        way = jnp.clip(tiles_used(counts, shape, shape.tile_rows) - 1, 0, len(ways) - 1)
-        acc, top, total = lax.switch(way, ways)
+            ways = [functools.partial(at_once, rows) for rows in rooms]
+            if rooms[-1] < shape.most_rows:
+                ways.append(tile_by_tile)
+            way = jnp.clip(tiles_used(counts, shape, rooms[0]) - 1, 0, len(ways) - 1)
+            acc, top, total = lax.switch(way, ways)
+        else:
+            acc, top, total = tile_by_tile()
 
         # A block without rows went through no tile, or through one of hidden rows only.
         total = jnp.where(total > 0, total, 1)
@@ -119,6 +127,7 @@ def _heads(q: Array, k: Array, v: Array, levels: Array, shape: Shape) -> tuple[A
             shape.split_blocks(table.entries),
             shape.split_blocks(table.counts),
             shape.positions(),
+            jax.tree.map(shape.split_blocks, listed),
         ),
     )
     return shape.join_rows(out), shape.join_rows(lse)

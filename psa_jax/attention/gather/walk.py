@@ -26,9 +26,16 @@ TILE_ROWS = 256
 CPU_BLOCKS, OTHER_BLOCKS = 8, 128
 """Query blocks (over batch and heads) taken at a time: a cache full, or enough for many cores."""
 
-ONE_PASS_TILES, LOOP_TILES = 8, 4
-"""On a CPU the forward pass takes up to so many tiles at once, and this many if they are more.
-Products of a few hundred rows leave its cores waiting for each other."""
+ONE_PASS_BLOCKS = 4
+"""The same for the forward pass of one head on a CPU, which holds more of each block at a time."""
+
+ONE_PASS_ROWS, ONE_PASS_STEP = 2048, 64
+"""On a CPU the forward pass takes up to so many rows at once, in a program for each multiple of the
+step: fine enough that few rows are multiplied for nothing, and still few programs to compile."""
+
+LOOP_TILES = 4
+"""Tiles it takes together where the rows are more. Products of a few hundred rows leave its cores
+waiting for each other."""
 
 RUNS_PER_BLOCK = np.array([LEVELS[-1] // level for level in LEVELS], np.int32)
 """Runs of a block at each level."""
@@ -48,6 +55,7 @@ class Shape:
     block_n: int
     scale: float
     is_causal: bool
+    cpu_blocks: int = CPU_BLOCKS
 
     @classmethod
     def of(cls, q, k, *, block_m: int, block_n: int, scale: float, is_causal: bool) -> "Shape":
@@ -94,8 +102,8 @@ class Shape:
         """
         if jax.default_backend() != "cpu" or self.batch * self.kv_heads > 1:
             return ()
-        tiles = min(ONE_PASS_TILES, -(-self.most_rows // self.tile_rows))
-        return tuple(min(n * self.tile_rows, self.most_rows) for n in range(1, tiles + 1))
+        most = min(ONE_PASS_ROWS, self.most_rows)
+        return (*range(ONE_PASS_STEP, most, ONE_PASS_STEP), most)
 
     @property
     def loop_rows(self) -> int:
@@ -105,7 +113,7 @@ class Shape:
     @property
     def chunk(self) -> int:
         """Query blocks of each head that are taken at a time."""
-        wanted = CPU_BLOCKS if jax.default_backend() == "cpu" else OTHER_BLOCKS
+        wanted = self.cpu_blocks if jax.default_backend() == "cpu" else OTHER_BLOCKS
         return min(self.n_q, max(1, wanted // (self.batch * self.kv_heads * self.group)))
 
     @property
