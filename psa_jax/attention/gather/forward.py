@@ -49,7 +49,7 @@ def forward(
     shape = Shape.of(q, k, block_m=block_m, block_n=block_n, scale=scale, is_causal=is_causal)
     arrays = (shape.group_heads(q), k, v, shape.group_heads(levels))
     if head_by_head(shape):
-        one = dataclasses.replace(shape.one_head(), cpu_blocks=ONE_PASS_BLOCKS)
+        one = shape.one_head()
         out, lse = map_heads(lambda *head: _heads(*head, one), shape, arrays)
     else:
         out, lse = _heads(*arrays, shape)
@@ -67,6 +67,7 @@ def _heads(q: Array, k: Array, v: Array, levels: Array, shape: Shape) -> tuple[A
     rooms = shape.one_pass_rows
     listed = None
     if rooms:
+        shape = dataclasses.replace(shape, cpu_blocks=ONE_PASS_BLOCKS)
         listed = as_tile(visit(table, shape, rooms[-1] // shape.run), shape, dtype)
 
     def chunk(of_chunk):

@@ -27,7 +27,7 @@ CPU_BLOCKS, OTHER_BLOCKS = 8, 128
 """Query blocks (over batch and heads) taken at a time: a cache full, or enough for many cores."""
 
 ONE_PASS_BLOCKS = 4
-"""The same for the forward pass of one head on a CPU, which holds more of each block at a time."""
+"""The same for a forward pass in one pass (see below), which holds more of each block at a time."""
 
 ONE_PASS_ROWS, ONE_PASS_STEP = 2048, 64
 """On a CPU the forward pass takes up to so many rows at once, in a program for each multiple of the
