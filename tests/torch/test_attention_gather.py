@@ -20,6 +20,9 @@ from tests.torch.attention_contract import (
     run,
 )
 
+# The package's own attribute of this name is the function.
+forward = importlib.import_module("psa_torch.attention.gather.forward")
+
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 RECORDED = {c["name"]: c for c in json.loads((GOLDEN / "index.json").read_text())["cases"]}
 
@@ -41,7 +44,7 @@ class TestGather(AttentionContract):
 
 @pytest.mark.usefixtures("poisoned")
 class TestGatherInManyBatches(AttentionContract):
-    """The same with limits so low that every problem takes many slabs and batches."""
+    """The same with limits so low that every problem takes many slabs and batches, head by head."""
 
     implementation = "gather"
 
@@ -49,6 +52,7 @@ class TestGatherInManyBatches(AttentionContract):
     def low_limits(self, monkeypatch):
         monkeypatch.setattr(plan, "SLAB_RUNS", 100)
         monkeypatch.setattr(plan, "BATCH_LOGITS", 20_000)
+        monkeypatch.setattr(forward, "CACHED_ROWS", 1)
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 72, 256])
@@ -80,6 +84,21 @@ def test_unselected_keys_are_never_read(rng):
     got = run(clean._replace(k=poison[0], v=poison[1]), "gather", **case.settings())
     for x, y in zip(got, run(clean, "gather", **case.settings()), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("logit", [0.1, 20, 31, 200, 5000])
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_logits_of_any_size(logit, sign, is_causal, rng):
+    """Every logit near the one given, in base 2, above or below 0."""
+    case = Case(kv_len=300, level="empty", is_causal=is_causal, scale=1.0)
+    inputs = case.inputs(rng)
+    one = torch.ones(()) / case.head_dim**0.5
+    q = (one + inputs.q / 100) * sign * logit / plan.LOG2_E
+    inputs = inputs._replace(q=q, k=one + inputs.k / 100)
+    got, want = run(inputs, "gather", **case.settings()), expected(inputs, **case.settings())
+    rounding = 1e-6 * max(logit, 4)
+    assert_close(got, want, rounding)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
