@@ -23,8 +23,9 @@ RUNS_PER_BLOCK = 8
 SLAB_RUNS = 2**20
 """Most runs that the query blocks of one plan can visit; bounds the plan's memory."""
 
-BATCH_LOGITS = 640 * 1024
-"""Logits computed at a time: few enough to stay in cache (2.5 MB in float32)."""
+BATCH_LOGITS = 1280 * 1024
+"""Logits computed at a time: few enough to stay in cache (5 MB in float32), and enough that cores do
+not wait for each other too often."""
 
 
 @dataclasses.dataclass(frozen=True)
