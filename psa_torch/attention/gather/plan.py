@@ -24,8 +24,8 @@ SLAB_RUNS = 2**20
 """Most runs that the query blocks of one plan can visit; bounds the plan's memory."""
 
 BATCH_LOGITS = 1280 * 1024
-"""Logits computed at a time: few enough to stay in cache (5 MB in float32), and enough that cores do
-not wait for each other too often."""
+"""Logits computed at a time: few enough for the cache (5 MB in float32), and enough that the cores
+seldom wait for each other."""
 
 
 @dataclasses.dataclass(frozen=True)
