@@ -217,7 +217,9 @@ def _multiply_columns(
     sweep_row = gl.arange(0, PART_ROWS, sweep_row_layout)
     sweep_lane = gl.arange(0, SWEEP, gl.SliceLayout(0, sweep_layout))
     in_sweep = gl.expand_dims(sweep_row * WIDTH, 1) + gl.expand_dims(sweep_lane, 0)
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    lines: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    part_block = gl.expand_dims(gl.arange(0, PART_BLOCKS, gl.SliceLayout(1, lines)), 1)
+    line = gl.expand_dims(gl.arange(0, SWEEP, gl.SliceLayout(0, lines)), 0)
     block_tiles = (k_blocks + WIDTH - 1) // WIDTH
     multiplied = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -293,13 +295,14 @@ def _multiply_columns(
             peak = gl.where(tile < seen_tiles, gl.load(written + in_sweep), float("-inf"))
             below = peak - gl.expand_dims(gl.convert_layout(row_max, sweep_row_layout), 1)
             below *= gl.expand_dims(gl.convert_layout(row_factor, sweep_row_layout), 1)
-            for b in gl.static_range(PART_BLOCKS):
-                of_block = gl.expand_dims(sweep_row // Q_COUNT == b, 1)
-                score = gl.exp2(gl.max(gl.where(of_block, below, float("-inf")), 0))
-                score = gl.convert_layout(score, line)
-                key_block = first + gl.arange(0, SWEEP, line)
-                inside = (key_block < k_blocks) & (mine + b < q_blocks)
-                gl.store(out + b * k_blocks + key_block, score, mask=inside)
+            # The rows of a block belong to one warp or to few: all blocks in one reduction.
+            by_block = below.reshape([PART_BLOCKS, Q_COUNT, SWEEP])
+            score = gl.convert_layout(gl.exp2(gl.max(by_block, 1)), lines)
+            gl.store(
+                out + part_block * k_blocks + first + line,
+                score,
+                mask=(mine + part_block < q_blocks) & (first + line < k_blocks),
+            )
 
 
 @gluon.jit
