@@ -38,8 +38,9 @@ def to_segments(levels: Array, scores: Array | None = None) -> Array:
     for place, level in enumerate(MASK_LEVELS[:-1]):
         segment = jnp.where(levels == level, jnp.int32(place), segment)
     ids = lax.broadcasted_iota(jnp.int32, levels.shape, levels.ndim - 1)
+    # Ids differ, so no two keys are equal, and a stable sort would carry an index along.
     if scores is None:
-        ordered, order = lax.sort((segment, ids), num_keys=2)
+        ordered, order = lax.sort((segment, ids), num_keys=2, is_stable=False)
     else:
         if scores.shape != levels.shape:
             raise ValueError(
@@ -47,7 +48,7 @@ def to_segments(levels: Array, scores: Array | None = None) -> Array:
             )
         scores = lax.stop_gradient(scores)
         worst = jnp.where(jnp.isnan(scores), jnp.inf, -scores)
-        ordered, _, order = lax.sort((segment, worst, ids), num_keys=3)
+        ordered, _, order = lax.sort((segment, worst, ids), num_keys=3, is_stable=False)
     # A block's place is its rank plus the separators that stand before its segment.
     places = jnp.arange(n, dtype=jnp.int32) + ordered
     blank = jnp.full((*levels.shape[:-1], n + len(MASK_LEVELS)), SEPARATOR, jnp.int32)

@@ -98,7 +98,8 @@ def _rank(scores: Array, candidates: np.ndarray) -> tuple[Array, Array]:
     key = jnp.where(bits > NAN_BITS, AFTER_SCORED, -bits)
     ids = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
     key = jnp.where(ids < candidates[:, None], key, AFTER_NAN).astype(jnp.int32)
-    ranked_key, ranked = lax.sort((key, ids), num_keys=2)
+    # No two pairs are equal, and a stable sort would carry an index along.
+    ranked_key, ranked = lax.sort((key, ids), num_keys=2, is_stable=False)
     return ranked, jnp.maximum(-ranked_key, 0)
 
 
