@@ -67,7 +67,8 @@ class TokenOrder(TokenOrderBase):
             jnp.arange(self.length, dtype=jnp.int32), (*labels.shape[:-1], self.length)
         )
         order = place.at[..., self.video].set(by_cluster.astype(jnp.int32))
-        return Permutation(order, jnp.argsort(order, axis=-1).astype(jnp.int32))
+        inverse = jnp.argsort(order, axis=-1, stable=False)
+        return Permutation(order, inverse.astype(jnp.int32))
 
     def _take(self, x: Array, permutation: Permutation) -> Array:
         return permute(x, permutation.order)
