@@ -30,7 +30,12 @@ def build_pyramid(k: Array, v: Array, block_n: int) -> Pyramid:
         Pyramid of `[B, Hk, P, D]` in the input dtype. A row is one mean over the real keys it
         covers, accumulated in float32 (float64 stays float64); rows that cover none are zero.
     """
-    return Pyramid(_pool(k, block_n), _pool(v, block_n))
+    return Pyramid(_pool(k, block_n, LEVELS), _pool(v, block_n, LEVELS))
+
+
+def pool_levels(k: Array, v: Array, block_n: int) -> Pyramid:
+    """`build_pyramid` from level 2 on, for kernels that read level 1 from `k` and `v`."""
+    return Pyramid(_pool(k, block_n, LEVELS[1:]), _pool(v, block_n, LEVELS[1:]))
 
 
 def accumulator(dtype) -> jnp.dtype:
@@ -70,9 +75,9 @@ def split_tokens(x: Array, groups: int, size: int) -> Array:
     return x.reshape(*x.shape[:-2], groups, size, x.shape[-1])
 
 
-def _pool(x: Array, block_n: int) -> Array:
+def _pool(x: Array, block_n: int, levels: tuple[int, ...]) -> Array:
     padded = padded_length(x.shape[-2], block_n)
-    means = [group_means(x, level, padded // level) for level in LEVELS]
+    means = [group_means(x, level, padded // level) for level in levels]
     return jnp.concatenate([rows.astype(x.dtype) for rows in means], axis=-2)
 
 

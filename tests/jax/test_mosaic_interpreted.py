@@ -19,6 +19,8 @@ from psa_jax import sparse_attention
 from psa_jax.attention import mosaic
 from psa_jax.attention.mosaic import api, forward_kernel, slot_gradient, walk
 from psa_jax.attention.mosaic.config import Config, default_config
+from psa_jax.attention.mosaic.geometry import CHUNK
+from psa_jax.attention.mosaic.pyramid_rows import copy_rows
 from psa_jax.kernels.device import reset
 from tests.jax.attention_contract import (
     Case,
@@ -168,6 +170,20 @@ def forward_errors(case, rng):
     return error / (np.linalg.norm(want.out) or 1), lse_error
 
 
+READS = [
+    case_of(batch=2, heads=2, kv_heads=1, block_n=32, q_len=130, kv_len=301, is_causal=True),
+    case_of(batch=2, heads=4, kv_heads=2, block_n=64, block_m=64, q_len=64, kv_len=515),
+    case_of(batch=2, heads=2, kv_heads=1, block_n=128, q_len=130, kv_len=523, is_causal=True),
+    case_of(level="empty", heads=2, kv_heads=2, block_n=64, q_len=300, kv_len=777),
+]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=SLOW_ON_OLD) for case in READS], ids=str)
+def test_forward_reads_the_right_rows(case, interpreter, rng):
+    error, lse_error = forward_errors(case, rng)
+    assert error < TOLERANCE[case.dtype] and lse_error < 2e-3
+
+
 def one_level_for_all(t, ends):
     return jnp.int32(0)
 
@@ -177,7 +193,12 @@ def tail_counted_as_full(packed):
     return jnp.where(count > 0, 8, 0), last
 
 
+def chunk_before(source, kv_head, start, *rest, **options):
+    copy_rows(source, kv_head, jnp.maximum(start - CHUNK, 0), *rest, **options)
+
+
 MISTAKES = {
+    "rows of the chunk before": (case_of(kv_len=300), walk, "copy_rows", chunk_before),
     "no log bias": (
         case_of(kv_len=1024),
         forward_kernel,
@@ -194,7 +215,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(
-    "mistake", ["no log bias", pytest.param("tail counted as full", marks=SLOW_ON_OLD)]
+    "mistake",
+    [
+        "no log bias",
+        pytest.param("tail counted as full", marks=SLOW_ON_OLD),
+        pytest.param("rows of the chunk before", marks=SLOW_ON_OLD),
+    ],
 )
 def test_a_broken_kernel_is_caught(mistake, interpreter, monkeypatch, rng):
     case, module, name, broken = MISTAKES[mistake]

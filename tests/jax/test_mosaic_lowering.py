@@ -71,6 +71,14 @@ def test_lowers_for_cuda(shape):
     assert kernels_in(lower(**shape)) == KERNELS
 
 
+def test_level_1_is_read_from_the_keys_and_values():
+    """The kernels of forward, dq and dk and dv take them as they are: nothing has copied them."""
+    text = lower(**FAST[0], length=1031)
+    tokens, pooled = "tensor<2x1024x128xbf16>", "tensor<2x896x128xbf16>"
+    assert text.count(f"{tokens}, {pooled}, {tokens}, {pooled}, ") == 3
+    assert "x1920x128xbf16>" not in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ALL, ids=str)
 def test_every_configuration_lowers_for_cuda(shape):

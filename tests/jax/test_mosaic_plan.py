@@ -21,10 +21,10 @@ from psa_jax.attention.mosaic.plan import (
     FIRST,
     HALF,
     TAIL,
-    kernel_pyramid,
     unpack_covers,
     walk_plan,
 )
+from psa_jax.attention.mosaic.pyramid_rows import pooled_rows
 from psa_jax.attention.mosaic.slot_plan import (
     FIRST_ENTRY,
     FULL,
@@ -34,7 +34,7 @@ from psa_jax.attention.mosaic.slot_plan import (
 )
 from psa_jax.attention.mosaic.slot_plan import TAIL as SLOT_TAIL
 from shared_specs.constants import LEVELS, MASK_LEVELS
-from shared_specs.pyramid import build_pyramid
+from shared_specs.pyramid import build_pyramid, level_start
 
 BLOCKS = list(itertools.product((64, 128), (32, 64, 128)))
 LENGTHS = [(200, 777), (129, 70)]
@@ -245,16 +245,18 @@ def place_of(blocks, level_token, geometry, rounds):
 
 
 @pytest.mark.parametrize("block_n", [32, 64, 128])
-def test_kernel_pyramid_holds_the_pyramid(block_n, rng):
+def test_pooled_rows_are_those_of_the_pyramid(block_n, rng):
     k = rng.standard_normal((2, 2, 300, 8)).astype(np.float32)
     geometry = Geometry(100, 300, 128, block_n, False, 64)
-    rows = build_pyramid(k, k, block_n).k
-    ours = np.asarray(kernel_pyramid(jax.numpy.asarray(rows), geometry))
-    assert ours.shape == (4, geometry.pyramid_rows, 8)
+    rows = build_pyramid(k, k, block_n).k[:, :, level_start(300, block_n, 2) :]
+    ours = np.asarray(pooled_rows(jax.numpy.asarray(rows), geometry))
+    assert ours.shape == (4, geometry.pooled_rows, 8)
     theirs = rows.reshape(4, -1, 8)
-    place = [r for r in range(geometry.pyramid_rows) if token_of(geometry, r)[1] is not None]
+    tokens = [token_of(geometry, geometry.first_pooled + r) for r in range(geometry.pooled_rows)]
+    place = [r for r, (_, token) in enumerate(tokens) if token is not None]
+    assert all(level > 1 for level, _ in tokens)
     np.testing.assert_array_equal(ours[:, place], theirs)
-    gaps = sorted(set(range(geometry.pyramid_rows)) - set(place))
+    gaps = sorted(set(range(geometry.pooled_rows)) - set(place))
     assert (ours[:, gaps] == 0).all() and bool(gaps) == (block_n == 32)
 
 

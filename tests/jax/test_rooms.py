@@ -55,6 +55,17 @@ def test_pyramid_of_low_precision_is_one_rounded_mean(rng):
 
 
 @pytest.mark.parametrize(("length", "block_n"), [(5, 32), (200, 64), (1030, 128)])
+def test_pooled_levels_are_those_of_the_pyramid(length, block_n, rng):
+    k, v = (jnp.asarray(normal(rng, 1, 2, length, 8), jnp.bfloat16) for _ in range(2))
+    whole = pyramid.build_pyramid(k, v, block_n)
+    start = np_pyramid.level_start(length, block_n, 2)
+    for x, y in zip(pyramid.pool_levels(k, v, block_n), whole, strict=True):
+        np.testing.assert_array_equal(x, y[:, :, start:])
+    np.testing.assert_array_equal(whole.k[:, :, :length], k)
+    np.testing.assert_array_equal(whole.v[:, :, :length], v)
+
+
+@pytest.mark.parametrize(("length", "block_n"), [(5, 32), (200, 64), (1030, 128)])
 def test_unpool_is_the_transpose_of_pooling(length, block_n, rng):
     k = normal(rng, 1, 2, length, 8)
 

@@ -20,14 +20,15 @@ from psa_jax.attention.mosaic.forward_kernel import forward_kernel
 from psa_jax.attention.mosaic.geometry import CHUNK, ROWS, Geometry, cdiv
 from psa_jax.attention.mosaic.key_gradient import KeyWalk, key_gradient_kernel
 from psa_jax.attention.mosaic.key_plan import KeyTiles, key_plan, rows_of_level
-from psa_jax.attention.mosaic.plan import MASKED, kernel_pyramid, walk_plan
+from psa_jax.attention.mosaic.plan import MASKED, walk_plan
+from psa_jax.attention.mosaic.pyramid_rows import PyramidRows, pooled_rows
 from psa_jax.attention.mosaic.query_gradient import query_gradient_kernel
 from psa_jax.attention.mosaic.slot_plan import Rounds, slot_plan
 from psa_jax.attention.mosaic.slot_sum import slot_gradients
 from psa_jax.attention.mosaic.unpool import unpool
 from psa_jax.attention.mosaic.walk import Walk
 from psa_jax.kernels.device import interpreter, multiprocessors
-from psa_jax.pyramid import build_pyramid
+from psa_jax.pyramid import pool_levels
 from shared_specs.constants import LEVELS
 
 
@@ -62,11 +63,9 @@ def forward(
     call = _Call(q, k, block_m, block_n, is_causal, config)
     walk = call.walk(call.config.forward)
     sign, scale = _split(scale)
-    pyramid = build_pyramid(k, v, block_n)
     out, lse = forward_kernel(
         call.query_rows(q * sign),
-        kernel_pyramid(pyramid.k, walk.geometry),
-        kernel_pyramid(pyramid.v, walk.geometry),
+        *call.pyramid_rows(k, v),
         walk_plan(levels, walk.geometry),
         walk,
         scale=scale,
@@ -105,18 +104,15 @@ def backward(
     dout, q, k, v, out = (pad_channels(x) for x in (dout, q, k, v, out))
     call = _Call(q, k, block_m, block_n, is_causal, config)
     sign, scale = _split(scale)
-    pyramid = build_pyramid(k, v, block_n)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     if dlse is not None:
         delta = delta - dlse
     empty = jnp.isneginf(lse)
     lse2 = jnp.where(empty, -MASKED, lse * math.log2(math.e))
     walk = call.walk(call.config.query_gradient)
-    keys, values = (call.key_rows(kernel_pyramid(rows, walk.geometry)) for rows in pyramid)
     inputs = (
         call.query_rows(q * sign),
-        keys,
-        values,
+        *call.pyramid_rows(k, v),
         call.query_rows(dout.astype(q.dtype)),
         jnp.stack(
             [
@@ -224,19 +220,33 @@ class _Call:
         return min(config.blocks or multiprocessors(), items)
 
     def query_rows(self, x: Array) -> Array:
-        """`[B, H, Lq, D]` as `[B * H, Lq', D]`, zeros past the end.
+        """`[B, H, Lq, D]` as the `[B * H, Lq', D]` of the kernels."""
+        rows = x.reshape(-1, *x.shape[2:])
+        return self._pad(rows, self.geometry(CHUNK).padded_queries)
+
+    def pyramid_rows(self, k: Array, v: Array) -> tuple[PyramidRows, PyramidRows]:
+        """`k` and `v` at every level, for the kernels."""
+        geometry = self.geometry(CHUNK)
+        tokens_end = cdiv(geometry.key_blocks * self.block_n, ROWS) * ROWS
+
+        def at_every_level(x: Array, pooled: Array) -> PyramidRows:
+            return PyramidRows(
+                self._pad(x.reshape(-1, *x.shape[2:]), tokens_end),
+                self._pad(pooled_rows(pooled, geometry), geometry.pooled_rows + ROWS),
+            )
+
+        pooled = pool_levels(k, v, self.block_n)
+        return at_every_level(k, pooled.k), at_every_level(v, pooled.v)
+
+    def _pad(self, rows: Array, end: int) -> Array:
+        """`[heads, L, D]` with zeros after row `L`, so that rows up to `end` can be copied.
 
         A copy past the end of an array brings zeros and writes nothing, but only whole chunks
         can be addressed, and the interpreter has no such copies.
         """
-        whole = CHUNK if self.interpret is None else self.geometry(CHUNK).padded_queries
-        missing = cdiv(x.shape[2], whole) * whole - x.shape[2]
-        rows = x.reshape(-1, *x.shape[2:])
-        return jnp.pad(rows, [(0, 0), (0, missing), (0, 0)]) if missing else rows
-
-    def key_rows(self, rows: Array) -> Array:
-        """Pyramid rows `[B * Hk, P, D]` for the key tiles, the last of which may end past `P`."""
-        return rows if self.interpret is None else jnp.pad(rows, [(0, 0), (0, ROWS), (0, 0)])
+        length = rows.shape[1]
+        padded = cdiv(length, CHUNK) * CHUNK if self.interpret is None else end
+        return jnp.pad(rows, [(0, 0), (0, padded - length), (0, 0)]) if padded > length else rows
 
     def query_numbers(self, x: Array, fill: float) -> Array:
         """`[B, H, Lq]` as float32 `[B * H, padded_queries]`."""

@@ -29,7 +29,7 @@ def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpr
 
     Args:
         q: `[B * H, Lq, D]`; in the interpreter `Lq` is a whole number of query tiles.
-        k, v: `[B * Hk, P, D]`, pyramids laid out as `geometry` says.
+        k, v: `PyramidRows`.
         scale: factor on q.k, not negative.
 
     Returns:
@@ -50,8 +50,8 @@ def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpr
     arrays, tree = jax.tree.flatten((q, k, v, plan))
 
     def forward(*refs):
-        q_ref, k_ref, v_ref, plan_refs = tree.unflatten(refs[: len(arrays)])
-        _warpgroup(q_ref, k_ref, v_ref, plan_refs, *refs[len(arrays) :], walk=walk, scale=scale)
+        q_ref, k, v, plan_refs = tree.unflatten(refs[: len(arrays)])
+        _warpgroup(q_ref, k, v, plan_refs, *refs[len(arrays) :], walk=walk, scale=scale)
 
     kernel = plgpu.kernel(
         forward,
@@ -67,7 +67,7 @@ def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpr
     return kernel(*arrays)
 
 
-def _warpgroup(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, scoped, *, walk: Walk, scale):
+def _warpgroup(q_ref, k, v, plan, out_ref, lse_ref, scoped, *, walk: Walk, scale):
     warpgroup = lax.axis_index("warpgroup")
     tiles = Tiles(**scoped.pop("tiles"))
     config = walk.config
@@ -104,7 +104,7 @@ def _warpgroup(q_ref, k_ref, v_ref, plan, out_ref, lse_ref, scoped, *, walk: Wal
                     scoped["queries"].at[slot],
                     scoped["queries_full"].at[slot],
                 )
-            return copy_row(walk, place, tiles_done, lane, k_ref, v_ref, plan, tiles)
+            return copy_row(walk, place, tiles_done, lane, k, v, plan, tiles)
 
         items = walk.items_of_block()
         tiles_done = lax.fori_loop(0, items, produce, jnp.int32(0))

@@ -1,9 +1,9 @@
 """Where the kernels find things: pyramid rows, tiles and chunks, all fixed by the shapes.
 
-The kernels read keys and values from a pyramid whose blocks take a whole number of 8-row chunks
-at every level, because a TMA copy into swizzled shared memory moves whole chunks. That is the
-pyramid of the specification, section 2, except at level 8 of `block_n` 32: its blocks have 4
-rows and are stored 8 apart, the upper 4 rows unused.
+Blocks take a whole number of 8-row chunks at every level of the kernels' pyramid, because a TMA
+copy into swizzled shared memory moves whole chunks. That is the pyramid of the specification,
+section 2, except at level 8 of `block_n` 32: its blocks have 4 rows and are stored 8 apart, the
+upper 4 rows unused. Level 1 is numbered with the others but stored apart (see `pyramid_rows`).
 """
 
 from __future__ import annotations
@@ -87,8 +87,14 @@ class Geometry:
         return tuple(2 * padded - 2 * padded // level for level in LEVELS)
 
     @property
-    def pyramid_rows(self) -> int:
-        return self.start[-1] + self.key_blocks * self.pitch[-1]
+    def first_pooled(self) -> int:
+        """Pyramid row at which level 2 begins: the first that is stored with the pooled ones."""
+        return self.start[1]
+
+    @property
+    def pooled_rows(self) -> int:
+        """Rows of levels 2, 4 and 8."""
+        return self.start[-1] + self.key_blocks * self.pitch[-1] - self.first_pooled
 
     @property
     def dense_levels(self) -> tuple[int, ...]:

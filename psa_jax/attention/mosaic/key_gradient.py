@@ -19,7 +19,7 @@ from jax import lax
 
 from psa_jax.attention.mosaic import products
 from psa_jax.attention.mosaic.config import KeyConfig
-from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS
+from psa_jax.attention.mosaic.geometry import CONSUMERS, ROWS
 from psa_jax.attention.mosaic.key_plan import (
     MASKED_VISITS,
     VISITS,
@@ -29,6 +29,7 @@ from psa_jax.attention.mosaic.key_plan import (
     visited_query,
 )
 from psa_jax.attention.mosaic.plan import MASKED, read
+from psa_jax.attention.mosaic.pyramid_rows import copy_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,8 @@ def key_gradient_kernel(q, k, v, dout, numbers, plan: KeyPlan, walk: KeyWalk, *,
         partial=products.operand((ROWS, head_dim), jnp.float32),
         given=plgpu.Barrier(num_barriers=2),
     )
-    rows = jax.ShapeDtypeStruct((k.shape[0], walk.tiles.total * ROWS, head_dim), jnp.float32)
+    heads = walk.batch * walk.kv_heads
+    rows = jax.ShapeDtypeStruct((heads, walk.tiles.total * ROWS, head_dim), jnp.float32)
     arrays, tree = jax.tree.flatten((q, dout, numbers, k, v, plan))
 
     def key_gradient(*refs):
@@ -155,8 +157,8 @@ def _warpgroup(
     q_ref,
     dout_ref,
     numbers_ref,
-    k_ref,
-    v_ref,
+    k,
+    v,
     plan,
     dk_ref,
     dv_ref,
@@ -179,7 +181,7 @@ def _warpgroup(
     def _():
         plgpu.set_max_registers(walk.config.producer_registers, action="decrease")
         producer = functools.partial(
-            _produce, q_ref, dout_ref, numbers_ref, k_ref, v_ref, plan, scratch, walk
+            _produce, q_ref, dout_ref, numbers_ref, k, v, plan, scratch, walk
         )
         items = walk.items_of_block()
         done = lax.fori_loop(0, items, producer, (jnp.int32(0),) * CONSUMERS)
@@ -193,17 +195,14 @@ def _warpgroup(
             lax.fori_loop(jnp.maximum(steps - walk.config.stages, 0), steps, wait, None)
 
 
-def _produce(q_ref, dout_ref, numbers_ref, k_ref, v_ref, plan, scratch, walk, n, done):
+def _produce(q_ref, dout_ref, numbers_ref, k, v, plan, scratch, walk, n, done):
     """Copy one key tile and all its query tiles; carries the query tiles copied per consumer."""
     kv_head, tile = walk.locate(n)
     pl.when(n > 0)(lambda: plgpu.barrier_wait(scratch.keys_empty))
-    rows = pl.ds(pl.multiple_of(plan.starts[tile], CHUNK), ROWS)
-    for source, target in (
-        (k_ref.at[kv_head, rows], scratch.keys),
-        (v_ref.at[kv_head, rows], scratch.values),
-        (plan.rows.at[tile], scratch.rows),
-    ):
-        plgpu.copy_gmem_to_smem(source, target, scratch.keys_full)
+    start, geometry = plan.starts[tile], walk.tiles.geometry
+    for source, target in ((k, scratch.keys), (v, scratch.values)):
+        copy_rows(source, kv_head, start, ROWS, target, scratch.keys_full, geometry=geometry)
+    plgpu.copy_gmem_to_smem(plan.rows.at[tile], scratch.rows, scratch.keys_full)
 
     row = kv_head * walk.tiles.total + tile
     steps = [walk.steps(read(plan.counts, row, VISITS), c) for c in range(CONSUMERS)]

@@ -67,19 +67,6 @@ def unpack_covers(packed):
     return packed & 15, packed >> 4
 
 
-def kernel_pyramid(rows: jax.Array, geometry: Geometry) -> jax.Array:
-    """The pyramid `[B, Hk, P, D]` of the specification as the kernels' `[B * Hk, P', D]`."""
-    *lead, _, dim = rows.shape
-    if geometry.rows != geometry.pitch:
-        coarse = rows[..., geometry.start[-1] :, :]
-        coarse = coarse.reshape(*lead, geometry.key_blocks, geometry.rows[-1], dim)
-        gap = geometry.pitch[-1] - geometry.rows[-1]
-        coarse = jnp.pad(coarse, [(0, 0)] * (len(lead) + 1) + [(0, gap), (0, 0)])
-        coarse = coarse.reshape(*lead, geometry.key_blocks * geometry.pitch[-1], dim)
-        rows = jnp.concatenate([rows[..., : geometry.start[-1], :], coarse], axis=-2)
-    return rows.reshape(-1, geometry.pyramid_rows, dim)
-
-
 def pad_query_blocks(levels: jax.Array, geometry: Geometry) -> jax.Array:
     """Levels with rows of level 0 up to a whole number of query tiles."""
     missing = geometry.query_blocks - levels.shape[2]

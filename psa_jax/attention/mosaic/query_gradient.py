@@ -30,7 +30,7 @@ def query_gradient_kernel(q, k, v, dout, numbers, plan: WalkPlan, walk: Walk, *,
 
     Args:
         q, dout: `[B * H, Lq, D]`; in the interpreter `Lq` is a whole number of query tiles.
-        k, v: `[B * Hk, P, D]`, pyramids laid out as `geometry` says.
+        k, v: `PyramidRows`.
         numbers: float32 `[B * H, 2, padded_queries]`: lse in base 2, `-MASKED` on rows without
             keys; and what to take from the gradient of each weight of the row.
         scale: factor on q.k, not negative.
@@ -53,9 +53,9 @@ def query_gradient_kernel(q, k, v, dout, numbers, plan: WalkPlan, walk: Walk, *,
     arrays, tree = jax.tree.flatten((q, dout, numbers, k, v, plan))
 
     def query_gradient(*refs):
-        *row_refs, k_ref, v_ref, plan_refs = tree.unflatten(refs[: len(arrays)])
+        *row_refs, k, v, plan_refs = tree.unflatten(refs[: len(arrays)])
         out_ref, scoped = refs[len(arrays) :]
-        _warpgroup(row_refs, k_ref, v_ref, plan_refs, out_ref, scoped, walk=walk, scale=scale)
+        _warpgroup(row_refs, k, v, plan_refs, out_ref, scoped, walk=walk, scale=scale)
 
     kernel = plgpu.kernel(
         query_gradient,
@@ -71,7 +71,7 @@ def query_gradient_kernel(q, k, v, dout, numbers, plan: WalkPlan, walk: Walk, *,
     return kernel(*arrays)
 
 
-def _warpgroup(row_refs, k_ref, v_ref, plan, out_ref, scoped, *, walk: Walk, scale):
+def _warpgroup(row_refs, k, v, plan, out_ref, scoped, *, walk: Walk, scale):
     warpgroup = lax.axis_index("warpgroup")
     tiles = Tiles(**scoped.pop("tiles"))
     config = walk.config
@@ -105,7 +105,7 @@ def _warpgroup(row_refs, k_ref, v_ref, plan, out_ref, scoped, *, walk: Walk, sca
                     (numbers_ref.at[place.head, :, rows], scoped["numbers"]),
                 ):
                     plgpu.copy_gmem_to_smem(source, target.at[slot], scoped["full"].at[slot])
-            return copy_row(walk, place, tiles_done, lane, k_ref, v_ref, plan, tiles)
+            return copy_row(walk, place, tiles_done, lane, k, v, plan, tiles)
 
         tiles_done = lax.fori_loop(0, items, produce, jnp.int32(0))
         drain(walk, tiles_done, lane, tiles)

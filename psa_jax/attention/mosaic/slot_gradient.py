@@ -130,7 +130,7 @@ def slot_gradient_kernel(
         compiler_params=products.compiler_params(rereads=False),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    return kernel(number, q, dout, numbers, k, v, *read)
+    return kernel(number, q, dout, numbers, k.pooled, v.pooled, *read)
 
 
 def _warpgroup(
@@ -219,7 +219,7 @@ def _produce(number, sources, entries, spans, tail_covers, scratch, rounds: Roun
             # Past the last entry its rows are copied again; no key is covered there.
             entry = jnp.minimum(t * rounds.slots_per_tile + c, listed - 1)
             block = entries[place.entries, first + entry]
-            start = geometry.start[rounds.level] + block * pitch
+            start = geometry.start[rounds.level] - geometry.first_pooled + block * pitch
             source_rows = pl.ds(pl.multiple_of(start, CHUNK), pitch)
             for source, target in ((k_ref, scratch.keys), (v_ref, scratch.values)):
                 plgpu.copy_gmem_to_smem(

@@ -58,7 +58,7 @@ def slot_gradients(
 
         firsts = jnp.arange(rounds.head_rounds, dtype=jnp.int32) * rounds.splits
         _, sums = lax.scan(heads, None, firsts)
-    return tuple(x.reshape(k.shape[0], -1, head_dim) for x in sums)
+    return tuple(x.reshape(rounds.batch * rounds.kv_heads, -1, head_dim) for x in sums)
 
 
 def slot_sum_kernel(number, slots, before, plan: SlotPlan, rounds: Rounds, *, interpret):

@@ -20,6 +20,7 @@ from jax import lax
 from psa_jax.attention.mosaic.config import WalkConfig
 from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS, Geometry
 from psa_jax.attention.mosaic.plan import ENDS, FIRST, HALF, TAIL, read
+from psa_jax.attention.mosaic.pyramid_rows import PyramidRows, copy_rows
 from shared_specs.constants import LEVELS
 
 
@@ -127,11 +128,14 @@ def level_of_tile(t: jax.Array, ends: list[jax.Array]) -> jax.Array:
     return sum((t >= end).astype(jnp.int32) for end in ends[:-1])
 
 
-def copy_row(walk: Walk, place: Place, first_tile, lane, k_ref, v_ref, plan, tiles: Tiles):
+def copy_row(
+    walk: Walk, place: Place, first_tile, lane, k: PyramidRows, v: PyramidRows, plan, tiles: Tiles
+):
     """Copy every tile of one table row, in the order in which consumers take them.
 
     Args:
         first_tile: tiles that this lane has had before.
+        k, v: references.
 
     Returns:
         The same count after this row.
@@ -140,31 +144,35 @@ def copy_row(walk: Walk, place: Place, first_tile, lane, k_ref, v_ref, plan, til
     spans = [read(plan.spans, place.row, i) for i in range(TAIL + 1)]
     ends, first = spans[ENDS], spans[FIRST]
 
-    def load(t, starts, rows, covers=None):
+    def load(t, starts, rows, *, level=None, covers=None):
         slot = walk.slot(t, lane)
         reused = t >= walk.config.stages
 
         def copies(source, target, full):
-            for c, start in enumerate(starts):
-                source_rows = pl.ds(pl.multiple_of(start, CHUNK), rows)
-                target_rows = pl.ds(c * rows, rows)
-                plgpu.copy_gmem_to_smem(
-                    source.at[place.kv_head, source_rows],
-                    target.at[slot, target_rows],
+            first_rows = starts()
+            for c, start in enumerate(first_rows):
+                copy_rows(
+                    source,
+                    place.kv_head,
+                    start,
+                    rows,
+                    target.at[slot, pl.ds(c * rows, rows)],
                     full.at[slot],
+                    geometry=geometry,
+                    level=level,
                 )
-            for _ in range(geometry.chunks - len(starts)):
+            for _ in range(geometry.chunks - len(first_rows)):
                 plgpu.barrier_arrive(full.at[slot])
 
         pl.when(reused)(lambda: plgpu.barrier_wait(tiles.keys_empty.at[slot]))
-        copies(k_ref, tiles.keys, tiles.keys_full)
+        copies(k, tiles.keys, tiles.keys_full)
         pl.when(reused)(lambda: plgpu.barrier_wait(tiles.values_empty.at[slot]))
         if covers is not None:
             plgpu.copy_gmem_to_smem(covers, tiles.covers.at[slot], tiles.covers_full.at[slot])
-        copies(v_ref, tiles.values, tiles.values_full)
+        copies(v, tiles.values, tiles.values_full)
 
     def stream(g, tile):
-        """First rows and run length of the `tile`-th tile of level index `g`."""
+        """First rows of the runs of the `tile`-th tile of level index `g`, and their length."""
         pitch = geometry.pitch[g]
         run = math.gcd(pitch, geometry.tile)
         starts = []
@@ -172,13 +180,13 @@ def copy_row(walk: Walk, place: Place, first_tile, lane, k_ref, v_ref, plan, til
             row = tile * geometry.tile + c * run
             block = plan.entries[place.row, first[g] + lax.div(row, pitch)]
             starts.append(geometry.start[g] + block * pitch + lax.rem(row, pitch))
-        return starts, run
+        return (lambda: starts), run
 
     for g in geometry.dense_levels:
         begin = ends[g - 1] if g else jnp.int32(0)
 
         def full_tile(t, _, g=g, begin=begin):
-            load(first_tile + t, *stream(g, t - begin))
+            load(first_tile + t, *stream(g, t - begin), level=g)
 
         lax.fori_loop(begin, ends[g], full_tile, None)
 
@@ -186,15 +194,19 @@ def copy_row(walk: Walk, place: Place, first_tile, lane, k_ref, v_ref, plan, til
     if plan.half_covers is not None:
 
         def half_tile(t, _):
-            load(done + t, *stream(len(LEVELS) - 1, t), plan.half_covers.at[0, 0])
+            g = len(LEVELS) - 1
+            load(done + t, *stream(g, t), level=g, covers=plan.half_covers.at[0, 0])
 
         lax.fori_loop(0, spans[HALF], half_tile, None)
         done = done + spans[HALF]
 
     def tail_tile(t, _):
-        chunk = t * geometry.chunks
-        starts = [plan.tail_start[place.row, chunk + c] for c in range(geometry.chunks)]
-        load(done + t, starts, CHUNK, plan.tail_covers.at[place.row, t])
+        def starts():
+            # Read for the keys and again for the values: there are no registers to keep them in.
+            chunk = t * geometry.chunks
+            return [plan.tail_start[place.row, chunk + c] for c in range(geometry.chunks)]
+
+        load(done + t, starts, CHUNK, covers=plan.tail_covers.at[place.row, t])
 
     lax.fori_loop(0, spans[TAIL], tail_tile, None)
     return done + spans[TAIL]
