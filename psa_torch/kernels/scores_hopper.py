@@ -288,11 +288,16 @@ def _multiply_columns(
             q_block = gl.minimum(mine + row // Q_COUNT, q_blocks - 1)
             row_factor *= gl.load(Q_SCALE + bh * q_blocks + q_block)
         out = SCORES + (bh * q_blocks + mine) * k_blocks
-        for part_tile in range(block_tiles * (WIDTH // SWEEP)):
+        parts = block_tiles * (WIDTH // SWEEP)
+        ahead = gl.load(SLAB + in_sweep)
+        for part_tile in range(parts):
             first = part_tile * SWEEP
             tile = first // WIDTH
-            written = SLAB + tile * (PART_ROWS * WIDTH) + first % WIDTH
-            peak = gl.where(tile < seen_tiles, gl.load(written + in_sweep), float("-inf"))
+            peak = gl.where(tile < seen_tiles, ahead, float("-inf"))
+            # The next ones are on their way while these are reduced.
+            first_ahead = gl.minimum(part_tile + 1, parts - 1) * SWEEP
+            first_ahead += first_ahead // WIDTH * ((PART_ROWS - 1) * WIDTH)
+            ahead = gl.load(SLAB + first_ahead + in_sweep)
             below = peak - gl.expand_dims(gl.convert_layout(row_max, sweep_row_layout), 1)
             below *= gl.expand_dims(gl.convert_layout(row_factor, sweep_row_layout), 1)
             # The rows of a block belong to one warp or to few: all blocks in one reduction.
