@@ -4,21 +4,23 @@ The source of a kernel runs with `gl` and its companions replaced by NumPy. The 
 warp-specialised region run as threads, barriers block them as the hardware's do (phases
 included), copies land when their barrier is told, and products read shared memory only when they
 are waited for: a missing wait, a wrong phase or an early release gives a wrong answer or a
-deadlock, which is reported. Layouts mean nothing here.
+deadlock, which is reported; `deaf_barrier` provokes that. Layouts mean nothing here.
 """
 
+import contextlib
 import threading
 import time
 import types
+from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 
 TIMEOUT = 60.0
 """Seconds that a barrier may block before the run counts as a deadlock."""
 
-
-COPY_SECONDS = PRODUCT_SECONDS = 0.0
-"""How long copies and products take; tests slow one of them down to provoke races."""
+PRODUCT_SECONDS = 0.0
+"""How long a product takes."""
 
 
 class Array(np.ndarray):
@@ -104,7 +106,13 @@ class Product:
 
 
 class Barrier:
-    """One mbarrier, or an array of them."""
+    """One mbarrier, or an array of them.
+
+    Attributes:
+        lag: seconds from the start of the copies that it counts to their landing.
+    """
+
+    lag = 0.0
 
     def __init__(self, count: int):
         self.all = [self] if count == 1 else [Barrier(1) for _ in range(count)]
@@ -195,23 +203,30 @@ class Run:
 
     @staticmethod
     def _load_async(box, corner, barrier, target):
-        time.sleep(COPY_SECONDS)
         row, column = (int(x) for x in corner)
         rows, columns = target.shape
         assert [rows, columns] == list(box.block_shape)
         inside = box.matrix[row : row + rows, column : column + columns]
-        target.data[...] = 0  # what lies outside the matrix
-        target.data[: len(inside)] = inside
-        # The kernels count two bytes a number, whatever numbers are made of here.
-        barrier.land(rows * columns * 2)
+
+        def land():
+            target.data[...] = 0  # what lies outside the matrix
+            target.data[: len(inside)] = inside
+            # The kernels count two bytes a number, whatever numbers are made of here.
+            barrier.land(rows * columns * 2)
+
+        _after(barrier.lag, land)
 
     def _copies_arrive(self, barrier, increment_count):
         assert not increment_count
-        time.sleep(COPY_SECONDS)
-        for target, pointer in self.copies.waiting:
-            target.data[...] = pointer.load()
-        self.copies.waiting.clear()
-        barrier.arrive(128)
+        threads = self.copies.threads
+        copies, self.copies.waiting = self.copies.waiting, []
+
+        def land():
+            for target, pointer in copies:
+                target.data[...] = pointer.load()
+            barrier.arrive(threads)
+
+        _after(barrier.lag, land)
 
     def _multiply(self, a, b, acc, use_acc=True, is_async=False):
         assert is_async
@@ -223,26 +238,38 @@ class Run:
         under_way = self.products.under_way
         while len(under_way) > outstanding:
             under_way.pop(0).finish()
-        values = tuple(product.value for product in deps)
+        # What else is named, such as an operand in registers, is only kept alive.
+        values = tuple(x.value if isinstance(x, Product) else x for x in deps)
         assert all(value is not None for value in values), "a product is used before it is there"
         return values[0] if len(values) == 1 else values
 
     def _warp_specialize(self, partitions, warps, registers):
         errors = []
 
-        def run(function, args):
+        def run(function, args, warps):
+            self.copies.threads = 32 * warps
             try:
                 function(*args)
             except BaseException as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+        threads = [
+            threading.Thread(target=run, args=(*partition, count))
+            for partition, count in zip(partitions, (4, *warps), strict=True)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         if errors:
             raise errors[0]
+
+
+def _after(seconds: float, act: Callable[[], None]) -> None:
+    if seconds:
+        threading.Timer(seconds, act).start()
+    else:
+        act()
 
 
 class _Late:
@@ -259,6 +286,7 @@ class _Language:
     """`triton.language` and `triton.experimental.gluon.language`, as far as kernels use them."""
 
     int32, int64, float32 = np.int32, np.int64, np.float32
+    float16, bfloat16 = np.float16, None
     static_range = range
 
     def constexpr(x):
@@ -320,6 +348,36 @@ class _Language:
     def log2(x):
         return array(np.log2(x))
 
+    def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
+        assert asm.startswith("cvt.rn."), "only conversions are known, and nothing is narrow here"
+        return args[0]
+
+
+@contextlib.contextmanager
+def deaf_barrier(place: int, *, of_copies: bool):
+    """Nobody waits at the barriers that a kernel allocates as its `place`-th, and whoever should
+    be waited for is slow: their copies (`of_copies`), or the products that read a place which is
+    to be used again. The run must fail then."""
+    allocate = _Language.allocate_shared_memory
+    allocated = 0
+
+    def allocate_deaf(dtype, shape, layout):
+        nonlocal allocated
+        memory = allocate(dtype, shape, layout)
+        if isinstance(memory, Barrier):
+            if allocated == place:
+                for barrier in memory.all:
+                    barrier.wait = lambda parity: None
+                    barrier.lag = 0.02 if of_copies else 0.0
+            allocated += 1
+        return memory
+
+    with (
+        mock.patch.object(_Language, "allocate_shared_memory", allocate_deaf),
+        mock.patch.dict(globals(), TIMEOUT=2.0, PRODUCT_SECONDS=0.0 if of_copies else 0.01),
+    ):
+        yield
+
 
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """Run every program of a Gluon kernel; tensors are read and written in place."""
@@ -335,10 +393,10 @@ def _argument(x):
     """What the kernel sees of a tensor, a tensor descriptor or a number."""
     if hasattr(x, "block_shape"):
         return Descriptor(x.base.numpy(), x.block_shape)
-    return Pointer(_memory(x)) if hasattr(x, "numpy") else x
+    return Pointer(_memory(x), x.storage_offset()) if hasattr(x, "numpy") else x
 
 
 def _memory(x) -> np.ndarray:
-    """Flat memory of a tensor from its first element on, whatever its strides."""
-    size = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
-    return x.as_strided((size,), (1,)).numpy()
+    """Flat memory that a tensor is part of: pointers may reach its neighbours."""
+    size = x.untyped_storage().nbytes() // x.element_size()
+    return x.as_strided((size,), (1,), 0).numpy()
