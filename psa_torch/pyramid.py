@@ -34,6 +34,19 @@ def build_pyramid(k: Tensor, v: Tensor, block_n: int) -> Pyramid:
     return Pyramid(*_build_pyramid(k, v, block_n))
 
 
+def pool_levels(k: Tensor, v: Tensor, block_n: int) -> Pyramid:
+    """The pyramid without its level 1: `[B, Hk, P - padded_length(Lk, block_n), D]` each.
+
+    For kernels that read level 1 from the keys and values themselves; not differentiable.
+    """
+    if use_kernels(k):
+        from psa_torch.kernels import pyramid
+
+        return Pyramid(*pyramid.build_pyramid(k, v, block_n, with_level_1=False))
+    padded = padded_length(k.shape[2], block_n)
+    return Pyramid(*(_pool(x, block_n)[:, :, padded:].contiguous() for x in (k, v)))
+
+
 @torch.library.custom_op("psa::build_pyramid", mutates_args=())
 def _build_pyramid(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
     if use_kernels(k):

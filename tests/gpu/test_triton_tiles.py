@@ -19,7 +19,7 @@ from tests.torch.attention_contract import Case, expected, to_numpy
 
 pytestmark = pytest.mark.gpu
 
-HOPPER = {64: HopperForwardConfig(tile=128, slots=4), 128: HopperForwardConfig(tile=128, slots=2)}
+HOPPER = {d: configs.choose_forward((9, 0), d, torch.bfloat16, 128, 64) for d in (64, 128)}
 
 CASES = [
     Case(block_m=128, head_dim=128, q_len=300, kv_len=1000),
@@ -30,6 +30,9 @@ CASES = [
     Case(block_m=128, head_dim=128, q_len=1000, kv_len=1000, is_causal=True, scale=-0.2),
     Case(block_m=128, head_dim=64, q_len=1000, kv_len=333, is_causal=True, block_n=32),
     Case(block_m=128, head_dim=64, q_len=200, kv_len=3000, is_causal=True, level=1),
+    # Several query blocks for each multiprocessor.
+    Case(block_m=128, head_dim=128, heads=12, kv_heads=4, q_len=2100, kv_len=900),
+    Case(block_m=128, head_dim=64, heads=12, kv_heads=4, q_len=2100, kv_len=2100, is_causal=True),
     *(Case(block_m=128, head_dim=128, kv_len=777, level=level) for level in (0, 1, 2, 4, 8)),
 ]
 
@@ -66,15 +69,32 @@ class TestHopperForward:
     def test_against_the_oracle(self, case, dtype, rng):
         check(dataclasses.replace(case, dtype=dtype), HOPPER[case.head_dim], rng)
 
-    @pytest.mark.parametrize("tile,slots", [(64, 2), (64, 4), (128, 2)])
-    def test_ring_sizes(self, tile, slots, rng):
-        case = dataclasses.replace(CASES[0], dtype=torch.bfloat16)
+    @pytest.mark.parametrize("head_dim,tile,slots", [(128, 64, 2), (128, 64, 4), (64, 128, 3)])
+    def test_ring_sizes(self, head_dim, tile, slots, rng):
+        case = dataclasses.replace(CASES[0], dtype=torch.bfloat16, head_dim=head_dim)
         check(case, HopperForwardConfig(tile=tile, slots=slots), rng)
+
+    @pytest.mark.parametrize("gap", [16, 8, 1])
+    def test_strided_queries(self, gap, rng):
+        """Read where they lie if rows begin at multiples of 16 numbers, else copied first."""
+        case = dataclasses.replace(CASES[3], dtype=torch.bfloat16)
+        q, k, v, levels = case.inputs(rng, "cuda")[:4]
+        wide = torch.full((*q.shape[:3], q.shape[3] + gap), torch.nan, device="cuda").to(q.dtype)
+        wide[..., :-gap] = q
+        for x, y in zip(
+            forward(wide[..., :-gap], k, v, levels, config=HOPPER[128], **settings(case)),
+            forward(q, k, v, levels, config=HOPPER[128], **settings(case)),
+            strict=True,
+        ):
+            assert torch.equal(x, y)
 
     def test_same_bits_on_every_run(self, rng):
         case = dataclasses.replace(CASES[3], dtype=torch.bfloat16)
         q, k, v, levels = case.inputs(rng, "cuda")[:4]
-        calls = [forward(q, k, v, levels, config=HOPPER[128], **settings(case)) for _ in range(5)]
+        calls = [
+            forward(q, k, v, levels, config=HOPPER[case.head_dim], **settings(case))
+            for _ in range(5)
+        ]
         for out, lse in calls[1:]:
             assert torch.equal(out, calls[0][0]) and torch.equal(lse, calls[0][1])
 

@@ -1,16 +1,26 @@
 """The warp-specialised forward, run as threads: same answers, no deadlock, no early release."""
 
 import dataclasses
+import functools
+import importlib
+import math
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
+from psa_torch.attention.triton import rows
 from psa_torch.attention.triton.configs import HopperForwardConfig
 from psa_torch.attention.triton.forward import forward
+from psa_torch.attention.triton.rows import Rows, rows_in_place, rows_of_pyramid
+from psa_torch.pyramid import Pyramid, build_pyramid, pool_levels
+from shared_specs.pyramid import padded_length
 from tests.torch import gluon_interpreter
 from tests.torch.attention_contract import Case, expected, to_numpy
 
+# The package has a function of the same name.
+forward_module = importlib.import_module("psa_torch.attention.triton.forward")
 forward_hopper = pytest.importorskip("psa_torch.attention.triton.forward_hopper")
 
 BASE = Case(batch=1, kv_heads=1, block_m=128, head_dim=64, q_len=200, kv_len=700)
@@ -38,23 +48,45 @@ class _Interpreted:
         return launch
 
 
+def rows_in_one_place(k, v, block_n):
+    """As `rows_in_place`, but with all rows in one piece of memory, NaN between them.
+
+    The interpreter knows no addresses beyond the tensor that a pointer comes from.
+    """
+    pooled = pool_levels(k, v, block_n)
+    parts = [pooled.v, k, pooled.k, v]
+    gap = torch.full((3 * k.shape[-1],), torch.nan)
+    memory = torch.cat([x for part in parts for x in (part.flatten(), gap)])
+    ends = np.cumsum([part.numel() + gap.numel() for part in parts])
+    placed = [
+        memory[end - gap.numel() - part.numel() : end - gap.numel()].view(part.shape)
+        for part, end in zip(parts, ends, strict=True)
+    ]
+    pooled_v, k, pooled_k, v = placed
+    return Rows(k, v, pooled_k, pooled_v, padded_length(k.shape[2], block_n))
+
+
+def rows_copied(k, v, block_n):
+    return rows_of_pyramid(build_pyramid(k, v, block_n))
+
+
 @pytest.fixture(autouse=True)
-def interpreted():
+def interpreted(monkeypatch):
     kernel = _Interpreted(forward_hopper.attention_forward_hopper)
-    with (
-        mock.patch.object(forward_hopper, "attention_forward_hopper", kernel),
-        mock.patch.object(forward_hopper, "DTYPES", (torch.float32,)),
-    ):
-        yield
+    monkeypatch.setattr(forward_hopper, "attention_forward_hopper", kernel)
+    monkeypatch.setattr(forward_hopper, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(forward_module, "rows_in_place", rows_in_one_place)
 
 
-@pytest.mark.parametrize("tile,slots", [(64, 2), (128, 3)])
+CONFIGS = [HopperForwardConfig(tile=64, slots=2), HopperForwardConfig(tile=128, slots=3)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_the_oracle(case, tile, slots, rng):
+def test_against_the_oracle(case, config, rng):
     inputs = case.inputs(rng)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     settings = {**case.settings(), "scale": scale}
-    config = HopperForwardConfig(tile=tile, slots=slots)
     out, lse = forward(*inputs[:4], config=config, **settings)
     want = expected(inputs, **settings)
     torch.testing.assert_close(out.double(), torch.from_numpy(want.out), rtol=1e-5, atol=2e-6)
@@ -62,30 +94,95 @@ def test_against_the_oracle(case, tile, slots, rng):
     assert not to_numpy(out)[torch.isneginf(lse).numpy()].any()
 
 
-@pytest.mark.parametrize("deaf", range(4), ids=["k_full", "k_empty", "v_full", "v_empty"])
-def test_a_missing_wait_is_noticed(deaf, rng, monkeypatch):
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_level_1_copied_is_level_1_in_place(case, rng, monkeypatch):
+    inputs = case.inputs(rng)
+    config = HopperForwardConfig(tile=64, slots=2)
+    settings = {**case.settings(), "scale": 0.125, "config": config}
+    in_place = forward(*inputs[:4], **settings)
+    monkeypatch.setattr(forward_module, "rows_in_place", rows_copied)
+    for x, y in zip(in_place, forward(*inputs[:4], **settings), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("padding", [16, 8], ids=["copied from there", "made contiguous"])
+def test_strided_queries(padding, rng):
+    """Heads inside rows, in memory that is NaN between them."""
+    case = dataclasses.replace(BASE, batch=2, q_len=500, is_causal=True)
+    inputs, settings = case.inputs(rng), {**case.settings(), "scale": 0.125}
+    config = HopperForwardConfig(tile=64, slots=2)
+    want = forward(*inputs[:4], config=config, **settings)
+    wide = torch.full((2, 500, inputs.q.shape[1], 64 + padding), torch.nan)
+    q = wide[..., :64].transpose(1, 2)
+    q.copy_(inputs.q)
+    for x, y in zip(forward(q, *inputs[1:4], config=config, **settings), want, strict=True):
+        assert torch.equal(x, y)
+
+
+class TestRows:
+    """Whether level 1 can be read where it lies."""
+
+    def test_of_contiguous_tensors_that_lie_whole_rows_apart(self):
+        # A page holds whole rows, and so do all pages between two of them.
+        k, v = (_page_aligned(1, 2, 700, 64) for _ in range(2))
+        with mock.patch.object(rows, "pool_levels", _pooled_on_pages):
+            found = rows_in_place(k, v, 64)
+        assert found.k is k and found.v is v and found.skipped == 704
+        key_rows, pooled_rows, skipped, *apart = found.places()
+        assert (key_rows, pooled_rows, skipped) == (700, 704 - 704 // 8, 704)
+        for x, pooled, distance in zip(
+            (k, v), (found.pooled_k, found.pooled_v), apart, strict=True
+        ):
+            assert x.data_ptr() + distance * 64 * x.element_size() == pooled.data_ptr()
+
+    @pytest.mark.parametrize("spoil", ["strided", "misaligned", "part of a row", "far"])
+    def test_else_all_levels_are_copied(self, spoil, monkeypatch):
+        k, v = (_page_aligned(1, 2, 700, 64) for _ in range(2))
+        pool = _pooled_on_pages
+        if spoil == "strided":
+            v = v.transpose(1, 2).contiguous().transpose(1, 2)
+        elif spoil == "misaligned":
+            v = _page_aligned(1, 2, 700, 64, offset=1)
+        elif spoil == "part of a row":
+            pool = functools.partial(_pooled_on_pages, offset=8)
+        else:
+            monkeypatch.setattr(rows, "FARTHEST", 1)
+        monkeypatch.setattr(rows, "pool_levels", pool)
+        found = rows_in_place(k, v, 64)
+        want = build_pyramid(k, v, 64)
+        assert torch.equal(found.k, want.k) and torch.equal(found.v, want.v)
+        assert found.pooled_k is found.k and found.pooled_v is found.v
+        assert found.places() == (want.k.shape[2], want.k.shape[2], 0, 0, 0)
+
+
+def _page_aligned(*shape, offset=0):
+    """Random numbers that begin `offset` elements after an address divisible by 4,096."""
+    size = math.prod(shape)
+    memory = torch.empty(size + 2048)
+    first = -memory.data_ptr() % 4096 // memory.element_size() + offset
+    return memory[first : first + size].view(shape).normal_()
+
+
+def _pooled_on_pages(k, v, block_n, offset=0):
+    pooled = pool_levels(k, v, block_n)
+    return Pyramid(*(_page_aligned(*x.shape, offset=offset).copy_(x) for x in pooled))
+
+
+BARRIERS = ["q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty"]
+
+
+@pytest.mark.parametrize("deaf", BARRIERS)
+def test_a_missing_wait_is_noticed(deaf, rng):
     """Without one of its waits the kernel gives a wrong answer or never ends."""
-    case = dataclasses.replace(BASE, heads=1, q_len=128, kv_len=2000, level=1)
+    # Several query blocks a program; with one tile each, copies run ahead by whole blocks.
+    sizes = dict(q_len=1500, kv_len=60) if deaf == "q_empty" else dict(kv_len=2000)
+    case = dataclasses.replace(BASE, heads=1, level=1, **sizes)
     inputs = case.inputs(rng)
     settings = {**case.settings(), "scale": 0.125}
     want, _ = forward(*inputs[:4], **settings)
-    allocate = gluon_interpreter._Language.allocate_shared_memory
-    barriers = []
-
-    def allocate_deaf(dtype, shape, layout):
-        memory = allocate(dtype, shape, layout)
-        if isinstance(memory, gluon_interpreter.Barrier):
-            barriers.append(memory)
-            if len(barriers) == deaf + 1:
-                for barrier in memory.all:
-                    barrier.wait = lambda parity: None
-        return memory
-
-    # Whoever should have been waited for is slow.
-    slow = "COPY_SECONDS" if deaf in (0, 2) else "PRODUCT_SECONDS"
-    monkeypatch.setattr(gluon_interpreter, slow, 0.01)
-    monkeypatch.setattr(gluon_interpreter, "TIMEOUT", 2.0)
-    monkeypatch.setattr(gluon_interpreter._Language, "allocate_shared_memory", allocate_deaf)
-    with pytest.raises((AssertionError, TimeoutError)):
-        out, _ = forward(*inputs[:4], config=HopperForwardConfig(tile=64, slots=2), **settings)
+    with (
+        pytest.raises((AssertionError, TimeoutError)),
+        gluon_interpreter.deaf_barrier(BARRIERS.index(deaf), of_copies=deaf.endswith("full")),
+    ):
+        out, _ = forward(*inputs[:4], config=CONFIGS[0], **settings)
         torch.testing.assert_close(out, want)

@@ -125,6 +125,19 @@ class BackwardConfig:
     key: LevelConfigs
 
 
+HOPPER_FORWARD = {
+    64: HopperForwardConfig(tile=128, slots=4),
+    128: HopperForwardConfig(tile=128, slots=2, multiply_registers=224, copy_registers=56),
+}
+"""By head dimension."""
+
+HOPPER_QUERY_GRADIENT = {
+    64: HopperQueryGradConfig(tile=128, slots=2),
+    128: HopperQueryGradConfig(tile=64, slots=4),
+}
+"""By head dimension."""
+
+
 def forward_config(q: Tensor, block_m: int, block_n: int) -> ForwardConfig | HopperForwardConfig:
     """The forward's tile sizes for `q` `[B, H, Lq, D]`."""
     # On the CPU the interpreter plays an H100, but cannot run its warp-specialised kernels.
@@ -153,10 +166,10 @@ def choose_forward(
 ) -> ForwardConfig | HopperForwardConfig:
     """Forward tile sizes; `capability` is the compute capability of the GPU.
 
-    Those of compute capability 9.0 were measured on an H200 (`benchmarks/LOG.md`).
+    Those of compute capability 9.0 were measured (`benchmarks/LOG.md`).
     """
     if _warp_specialised(capability, head_dim, dtype, block_m):
-        return HopperForwardConfig(tile=128, slots=4 if head_dim == 64 else 2)
+        return HOPPER_FORWARD[head_dim]
     return choose_plain_forward(capability, head_dim, dtype, block_m, block_n)
 
 
@@ -184,18 +197,11 @@ def choose_backward(
 ) -> BackwardConfig:
     """Backward tile sizes; `capability` is the compute capability of the GPU.
 
-    Those of compute capability 9.0 were measured on an H200 (`benchmarks/LOG.md`), but for the
-    registers of dq at D = 128, which were measured with another order of its products.
+    Those of compute capability 9.0 were measured (`benchmarks/LOG.md`).
     """
     config = choose_plain_backward(capability, head_dim, dtype, block_m, block_n)
     if _warp_specialised(capability, head_dim, dtype, block_m):
-        if head_dim == 64:
-            query = HopperQueryGradConfig(tile=128, slots=2)
-        else:
-            query = HopperQueryGradConfig(
-                tile=64, slots=4, multiply_registers=240, copy_registers=24
-            )
-        return replace(config, query=query)
+        return replace(config, query=HOPPER_QUERY_GRADIENT[head_dim])
     return config
 
 

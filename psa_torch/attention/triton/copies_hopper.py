@@ -6,6 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.walk import (
     gather_rows,
     in_full_tiles,
@@ -18,50 +19,34 @@ from psa_torch.attention.triton.walk import (
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
+COPY_WARPS = gl.constexpr(2)
+"""Warps that copy keys, and as many that copy values. Together they are one warpgroup, of which
+the hardware assigns registers; and the fewer wait, the less they take from those who compute."""
+
+COPY_THREADS = gl.constexpr(64)
+
 
 @gluon.jit
-def _copy_rows(
-    k_pointer,
-    v_pointer,
-    rows,
-    d,
-    t,
-    k_ring,
-    v_ring,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
-    D: gl.constexpr,
-    SLOTS: gl.constexpr,
-):
-    """Copies the rows of tile `t` into its place of both rings once that is free."""
+def _copy_rows(pointer, rows, d, t, ring, full, empty, D: gl.constexpr, SLOTS: gl.constexpr):
+    """Copies rows of memory, counted from `pointer`, into the place of tile `t` once it is free."""
     slot = t % SLOTS
-    lap = (t // SLOTS) & 1
-    at = gl.expand_dims(rows, 1) * D + gl.expand_dims(d, 0)
-    mbarrier.wait(k_empty.index(slot), lap ^ 1)
-    copy_async(k_ring.index(slot), k_pointer + at)
-    async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
-    mbarrier.wait(v_empty.index(slot), lap ^ 1)
-    copy_async(v_ring.index(slot), v_pointer + at)
-    async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
+    at = gl.expand_dims(rows.to(gl.int64), 1) * D + gl.expand_dims(d, 0)
+    mbarrier.wait(empty.index(slot), (t // SLOTS) & 1 ^ 1)
+    copy_async(ring.index(slot), pointer + at)
+    async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
 
 
 @gluon.jit
 def _load_boxes(
-    k_box,
-    v_box,
+    box,
     entries,
     first_row,
     position,
     t,
     padded_len,
-    k_ring,
-    v_ring,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
+    ring,
+    full,
+    empty,
     G: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     SLOTS: gl.constexpr,
@@ -69,74 +54,68 @@ def _load_boxes(
     """Loads tile `t` by tensor copies, a box for each run of adjacent rows of level `2**G`.
 
     entries: points at the first block id of the level.
-    first_row: row of the descriptors at which the pyramid of this head starts.
+    first_row: row of the descriptor that is pyramid row 0 of this head.
     """
-    BOX: gl.constexpr = k_box.block_shape[0]
-    TILE: gl.constexpr = k_ring.shape[1]
-    BYTES: gl.constexpr = TILE * k_ring.shape[2] * 2
+    BOX: gl.constexpr = box.block_shape[0]
+    TILE: gl.constexpr = ring.shape[1]
+    BYTES: gl.constexpr = TILE * ring.shape[2] * 2
     slot = t % SLOTS
-    lap = (t // SLOTS) & 1
     rows = ()
     for j in gl.static_range(TILE // BOX):
         row = gather_rows(entries, 0, position + j * BOX, G, padded_len, LOG_BLOCK_N)
         rows = rows + (first_row + row,)
-    # The bytes count as the arrival of one thread; the other 127 have nothing to wait for.
-    mbarrier.wait(k_empty.index(slot), lap ^ 1)
-    mbarrier.expect(k_full.index(slot), BYTES)
+    # The bytes count as the arrival of one thread; the others have nothing to wait for.
+    mbarrier.wait(empty.index(slot), (t // SLOTS) & 1 ^ 1)
+    mbarrier.expect(full.index(slot), BYTES)
     for j in gl.static_range(TILE // BOX):
-        box = k_ring.index(slot).slice(j * BOX, BOX)
-        load_async(k_box, [rows[j], 0], k_full.index(slot), box)
-    mbarrier.arrive(k_full.index(slot), count=127)
-    mbarrier.wait(v_empty.index(slot), lap ^ 1)
-    mbarrier.expect(v_full.index(slot), BYTES)
-    for j in gl.static_range(TILE // BOX):
-        box = v_ring.index(slot).slice(j * BOX, BOX)
-        load_async(v_box, [rows[j], 0], v_full.index(slot), box)
-    mbarrier.arrive(v_full.index(slot), count=127)
+        target = ring.index(slot).slice(j * BOX, BOX)
+        load_async(box, [rows[j], 0], full.index(slot), target)
+    mbarrier.arrive(full.index(slot), count=COPY_THREADS - 1)
 
 
 @gluon.jit
 def copy_tiles(
-    k_pointer,
-    v_pointer,
-    k_long,
-    k_half,
-    v_long,
-    v_half,
-    first_row,
+    pointer,
+    pooled,
+    apart,
+    long,
+    half,
+    first_key,
+    first_pooled,
     entries,
     counts,
     full_counts,
     kv_len,
     padded_len,
     copied,
-    k_ring,
-    v_ring,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
+    ring,
+    full,
+    empty,
     D: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
-    """The work of the copying warpgroup for one table row: every tile, full ones first.
+    """What those who copy do for one table row: its tiles of keys, or of values.
 
-    Full tiles of levels 1 and 2 are a few long runs, loaded as boxes; rows of the others are
+    Full tiles of levels 1 and 2 are few long runs, which tensor copies bring; other rows are
     gathered one by one.
 
     Args:
-        k_pointer, v_pointer: the pyramid of this head.
-        k_long, v_long, k_half, v_half: see `boxes`.
-        first_row: row of the boxes at which the pyramid of this head starts.
+        pointer: pyramid row 0 of this head, for rows of level 1.
+        pooled: the same for rows of the other levels.
+        apart: rows of memory from the one to the other. Where both are in one tile, this and not
+            a choice between pointers, through which the compiler would not see that addresses are
+            multiples of the 16 bytes that a copy needs.
+        long, half: see `boxes`.
+        first_key, first_pooled: row of the long and of the half box that is pyramid row 0.
         entries, counts, full_counts: the table row.
         copied: tiles that went through the ring before.
 
     Returns:
         Tiles of this table row.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [COPY_WARPS, 1], [1, 0])
     n0, n1, n2, n3 = load4(counts, 0)
     u0, u1, u2, u3 = load4(full_counts, 0)
     done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
@@ -145,7 +124,7 @@ def copy_tiles(
     done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     # One position a thread while rows are looked up; every thread that copies gets them after.
-    lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [4], [0]))
+    lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [COPY_WARPS], [0]))
     d = gl.arange(0, D, gl.SliceLayout(0, layout))
     end0 = done0 // TILE
     end1 = end0 + done1 // TILE
@@ -153,38 +132,30 @@ def copy_tiles(
     end3 = end2 + done3 // TILE
     for t in range(end0):
         _load_boxes(
-            k_long,
-            v_long,
+            long,
             entries,
-            first_row,
+            first_key,
             t * TILE,
             copied + t,
             padded_len,
-            k_ring,
-            v_ring,
-            k_full,
-            k_empty,
-            v_full,
-            v_empty,
+            ring,
+            full,
+            empty,
             0,
             LOG_BLOCK_N,
             SLOTS,
         )
     for t in range(end0, end1):
         _load_boxes(
-            k_half,
-            v_half,
+            half,
             entries + n0,
-            first_row,
+            first_pooled,
             (t - end0) * TILE,
             copied + t,
             padded_len,
-            k_ring,
-            v_ring,
-            k_full,
-            k_empty,
-            v_full,
-            v_empty,
+            ring,
+            full,
+            empty,
             1,
             LOG_BLOCK_N,
             SLOTS,
@@ -195,21 +166,7 @@ def copy_tiles(
         position = (t - gl.where(g == 2, end1, end2)) * TILE + lane
         rows = gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N)
         rows = gl.convert_layout(rows, row_layout)
-        _copy_rows(
-            k_pointer,
-            v_pointer,
-            rows,
-            d,
-            copied + t,
-            k_ring,
-            v_ring,
-            k_full,
-            k_empty,
-            v_full,
-            v_empty,
-            D,
-            SLOTS,
-        )
+        _copy_rows(pooled, rows, d, copied + t, ring, full, empty, D, SLOTS)
     left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
     tail = (left + TILE - 1) // TILE
     for i in range(tail):
@@ -229,36 +186,30 @@ def copy_tiles(
             LOG_BLOCK_N,
         )
         # A row that is not there has weight 0; any real one stands in for it.
-        rows = gl.convert_layout(gl.where(bias > float("-inf"), rows, 0), row_layout)
-        _copy_rows(
-            k_pointer,
-            v_pointer,
-            rows,
-            d,
-            copied + end3 + i,
-            k_ring,
-            v_ring,
-            k_full,
-            k_empty,
-            v_full,
-            v_empty,
-            D,
-            SLOTS,
-        )
+        rows = gl.where(bias > float("-inf"), rows, 0)
+        rows += gl.where(rows < padded_len, 0, apart)
+        rows = gl.convert_layout(rows, row_layout)
+        _copy_rows(pointer, rows, d, copied + end3 + i, ring, full, empty, D, SLOTS)
     return end3 + tail
 
 
-def boxes(k: Tensor, v: Tensor, block_n: int, tile: int) -> tuple[TensorDescriptor, ...]:
-    """Descriptors (k_long, k_half, v_long, v_half) of the pyramids k and v, `[B, Hk, P, D]`.
+def boxes(rows: Rows, block_n: int, tile: int) -> tuple[TensorDescriptor, ...]:
+    """Descriptors (k_long, k_half, v_long, v_half) of the rows of all heads as one matrix.
 
-    They see matrices `[B * Hk * P, D]`. A long box is the rows of a block of level 1, a half box
-    those of level 2, or a tile if that is smaller.
+    A long box is the rows of a block of level 1, a half box those of level 2, or a tile if that
+    is smaller.
     """
-    return tuple(_descriptor(rows, min(block_n >> g, tile)) for rows in (k, v) for g in (0, 1))
+    long, half = (min(block_n >> g, tile) for g in (0, 1))
+    return (
+        _descriptor(rows.k, long),
+        _descriptor(rows.pooled_k, half),
+        _descriptor(rows.v, long),
+        _descriptor(rows.pooled_v, half),
+    )
 
 
 def _descriptor(rows: Tensor, box: int) -> TensorDescriptor:
-    """Tensor copies of `box` adjacent rows of a pyramid `[B, Hk, P, D]`."""
+    """Tensor copies of `box` adjacent rows of `[B, Hk, rows, D]`."""
     shape = [box, rows.shape[-1]]
     dtype = getattr(gl, str(rows.dtype).removeprefix("torch."))
     layout = gl.NVMMASharedLayout.get_default_for(shape, dtype)

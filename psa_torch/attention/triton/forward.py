@@ -8,6 +8,12 @@ from torch import Tensor
 from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.configs import ForwardConfig, HopperForwardConfig
 from psa_torch.attention.triton.plan import Plan, query_plan
+from psa_torch.attention.triton.rows import (
+    Rows,
+    aligned_rows,
+    rows_in_place,
+    rows_of_pyramid,
+)
 from psa_torch.attention.triton.walk import (
     gather_rows,
     in_full_tiles,
@@ -224,9 +230,11 @@ def forward(
         block_n=block_n,
         is_causal=is_causal,
     )
+    config = config or configs.forward_config(q, block_m, block_n)
+    pool = rows_in_place if isinstance(config, HopperForwardConfig) else build_pyramid
     return forward_planned(
         q,
-        build_pyramid(k, v, block_n),
+        pool(k, v, block_n),
         plan,
         kv_len=k.shape[2],
         block_m=block_m,
@@ -239,7 +247,7 @@ def forward(
 
 def forward_planned(
     q: Tensor,
-    pyramid: Pyramid,
+    pyramid: Pyramid | Rows,
     plan: Plan,
     *,
     kv_len: int,
@@ -249,19 +257,20 @@ def forward_planned(
     is_causal: bool,
     config: ForwardConfig | HopperForwardConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`forward` for a pyramid and a plan that exist already; the part that benchmarks time."""
+    """`forward` for a pyramid and a plan that exist already; the part that benchmarks time.
+
+    `Rows` are for the warp-specialised kernel, which takes either.
+    """
     batch, heads, q_len, head_dim = q.shape
     kv_heads = pyramid.k.shape[1]
     config = config or configs.forward_config(q, block_m, block_n)
-    q = configs.rows_contiguous(q)
+    for_copies = isinstance(config, HopperForwardConfig)
+    q = aligned_rows(q) if for_copies else configs.rows_contiguous(q)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     arguments = (
-        q,
-        pyramid.k,
-        pyramid.v,
         *plan,
         out,
         lse,
@@ -277,22 +286,32 @@ def forward_planned(
     )
     constants = dict(IS_CAUSAL=is_causal, NEGATE=scale < 0)
     with on_device_of(q):
-        if isinstance(config, HopperForwardConfig):
+        if for_copies:
             # Gluon kernels cannot be interpreted: nothing else may import them.
             from psa_torch.attention.triton import forward_hopper
 
-            forward_hopper.launch(arguments, config, block_m=block_m, block_n=block_n, **constants)
+            launch = forward_hopper.launch
+            pyramid = pyramid if isinstance(pyramid, Rows) else rows_of_pyramid(pyramid)
         else:
-            _launch(arguments, config, block_m=block_m, block_n=block_n, **constants)
+            launch = _launch
+        launch(q, pyramid, arguments, config, block_m=block_m, block_n=block_n, **constants)
     return out, lse
 
 
 def _launch(
-    arguments: tuple, config: ForwardConfig, *, block_m: int, block_n: int, **constants
+    q: Tensor,
+    pyramid: Pyramid,
+    arguments: tuple,
+    config: ForwardConfig,
+    *,
+    block_m: int,
+    block_n: int,
+    **constants,
 ) -> None:
-    q: Tensor = arguments[0]
     batch, heads, q_len, head_dim = q.shape
     attention_forward[triton.cdiv(q_len, config.rows), batch * heads](
+        q,
+        *pyramid,
         *arguments,
         D=head_dim,
         BLOCK_M=block_m,

@@ -1,10 +1,11 @@
-"""The forward for Hopper, warp-specialised: one warpgroup copies, two multiply.
+"""The forward for Hopper, warp-specialised: two warpgroups multiply, four warps copy.
 
-The copying warpgroup brings pyramid rows into a ring of tiles, by tensor copies of whole runs
-where a tile is a few long ones, row by row elsewhere; each of the other two owns 64 query rows and
-issues the logits of the next tile before the softmax of this one, so tensor cores work during both
-softmaxes. Same table, same tiles, same arithmetic as `forward`; Triton's interpreter does not know
-Gluon (see the tests).
+A program takes query block after query block. Two warps bring keys into a ring of tiles and two
+bring values, by tensor copies of whole runs where a tile is a few long ones, row by row elsewhere;
+each pair runs ahead on its own. The first also brings the next queries while the last ones are
+still in use. Each multiplying warpgroup owns 64 query rows and adds the values of one tile during
+the softmax of the next. Same table, same tiles, same arithmetic as `forward`; Triton's interpreter
+does not know Gluon (see the tests).
 """
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -19,9 +21,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from psa_torch.attention.triton.configs import HopperForwardConfig
-from psa_torch.attention.triton.copies_hopper import boxes, copy_tiles
-from psa_torch.attention.triton.walk import in_full_tiles, load4, tail_length, tail_rows
-from psa_torch.kernels._launch import capability
+from psa_torch.attention.triton.copies_hopper import (
+    COPY_THREADS,
+    COPY_WARPS,
+    boxes,
+    copy_async,
+    copy_tiles,
+)
+from psa_torch.attention.triton.rows import Rows
+from psa_torch.attention.triton.walk import (
+    in_full_tiles,
+    load4,
+    place_of_item,
+    tail_length,
+    tail_rows,
+)
+from psa_torch.kernels._launch import capability, resident_programs
 
 BLOCK_M = 128
 HEAD_DIMS = (64, 128)
@@ -30,70 +45,260 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _start_logits(
-    q,
-    k_ring,
-    k_full,
-    t,
-    there,
-    SLOTS: gl.constexpr,
-    S_LAYOUT: gl.constexpr,
-):
-    """Starts q k^T of tile `t` as soon as its keys are in place."""
-    slot = t % SLOTS
-    mbarrier.wait(k_full.index(slot), (t // SLOTS) & 1, pred=there)
+def _wait_for(full, t, there, SLOTS: gl.constexpr):
+    """Waits until tile `t` is in its place of a ring, if it is `there`."""
+    mbarrier.wait(full.index(t % SLOTS), (t // SLOTS) & 1, pred=there)
+
+
+@gluon.jit
+def _start_logits(q, k_ring, t, SLOTS: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Starts q k^T of tile `t`, whose keys are in place."""
     # Gathered rows are ordinary writes; tensor cores read through another path.
     fence_async_shared()
     ROWS: gl.constexpr = q.shape[0]
     TILE: gl.constexpr = k_ring.shape[1]
     zero = gl.zeros([ROWS, TILE], gl.float32, S_LAYOUT)
-    return warpgroup_mma(q, k_ring.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
+    keys = k_ring.index(t % SLOTS).permute([1, 0])
+    return warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _add_values(
-    acc,
-    p,
-    shrink,
-    v_ring,
-    v_full,
-    v_empty,
-    t,
-    SLOTS: gl.constexpr,
-):
-    """acc * shrink + p v of tile `t`; then its place in the ring is free."""
-    layout: gl.constexpr = acc.type.layout
-    shrink = gl.convert_layout(shrink, gl.SliceLayout(1, layout))
-    acc = acc * gl.expand_dims(shrink, 1)
-    weights = gl.convert_layout(p.to(v_ring.dtype), gl.DotOperandLayout(0, layout, 2))
-    slot = t % SLOTS
-    mbarrier.wait(v_full.index(slot), (t // SLOTS) & 1)
+def _start_values(acc, weights, v_ring, v_full, t, SLOTS: gl.constexpr):
+    """Starts acc + weights v of tile `t` as soon as its values are in place."""
+    _wait_for(v_full, t, True, SLOTS)
     fence_async_shared()
-    token = warpgroup_mma(weights, v_ring.index(slot), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[token])
-    mbarrier.arrive(v_empty.index(slot), count=1)
+    return warpgroup_mma(weights, v_ring.index(t % SLOTS), acc, is_async=True)
+
+
+@gluon.jit
+def _end_values(acc, weights, v_empty, t, SLOTS: gl.constexpr):
+    """What `_start_values` began; then the place of the tile in the ring is free."""
+    acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+    mbarrier.arrive(v_empty.index(t % SLOTS), count=1)
     return acc
+
+
+@gluon.jit
+def _operand(p, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+    """p in the dtype of the values. Not where it is used, as the compiler would have it, but
+    here: that frees registers and keeps the exponentials before what is waited for next."""
+    if dtype == gl.bfloat16:
+        p = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], gl.bfloat16, is_pure=False, pack=2
+        )
+    else:
+        p = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], gl.float16, is_pure=False, pack=2
+        )
+    return gl.convert_layout(p, LAYOUT)
+
+
+@gluon.jit
+def _row_max(s, LAYOUT: gl.constexpr):
+    """Largest of each row. In quarters first: one long chain would wait for each comparison."""
+    quarters = s.reshape([s.shape[0], 4, s.shape[1] // 4])
+    return gl.convert_layout(gl.max(gl.max(quarters, 1), 1), LAYOUT)
+
+
+@gluon.jit
+def _row_sum(p, LAYOUT: gl.constexpr):
+    """Sum of each row, in the order of `_row_max`."""
+    quarters = p.reshape([p.shape[0], 4, p.shape[1] // 4])
+    return gl.convert_layout(gl.sum(gl.sum(quarters, 1), 1), LAYOUT)
+
+
+@gluon.jit
+def _whole_tile(s, top, total, scale, bias, NEGATE: gl.constexpr):
+    """(weights, shrinkage of what was added before, new maximum, new sum) of a tile of one level.
+
+    top, total: maximum so far, in powers of 2, and the sum of weights relative to it.
+    """
+    if NEGATE:
+        s = -s
+    layout: gl.constexpr = top.type.layout
+    new_top = gl.maximum(top, _row_max(s, layout) * scale + bias)
+    p = gl.exp2(s * scale - gl.expand_dims(new_top - bias, 1))
+    shrink = gl.exp2(top - new_top)
+    return p, shrink, new_top, total * shrink + _row_sum(p, layout)
+
+
+@gluon.jit
+def _tail_tile(
+    s,
+    top,
+    total,
+    scale,
+    bias,
+    last,
+    position,
+    IS_CAUSAL: gl.constexpr,
+    NEGATE: gl.constexpr,
+):
+    """`_whole_tile` with a bias per column (-inf: not there) and the last key that it covers."""
+    layout: gl.constexpr = top.type.layout
+    column: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    if NEGATE:
+        s = -s
+    s = s * scale + gl.expand_dims(gl.convert_layout(bias, column), 0)
+    if IS_CAUSAL:
+        last = gl.expand_dims(gl.convert_layout(last, column), 0)
+        s = gl.where(last <= gl.expand_dims(position, 1), s, float("-inf"))
+    new_top = gl.maximum(top, _row_max(s, layout))
+    # A row that has seen nothing yet keeps -inf as its maximum, and must not subtract it.
+    origin = gl.where(new_top == float("-inf"), 0.0, new_top)
+    p = gl.exp2(s - gl.expand_dims(origin, 1))
+    shrink = gl.exp2(top - origin)
+    return p, shrink, new_top, total * shrink + _row_sum(p, layout)
+
+
+@gluon.jit
+def _shrink(acc, shrink):
+    layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    return acc * gl.expand_dims(gl.convert_layout(shrink, layout), 1)
+
+
+@gluon.jit
+def _copy_queries(
+    q_pointer,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    heads,
+    q_len,
+    block,
+    batch_head,
+    taken,
+    q_tiles,
+    q_full,
+    q_empty,
+    D: gl.constexpr,
+):
+    """Copies the `taken`-th query block of the program, half for each multiplying warpgroup."""
+    ROWS: gl.constexpr = q_tiles.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [COPY_WARPS, 1], [1, 0])
+    d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, layout)), 0)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    q_head = q_pointer + (batch_head // heads).to(gl.int64) * q_stride_b
+    q_head += (batch_head % heads).to(gl.int64) * q_stride_h
+    slot = taken % 2
+    mbarrier.wait(q_empty.index(slot), (taken // 2) & 1 ^ 1)
+    for part in gl.static_range(2):
+        # Past the last query any real one will do: what comes of it is not stored.
+        m = gl.minimum(block * (2 * ROWS) + part * ROWS + row, q_len - 1).to(gl.int64)
+        at = gl.expand_dims(m * q_stride_m, 1) + d
+        copy_async(q_tiles.index(slot * 2 + part), q_head + at)
+    async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
+
+
+@gluon.jit
+def _copy_items(
+    q_pointer,
+    pointer,
+    pooled,
+    apart,
+    long,
+    half,
+    entries,
+    counts,
+    full_counts,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    padded_len,
+    q_blocks,
+    k_blocks,
+    items,
+    key_rows,
+    pooled_rows,
+    skipped,
+    q_tiles,
+    q_full,
+    q_empty,
+    ring,
+    full,
+    empty,
+    D: gl.constexpr,
+    LOG_BLOCK_N: gl.constexpr,
+    TILE: gl.constexpr,
+    SLOTS: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+):
+    """Those who copy: the keys or the values of each query block, and its queries if they have a
+    `q_pointer`."""
+    copied = 0
+    taken = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block, batch_head, kv_head = place_of_item(item, q_blocks, heads, group, IS_CAUSAL)
+        if q_pointer is not None:
+            _copy_queries(
+                q_pointer,
+                q_stride_b,
+                q_stride_h,
+                q_stride_m,
+                heads,
+                q_len,
+                block,
+                batch_head,
+                taken,
+                q_tiles,
+                q_full,
+                q_empty,
+                D,
+            )
+        taken += 1
+        first_key = kv_head * key_rows
+        first_pooled = kv_head * pooled_rows - skipped
+        table_row = (batch_head * q_blocks + block).to(gl.int64)
+        copied += copy_tiles(
+            pointer + first_key * D,
+            pooled + first_pooled * D,
+            apart + (first_pooled - first_key).to(gl.int32),
+            long,
+            half,
+            first_key.to(gl.int32),
+            first_pooled.to(gl.int32),
+            entries + table_row * k_blocks,
+            counts + table_row * 4,
+            full_counts + table_row * 4,
+            kv_len,
+            padded_len,
+            copied,
+            ring,
+            full,
+            empty,
+            D,
+            LOG_BLOCK_N,
+            TILE,
+            SLOTS,
+        )
 
 
 @gluon.jit
 def _multiply_tiles(
     part,
-    q_pointer,
-    out_pointer,
-    lse_pointer,
     entries,
     counts,
     full_counts,
-    q_stride_m,
+    out_pointer,
+    lse_pointer,
     scale,
-    first_row,
-    out_row,
+    heads,
+    group,
     q_len,
     kv_len,
     padded_len,
+    q_blocks,
+    k_blocks,
+    items,
     q_tiles,
     k_ring,
     v_ring,
+    q_full,
+    q_empty,
     k_full,
     k_empty,
     v_full,
@@ -105,106 +310,138 @@ def _multiply_tiles(
     IS_CAUSAL: gl.constexpr,
     NEGATE: gl.constexpr,
 ):
-    """One multiplying warpgroup: 64 query rows through every tile."""
+    """One multiplying warpgroup: 64 rows of each query block through every tile."""
     ROWS: gl.constexpr = 64
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     io_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
-    dtype: gl.constexpr = q_pointer.dtype.element_ty
+    weights_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    dtype: gl.constexpr = out_pointer.dtype.element_ty
 
-    first = first_row + part * ROWS
-    m = first + gl.arange(0, ROWS, gl.SliceLayout(1, io_layout))
-    d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0)
-    q_at = gl.expand_dims(m.to(gl.int64), 1) * q_stride_m + d
-    q_values = gl.load(q_pointer + q_at, mask=gl.expand_dims(m < q_len, 1), other=0.0)
-    if NEGATE:
-        q_values = (-q_values.to(gl.float32)).to(dtype)
-    q = q_tiles.index(part)
-    q.store(q_values)
-    fence_async_shared()
-
-    n0, n1, n2, n3 = load4(counts, 0)
-    u0, u1, u2, u3 = load4(full_counts, 0)
-    done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
-    done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
-    done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
-    done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
-    end0 = done0 // TILE
-    end1 = end0 + done1 // TILE
-    end2 = end1 + done2 // TILE
-    end3 = end2 + done3 // TILE
-    left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
-    tiles = end3 + (left + TILE - 1) // TILE
-
-    acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-    top = gl.full([ROWS], float("-inf"), gl.float32, s_row)
-    total = gl.full([ROWS], 0.0, gl.float32, s_row)
-    token = _start_logits(q, k_ring, k_full, 0, tiles > 0, SLOTS, s_layout)
-    s = warpgroup_mma_wait(0, deps=[token])
-    mbarrier.arrive(k_empty.index(0), count=1, pred=tiles > 0)
-    for t in range(end3):
-        more = t + 1 < tiles
-        following = gl.where(more, t + 1, t)
-        token = _start_logits(q, k_ring, k_full, following, more, SLOTS, s_layout)
-        g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
-        bias = g.to(gl.float32)
-        new_top = gl.maximum(top, gl.max(s, 1) * scale + bias)
-        p = gl.exp2(s * scale - gl.expand_dims(new_top - bias, 1))
-        shrink = gl.exp2(top - new_top)
-        total = total * shrink + gl.sum(p, 1)
-        top = new_top
-        s = warpgroup_mma_wait(0, deps=[token])
-        mbarrier.arrive(k_empty.index(following % SLOTS), count=1, pred=more)
-        acc = _add_values(acc, p, shrink, v_ring, v_full, v_empty, t, SLOTS)
-
-    row = first + gl.arange(0, ROWS, s_row)
     lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [4], [0]))
-    s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
-    for t in range(end3, tiles):
-        _, last, bias = tail_rows(
-            entries,
-            (t - end3) * TILE + lane,
-            n0,
-            n1,
-            n2,
-            n3,
-            done0,
-            done1,
-            done2,
-            done3,
-            padded_len,
-            kv_len,
-            LOG_BLOCK_N,
-        )
-        s = s * scale + gl.expand_dims(gl.convert_layout(bias, s_column), 0)
-        if IS_CAUSAL:
-            position = gl.expand_dims(row + (kv_len - q_len), 1)
-            last = gl.expand_dims(gl.convert_layout(last, s_column), 0)
-            s = gl.where(last <= position, s, float("-inf"))
-        new_top = gl.maximum(top, gl.max(s, 1))
-        # A row that has seen nothing yet keeps -inf as its maximum, and must not subtract it.
-        origin = gl.where(new_top == float("-inf"), 0.0, new_top)
-        p = gl.exp2(s - gl.expand_dims(origin, 1))
-        shrink = gl.exp2(top - origin)
-        total = total * shrink + gl.sum(p, 1)
-        top = new_top
-        more = t + 1 < tiles
-        following = gl.where(more, t + 1, t)
-        # The mask took the registers that a second tile of logits would need until here.
-        token = _start_logits(q, k_ring, k_full, following, more, SLOTS, s_layout)
-        s = warpgroup_mma_wait(0, deps=[token])
-        mbarrier.arrive(k_empty.index(following % SLOTS), count=1, pred=more)
-        acc = _add_values(acc, p, shrink, v_ring, v_full, v_empty, t, SLOTS)
+    multiplied = 0
+    taken = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block, batch_head, kv_head = place_of_item(item, q_blocks, heads, group, IS_CAUSAL)
+        table_row = batch_head * q_blocks + block
+        n0, n1, n2, n3 = load4(counts, table_row)
+        u0, u1, u2, u3 = load4(full_counts, table_row)
+        done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
+        done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
+        done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
+        done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
+        end0 = done0 // TILE
+        end1 = end0 + done1 // TILE
+        end2 = end1 + done2 // TILE
+        end3 = end2 + done3 // TILE
+        left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
+        tiles = end3 + (left + TILE - 1) // TILE
 
-    seen = total > 0
-    norm = gl.where(seen, 1.0 / gl.where(seen, total, 1.0), 0.0)
-    lse = (top + gl.log2(gl.where(seen, total, 1.0))) * LN2
-    out = acc * gl.expand_dims(gl.convert_layout(norm, gl.SliceLayout(1, o_layout)), 1)
-    out = gl.convert_layout(out.to(dtype), io_layout)
-    out_at = gl.expand_dims((out_row + m) * D, 1) + d
-    gl.store(out_pointer + out_at, out, mask=gl.expand_dims(m < q_len, 1))
-    gl.store(lse_pointer + out_row + row, gl.where(seen, lse, float("-inf")), mask=row < q_len)
+        q_slot = taken % 2
+        q = q_tiles.index(q_slot * 2 + part)
+        mbarrier.wait(q_full.index(q_slot), (taken // 2) & 1)
+        taken += 1
+        acc = gl.zeros([ROWS, D], gl.float32, o_layout)
+        top = gl.full([ROWS], float("-inf"), gl.float32, s_row)
+        total = gl.full([ROWS], 0.0, gl.float32, s_row)
+        first = block * (2 * ROWS) + part * ROWS
+        row = first + gl.arange(0, ROWS, s_row)
+        position = row + (kv_len - q_len)
+        listed = entries + table_row.to(gl.int64) * k_blocks
+        if tiles > 0:
+            _wait_for(k_full, multiplied, True, SLOTS)
+            token = _start_logits(q, k_ring, multiplied, SLOTS, s_layout)
+            s = warpgroup_mma_wait(0, deps=[token])
+            mbarrier.arrive(k_empty.index(multiplied % SLOTS), count=1)
+            _wait_for(k_full, multiplied + 1, tiles > 1, SLOTS)
+            if end3 > 0:
+                g = (end0 <= 0).to(gl.int32) + (end1 <= 0).to(gl.int32) + (end2 <= 0).to(gl.int32)
+                p, shrink, top, total = _whole_tile(s, top, total, scale, g.to(gl.float32), NEGATE)
+            else:
+                rows, last, bias = tail_rows(
+                    listed,
+                    lane,
+                    n0,
+                    n1,
+                    n2,
+                    n3,
+                    done0,
+                    done1,
+                    done2,
+                    done3,
+                    padded_len,
+                    kv_len,
+                    LOG_BLOCK_N,
+                )
+                p, shrink, top, total = _tail_tile(
+                    s, top, total, scale, bias, last, position, IS_CAUSAL, NEGATE
+                )
+            weights = _operand(p, dtype, weights_layout)
+            last_tile = multiplied + tiles - 1
+
+            # The values of one tile are added during the softmax of the next.
+            for t in range(1, end3):
+                x = multiplied + t
+                token = _start_logits(q, k_ring, x, SLOTS, s_layout)
+                adding = _start_values(acc, weights, v_ring, v_full, x - 1, SLOTS)
+                s = warpgroup_mma_wait(1, deps=[token])
+                mbarrier.arrive(k_empty.index(x % SLOTS), count=1)
+                g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
+                p, shrink, top, total = _whole_tile(s, top, total, scale, g.to(gl.float32), NEGATE)
+                following = _operand(p, dtype, weights_layout)
+                _wait_for(k_full, x + 1, x < last_tile, SLOTS)
+                acc = _shrink(_end_values(adding, weights, v_empty, x - 1, SLOTS), shrink)
+                weights = following
+
+            for t in range(gl.maximum(end3, 1), tiles):
+                x = multiplied + t
+                token = _start_logits(q, k_ring, x, SLOTS, s_layout)
+                adding = _start_values(acc, weights, v_ring, v_full, x - 1, SLOTS)
+                rows, last, bias = tail_rows(
+                    listed,
+                    (t - end3) * TILE + lane,
+                    n0,
+                    n1,
+                    n2,
+                    n3,
+                    done0,
+                    done1,
+                    done2,
+                    done3,
+                    padded_len,
+                    kv_len,
+                    LOG_BLOCK_N,
+                )
+                s = warpgroup_mma_wait(1, deps=[token])
+                mbarrier.arrive(k_empty.index(x % SLOTS), count=1)
+                p, shrink, top, total = _tail_tile(
+                    s, top, total, scale, bias, last, position, IS_CAUSAL, NEGATE
+                )
+                following = _operand(p, dtype, weights_layout)
+                _wait_for(k_full, x + 1, x < last_tile, SLOTS)
+                acc = _shrink(_end_values(adding, weights, v_empty, x - 1, SLOTS), shrink)
+                weights = following
+
+            adding = _start_values(acc, weights, v_ring, v_full, last_tile, SLOTS)
+            acc = _end_values(adding, weights, v_empty, last_tile, SLOTS)
+        multiplied += tiles
+
+        seen = total > 0
+        norm = gl.where(seen, 1.0 / gl.where(seen, total, 1.0), 0.0)
+        lse = (top + gl.log2(gl.where(seen, total, 1.0))) * LN2
+        out = acc * gl.expand_dims(gl.convert_layout(norm, gl.SliceLayout(1, o_layout)), 1)
+        # Nobody else reads these queries: their place serves to bring rows together.
+        q.store(out.to(dtype))
+        out = q.load(io_layout)
+        mbarrier.arrive(q_empty.index(q_slot), count=1)
+        out_row = batch_head.to(gl.int64) * q_len
+        m = first + gl.arange(0, ROWS, gl.SliceLayout(1, io_layout))
+        d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0)
+        out_at = gl.expand_dims((out_row + m) * D, 1) + d
+        gl.store(out_pointer + out_at, out, mask=gl.expand_dims(m < q_len, 1))
+        lse = gl.where(seen, lse, float("-inf"))
+        gl.store(lse_pointer + out_row + row, lse, mask=row < q_len)
 
 
 @gluon.jit
@@ -212,6 +449,8 @@ def attention_forward_hopper(
     q_pointer,
     k_pointer,
     v_pointer,
+    k_pooled,
+    v_pooled,
     entries,
     counts,
     full_counts,
@@ -228,6 +467,12 @@ def attention_forward_hopper(
     padded_len,
     q_blocks,
     k_blocks,
+    items,
+    key_rows,
+    pooled_rows,
+    skipped,
+    k_apart,
+    v_apart,
     k_long,
     k_half,
     v_long,
@@ -241,41 +486,35 @@ def attention_forward_hopper(
     IS_CAUSAL: gl.constexpr,
     NEGATE: gl.constexpr,
 ):
-    """128 query rows of one head; arguments as in `forward.attention_forward`, block_m 128.
+    """Grid: any number of programs. Arguments as in `forward.attention_forward`, block_m 128, but
 
-    k_long, v_long: descriptors of the pyramids as `[B * Hk * P, D]` with boxes of the rows of a
-    level-1 block; k_half, v_half: of a level-2 block.
+    items: query blocks over all heads.
+    q_pointer, q_stride_b, q_stride_h, q_stride_m: multiples of 16 bytes, as copies need them.
+    k_pointer, v_pointer, k_pooled, v_pooled, key_rows, pooled_rows, skipped, k_apart,
+    v_apart: see `rows.Rows`.
+    k_long, v_long, k_half, v_half: see `copies_hopper.boxes`.
     """
-    block = gl.program_id(0)
-    if IS_CAUSAL:
-        block = gl.num_programs(0) - 1 - block
-    batch_head = gl.program_id(1)
-    batch = batch_head // heads
-    head = batch_head % heads
-    kv_head = batch.to(gl.int64) * (heads // group) + head // group
-    pyramid = kv_head * (2 * padded_len - padded_len // 8)
-    q_pointer += batch.to(gl.int64) * q_stride_b + head.to(gl.int64) * q_stride_h
-    table_row = batch_head * q_blocks + block
-    counts += table_row.to(gl.int64) * 4
-    full_counts += table_row.to(gl.int64) * 4
-    entries += table_row.to(gl.int64) * k_blocks
-    out_row = batch_head.to(gl.int64) * q_len
-
     dtype: gl.constexpr = q_pointer.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], dtype)
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
-    q_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], q_layout)
+    # Two query blocks, of which each multiplying warpgroup has half.
+    q_tiles = gl.allocate_shared_memory(dtype, [4, 64, D], q_layout)
     k_ring = gl.allocate_shared_memory(dtype, [SLOTS, TILE, D], tile_layout)
     v_ring = gl.allocate_shared_memory(dtype, [SLOTS, TILE, D], tile_layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    # All 128 copying threads arrive as their copies land; each multiplying warpgroup once.
+    # All threads that copy arrive as their copies land; each multiplying warpgroup once.
+    for slot in gl.static_range(2):
+        mbarrier.init(q_full.index(slot), count=COPY_THREADS)
+        mbarrier.init(q_empty.index(slot), count=2)
     for slot in gl.static_range(SLOTS):
-        mbarrier.init(k_full.index(slot), count=128)
+        mbarrier.init(k_full.index(slot), count=COPY_THREADS)
         mbarrier.init(k_empty.index(slot), count=2)
-        mbarrier.init(v_full.index(slot), count=128)
+        mbarrier.init(v_full.index(slot), count=COPY_THREADS)
         mbarrier.init(v_empty.index(slot), count=2)
 
     gl.warp_specialize(
@@ -284,22 +523,25 @@ def attention_forward_hopper(
                 _multiply_tiles,
                 (
                     0,
-                    q_pointer,
-                    out_pointer,
-                    lse_pointer,
                     entries,
                     counts,
                     full_counts,
-                    q_stride_m,
+                    out_pointer,
+                    lse_pointer,
                     scale,
-                    block * 128,
-                    out_row,
+                    heads,
+                    group,
                     q_len,
                     kv_len,
                     padded_len,
+                    q_blocks,
+                    k_blocks,
+                    items,
                     q_tiles,
                     k_ring,
                     v_ring,
+                    q_full,
+                    q_empty,
                     k_full,
                     k_empty,
                     v_full,
@@ -316,22 +558,25 @@ def attention_forward_hopper(
                 _multiply_tiles,
                 (
                     1,
-                    q_pointer,
-                    out_pointer,
-                    lse_pointer,
                     entries,
                     counts,
                     full_counts,
-                    q_stride_m,
+                    out_pointer,
+                    lse_pointer,
                     scale,
-                    block * 128,
-                    out_row,
+                    heads,
+                    group,
                     q_len,
                     kv_len,
                     padded_len,
+                    q_blocks,
+                    k_blocks,
+                    items,
                     q_tiles,
                     k_ring,
                     v_ring,
+                    q_full,
+                    q_empty,
                     k_full,
                     k_empty,
                     v_full,
@@ -345,48 +590,107 @@ def attention_forward_hopper(
                 ),
             ),
             (
-                copy_tiles,
+                _copy_items,
                 (
-                    k_pointer + pyramid * D,
-                    v_pointer + pyramid * D,
+                    q_pointer,
+                    k_pointer,
+                    k_pooled,
+                    k_apart,
                     k_long,
                     k_half,
-                    v_long,
-                    v_half,
-                    pyramid.to(gl.int32),
                     entries,
                     counts,
                     full_counts,
+                    q_stride_b,
+                    q_stride_h,
+                    q_stride_m,
+                    heads,
+                    group,
+                    q_len,
                     kv_len,
                     padded_len,
-                    0,
+                    q_blocks,
+                    k_blocks,
+                    items,
+                    key_rows,
+                    pooled_rows,
+                    skipped,
+                    q_tiles,
+                    q_full,
+                    q_empty,
                     k_ring,
-                    v_ring,
                     k_full,
                     k_empty,
+                    D,
+                    LOG_BLOCK_N,
+                    TILE,
+                    SLOTS,
+                    IS_CAUSAL,
+                ),
+            ),
+            (
+                _copy_items,
+                (
+                    None,
+                    v_pointer,
+                    v_pooled,
+                    v_apart,
+                    v_long,
+                    v_half,
+                    entries,
+                    counts,
+                    full_counts,
+                    q_stride_b,
+                    q_stride_h,
+                    q_stride_m,
+                    heads,
+                    group,
+                    q_len,
+                    kv_len,
+                    padded_len,
+                    q_blocks,
+                    k_blocks,
+                    items,
+                    key_rows,
+                    pooled_rows,
+                    skipped,
+                    q_tiles,
+                    q_full,
+                    q_empty,
+                    v_ring,
                     v_full,
                     v_empty,
                     D,
                     LOG_BLOCK_N,
                     TILE,
                     SLOTS,
+                    IS_CAUSAL,
                 ),
             ),
         ],
-        [4, 4],
-        [MULTIPLY_REGISTERS, COPY_REGISTERS],
+        [4, COPY_WARPS, COPY_WARPS],
+        [MULTIPLY_REGISTERS, COPY_REGISTERS, COPY_REGISTERS],
     )
 
 
 def launch(
-    arguments: tuple, config: HopperForwardConfig, *, block_m: int, block_n: int, **constants
+    q: Tensor,
+    rows: Rows,
+    arguments: tuple,
+    config: HopperForwardConfig,
+    *,
+    block_m: int,
+    block_n: int,
+    **constants,
 ) -> None:
-    """Run the kernel on the run-time arguments of `forward.attention_forward`.
+    """Run the kernel.
+
+    Args:
+        arguments: what comes after q, k and v in those of `forward.attention_forward`.
 
     Raises:
         ValueError: the kernel has no instance for this head dimension, dtype, block or GPU.
     """
-    q: Tensor = arguments[0]
     batch, heads, q_len, head_dim = q.shape
     accepted = head_dim in HEAD_DIMS and q.dtype in DTYPES and block_m == BLOCK_M
     if not accepted or capability(q) != (9, 0):
@@ -395,9 +699,17 @@ def launch(
             f"block_m {BLOCK_M} and compute capability 9.0, "
             f"got {head_dim}, {q.dtype}, {block_m} and {capability(q)}"
         )
-    attention_forward_hopper[(q_len + BLOCK_M - 1) // BLOCK_M, batch * heads](
+    items = (q_len + BLOCK_M - 1) // BLOCK_M * batch * heads
+    # Shared memory holds one program per multiprocessor. Under causality items differ much in
+    # size, and the hardware gives out programs of one item each better than a fixed order does.
+    programs = items if constants["IS_CAUSAL"] else min(items, resident_programs(q, 1))
+    attention_forward_hopper[(programs,)](
+        q,
+        *rows[:4],
         *arguments,
-        *boxes(*arguments[1:3], block_n, config.tile),
+        items,
+        *rows.places(),
+        *boxes(rows, block_n, config.tile),
         D=head_dim,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         TILE=config.tile,

@@ -1,7 +1,7 @@
-"""dq for Hopper, warp-specialised: one warpgroup copies, two multiply.
+"""dq for Hopper, warp-specialised: two warpgroups multiply, four warps copy.
 
-A program takes query block after query block, and its copying warpgroup runs ahead of the others
-through a ring of tiles, which it fills as that of `forward_hopper` does. Each multiplying
+A program takes query block after query block, and those who copy run ahead of the others through
+rings of tiles, which they fill as those of `forward_hopper` do. Each multiplying
 warpgroup owns 64 query rows, whose q and dout lie in shared memory. Same table, same tiles, same
 arithmetic as `query_gradient`.
 """
@@ -18,9 +18,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from psa_torch.attention.triton.configs import HopperQueryGradConfig
-from psa_torch.attention.triton.copies_hopper import boxes, copy_tiles
-from psa_torch.attention.triton.walk import in_full_tiles, load4, tail_length, tail_rows
+from psa_torch.attention.triton.copies_hopper import COPY_THREADS, COPY_WARPS, boxes, copy_tiles
+from psa_torch.attention.triton.rows import rows_of_pyramid
+from psa_torch.attention.triton.walk import (
+    in_full_tiles,
+    load4,
+    place_of_item,
+    tail_length,
+    tail_rows,
+)
 from psa_torch.kernels._launch import capability, resident_programs
+from psa_torch.pyramid import Pyramid
 
 BLOCK_M = 128
 HEAD_DIMS = (64, 128)
@@ -29,28 +37,10 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _place(item, blocks, heads, group, padded_len, IS_CAUSAL: gl.constexpr):
-    """(block, batch and head, first row of the pyramids) of an item of work.
-
-    The blocks of a head are neighbours, so that programs share its pyramid in L2. Under
-    causality the last blocks see most: they come first.
-    """
-    block = item % blocks
-    if IS_CAUSAL:
-        block = blocks - 1 - block
-    batch_head = item // blocks
-    kv_head = (batch_head // heads).to(gl.int64) * (heads // group) + batch_head % heads // group
-    return block, batch_head, kv_head * (2 * padded_len - padded_len // 8)
-
-
-@gluon.jit
 def _copy_items(
-    k_pointer,
-    v_pointer,
-    k_long,
-    k_half,
-    v_long,
-    v_half,
+    pointer,
+    long,
+    half,
     entries,
     counts,
     full_counts,
@@ -61,10 +51,8 @@ def _copy_items(
     q_blocks,
     k_blocks,
     items,
-    k_ring,
-    v_ring,
-    k_full,
-    v_full,
+    ring,
+    full,
     empty,
     D: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
@@ -72,30 +60,29 @@ def _copy_items(
     SLOTS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):
-    """The copying warpgroup: the tiles of each query block."""
+    """Those who copy: the tiles of keys, or of values, of each query block."""
     copied = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, batch_head, pyramid = _place(item, q_blocks, heads, group, padded_len, IS_CAUSAL)
+        block, batch_head, kv_head = place_of_item(item, q_blocks, heads, group, IS_CAUSAL)
+        pyramid = kv_head * (2 * padded_len - padded_len // 8)
         table_row = (batch_head * q_blocks + block).to(gl.int64)
+        first_row = pyramid.to(gl.int32)
         copied += copy_tiles(
-            k_pointer + pyramid * D,
-            v_pointer + pyramid * D,
-            k_long,
-            k_half,
-            v_long,
-            v_half,
-            pyramid.to(gl.int32),
+            pointer + pyramid * D,
+            pointer + pyramid * D,
+            0,
+            long,
+            half,
+            first_row,
+            first_row,
             entries + table_row * k_blocks,
             counts + table_row * 4,
             full_counts + table_row * 4,
             kv_len,
             padded_len,
             copied,
-            k_ring,
-            v_ring,
-            k_full,
-            empty,
-            v_full,
+            ring,
+            full,
             empty,
             D,
             LOG_BLOCK_N,
@@ -182,7 +169,7 @@ def _multiply_tiles(
     slope = scale * LOG2E
     multiplied = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, batch_head, pyramid = _place(item, q_blocks, heads, group, padded_len, IS_CAUSAL)
+        block, batch_head, kv_head = place_of_item(item, q_blocks, heads, group, IS_CAUSAL)
         batch = (batch_head // heads).to(gl.int64)
         head = (batch_head % heads).to(gl.int64)
         table_row = batch_head * q_blocks + block
@@ -318,9 +305,9 @@ def query_gradient_hopper(
     # Keys are needed longer than values: the places of both are given back at once.
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
-        # All 128 copying threads arrive as their copies land; each multiplying warpgroup once.
-        mbarrier.init(k_full.index(slot), count=128)
-        mbarrier.init(v_full.index(slot), count=128)
+        # All threads that copy arrive as their copies land; each multiplying warpgroup once.
+        mbarrier.init(k_full.index(slot), count=COPY_THREADS)
+        mbarrier.init(v_full.index(slot), count=COPY_THREADS)
         mbarrier.init(empty.index(slot), count=2)
 
     gl.warp_specialize(
@@ -411,9 +398,32 @@ def query_gradient_hopper(
                 _copy_items,
                 (
                     k_pointer,
-                    v_pointer,
                     k_long,
                     k_half,
+                    entries,
+                    counts,
+                    full_counts,
+                    heads,
+                    group,
+                    kv_len,
+                    padded_len,
+                    q_blocks,
+                    k_blocks,
+                    items,
+                    k_ring,
+                    k_full,
+                    empty,
+                    D,
+                    LOG_BLOCK_N,
+                    TILE,
+                    SLOTS,
+                    IS_CAUSAL,
+                ),
+            ),
+            (
+                _copy_items,
+                (
+                    v_pointer,
                     v_long,
                     v_half,
                     entries,
@@ -426,9 +436,7 @@ def query_gradient_hopper(
                     q_blocks,
                     k_blocks,
                     items,
-                    k_ring,
                     v_ring,
-                    k_full,
                     v_full,
                     empty,
                     D,
@@ -439,8 +447,8 @@ def query_gradient_hopper(
                 ),
             ),
         ],
-        [4, 4],
-        [MULTIPLY_REGISTERS, COPY_REGISTERS],
+        [4, COPY_WARPS, COPY_WARPS],
+        [MULTIPLY_REGISTERS, COPY_REGISTERS, COPY_REGISTERS],
     )
 
 
@@ -466,7 +474,7 @@ def launch(
     query_gradient_hopper[(min(items, resident_programs(q, 1)),)](
         *arguments,
         items,
-        *boxes(*arguments[1:3], block_n, config.tile),
+        *boxes(rows_of_pyramid(Pyramid(*arguments[1:3])), block_n, config.tile),
         D=head_dim,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         TILE=config.tile,

@@ -19,6 +19,21 @@ def select4(g, x0, x1, x2, x3):
 
 
 @triton.jit
+def place_of_item(item, q_blocks, heads, group, IS_CAUSAL: tl.constexpr):
+    """(query block, batch and head, batch and key head) of an item of work.
+
+    The blocks of a head are neighbours, so that programs share its pyramid in L2. Under
+    causality the last blocks see most: they come first.
+    """
+    block = item % q_blocks
+    if IS_CAUSAL:
+        block = q_blocks - 1 - block
+    batch_head = item // q_blocks
+    kv_head = (batch_head // heads).to(tl.int64) * (heads // group) + batch_head % heads // group
+    return block, batch_head, kv_head
+
+
+@triton.jit
 def level_start(padded_len, g):
     """First pyramid row of level `2**g`."""
     return 2 * padded_len - ((2 * padded_len) >> g)

@@ -1,0 +1,79 @@
+"""Where the warp-specialised kernels find the rows that they copy.
+
+Level 1 of the pyramid is the keys and values themselves. Where they lie as a pyramid would hold
+them, they are read there, and only the levels above are made: less than half the bytes to write.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psa_torch.pyramid import Pyramid, build_pyramid, pool_levels
+from shared_specs.pyramid import padded_length
+
+ALIGNMENT = 16
+"""Bytes; copies start at multiples of it."""
+
+FARTHEST = 2**30
+"""Rows of memory between two arrays that a kernel's 32-bit row numbers can bridge."""
+
+
+class Rows(NamedTuple):
+    """Rows of keys and values, all contiguous, `[B, Hk, rows, D]`.
+
+    Attributes:
+        k, v: row r is pyramid row r, for the rows of level 1.
+        pooled_k, pooled_v: row r is pyramid row `r + skipped`, for those of the other levels.
+        skipped: pyramid rows that the pooled ones leave out at the start.
+    """
+
+    k: Tensor
+    v: Tensor
+    pooled_k: Tensor
+    pooled_v: Tensor
+    skipped: int
+
+    def places(self) -> tuple[int, int, int, int, int]:
+        """Rows of a head in `k`, rows of a head in `pooled_k`, rows skipped, and how many rows of
+        memory lie between the start of `k` and that of `pooled_k`, and the same for v."""
+        apart = (
+            (pooled.data_ptr() - x.data_ptr()) // _row_bytes(x)
+            for x, pooled in ((self.k, self.pooled_k), (self.v, self.pooled_v))
+        )
+        return self.k.shape[2], self.pooled_k.shape[2], self.skipped, *apart
+
+
+def rows_of_pyramid(pyramid: Pyramid) -> Rows:
+    """All levels in one place."""
+    return Rows(*pyramid, *pyramid, 0)
+
+
+def rows_in_place(k: Tensor, v: Tensor, block_n: int) -> Rows:
+    """Rows of `[B, Hk, Lk, D]` keys and values: level 1 where it lies, if it can be read there."""
+    if all(x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 for x in (k, v)):
+        pooled = pool_levels(k, v, block_n)
+        if all(_in_reach(*pair) for pair in zip((k, v), pooled, strict=True)):
+            return Rows(k, v, *pooled, padded_length(k.shape[2], block_n))
+    return rows_of_pyramid(build_pyramid(k, v, block_n))
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """`x` `[B, H, L, D]` itself if a copy can start at each of its rows, else a contiguous copy.
+
+    Strides are asked to be multiples of 16 numbers: that is what a compiled kernel knows of them.
+    """
+    dense = x.stride(-1) == 1 and not any(step % 16 for step in x.stride()[:3])
+    if dense and x.data_ptr() % ALIGNMENT == 0:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _in_reach(x: Tensor, pooled: Tensor) -> bool:
+    """Whether a whole number of rows lies between them, and not too large a one."""
+    rows, rest = divmod(pooled.data_ptr() - x.data_ptr(), _row_bytes(x))
+    return rest == 0 and abs(rows) < FARTHEST
+
+
+def _row_bytes(x: Tensor) -> int:
+    return x.shape[-1] * x.element_size()
