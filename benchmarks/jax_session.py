@@ -169,8 +169,11 @@ class JaxSession:
         from psa_jax import pyramid, table
 
         config = self.workload.config
+        # What a forward call makes: kernels read level 1 from the keys and values themselves.
+        gpu = self.workload.device == "gpu"
+        pool = pyramid.pool_levels if gpu else pyramid.build_pyramid
         rooms = {
-            "pyramid": (lambda k, v: pyramid.build_pyramid(k, v, config.block_n), self.k, self.v),
+            "pyramid": (lambda k, v: pool(k, v, config.block_n), self.k, self.v),
             "scores": (self._score, self.q, self.k),
             "selection+table": (lambda s: table.build_table(self._select(s)), self.scores),
         }

@@ -204,13 +204,16 @@ class TorchSession:
         from psa_torch import importance, pyramid, selection, table
 
         config = self.workload.config
+        # What a forward call makes: kernels read level 1 from the keys and values themselves.
+        gpu = self.workload.device == "gpu"
+        pool = pyramid.pool_levels if gpu else pyramid.build_pyramid
 
         def select() -> Any:
             levels = selection.select_levels(self.scores, config, **self.lengths)
             return table.build_table(levels)
 
         rooms = {
-            "pyramid": lambda: pyramid.build_pyramid(self.k, self.v, config.block_n),
+            "pyramid": lambda: pool(self.k, self.v, config.block_n),
             "scores": lambda: importance.block_scores(self.q, self.k, config),
             "selection+table": select,
         }
