@@ -169,39 +169,50 @@ def _find(rows: list[Row], name: str | None = None, which: str = FORWARD) -> Row
 
 
 def _draw_curve(rows: list[Row]) -> Any:
+    """Speed-up against length, a panel for each machine: their runs are not compared."""
     plt = require_pyplot()
+    machines = _ordered(row["machine"]["device"] for row in rows)
+    names = _ordered(row["provider"] for row in rows if row["kind"] in (BINARY, GIVEN, WHOLE))
     with style():
-        figure, ax = plt.subplots(figsize=(4.2, 3.0), layout="constrained")
-        names = _ordered(row["provider"] for row in rows if row["kind"] in (BINARY, GIVEN, WHOLE))
-        for index, name in enumerate(names):
-            points = []
-            for row in rows:
-                if row["provider"] != name or row["pass"] != FORWARD:
-                    continue
-                same = [other for other in rows if other["workload"] == row["workload"]]
-                dense = fastest_dense(same, row["framework"], FORWARD)
-                if dense is not None:
-                    points.append((row["length"], dense["ms_median"] / row["ms_median"]))
-            if points:
-                ax.plot(
-                    *zip(*sorted(points), strict=True),
-                    label=name,
-                    color=LINE_COLOURS[index % len(LINE_COLOURS)],
-                    marker=LINE_MARKERS[index % len(LINE_MARKERS)],
-                    markersize=3.5,
-                    linewidth=1.2,
-                )
-        ax.axhline(1.0, color="#888888", linewidth=0.8, linestyle="--", label="dense")
-        ax.set_xscale("log", base=2)
-        lengths = sorted({row["length"] for row in rows})
-        ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        ax.minorticks_off()
-        ax.set_xlabel("tokens")
-        ax.set_ylabel("speed-up over the fastest dense")
-        ax.set_ylim(bottom=0)
-        ax.grid(axis="y", linewidth=0.4, color="#dddddd")
-        ax.legend(frameon=False)
+        size = (0.4 + 3.8 * len(machines), 3.0)
+        figure, panels = plt.subplots(
+            1, len(machines), figsize=size, layout="constrained", sharey=True, squeeze=False
+        )
+        for ax, machine in zip(panels[0], machines, strict=True):
+            _draw_panel(ax, [row for row in rows if row["machine"]["device"] == machine], names)
+            ax.set_title(machine)
+        panels[0, 0].set_ylabel("speed-up over the fastest dense")
+        panels[0, 0].set_ylim(bottom=0)
+        panels[0, 0].legend(frameon=False)
     return figure
+
+
+def _draw_panel(ax: Any, rows: list[Row], names: list[str]) -> None:
+    for index, name in enumerate(names):
+        points = []
+        for row in rows:
+            if row["provider"] != name or row["pass"] != FORWARD:
+                continue
+            same = [other for other in rows if other["workload"] == row["workload"]]
+            dense = fastest_dense(same, row["framework"], FORWARD)
+            if dense is not None:
+                points.append((row["length"], dense["ms_median"] / row["ms_median"]))
+        if points:
+            ax.plot(
+                *zip(*sorted(points), strict=True),
+                label=name,
+                color=LINE_COLOURS[index % len(LINE_COLOURS)],
+                marker=LINE_MARKERS[index % len(LINE_MARKERS)],
+                markersize=3.5,
+                linewidth=1.2,
+            )
+    ax.axhline(1.0, color="#888888", linewidth=0.8, linestyle="--", label="dense")
+    ax.set_xscale("log", base=2)
+    lengths = sorted({row["length"] for row in rows})
+    ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    ax.minorticks_off()
+    ax.set_xlabel("tokens")
+    ax.grid(axis="y", linewidth=0.4, color="#dddddd")
 
 
 def _replace(readme: Path, begin: str, text: str, end: str) -> None:
