@@ -29,6 +29,7 @@ from psa_torch.attention.triton.copies_hopper import (
     copy_tiles,
 )
 from psa_torch.attention.triton.rows import Rows
+from psa_torch.attention.triton.softmax_hopper import operand, shrink_by, tail_tile, whole_tile
 from psa_torch.attention.triton.walk import (
     in_full_tiles,
     load4,
@@ -76,85 +77,6 @@ def _end_values(acc, weights, v_empty, t, SLOTS: gl.constexpr):
     acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
     mbarrier.arrive(v_empty.index(t % SLOTS), count=1)
     return acc
-
-
-@gluon.jit
-def _operand(p, dtype: gl.constexpr, LAYOUT: gl.constexpr):
-    """p in the dtype of the values. Not where it is used, as the compiler would have it, but
-    here: that frees registers and keeps the exponentials before what is waited for next."""
-    if dtype == gl.bfloat16:
-        p = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], gl.bfloat16, is_pure=False, pack=2
-        )
-    else:
-        p = gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], gl.float16, is_pure=False, pack=2
-        )
-    return gl.convert_layout(p, LAYOUT)
-
-
-@gluon.jit
-def _row_max(s, LAYOUT: gl.constexpr):
-    """Largest of each row. In quarters first: one long chain would wait for each comparison."""
-    quarters = s.reshape([s.shape[0], 4, s.shape[1] // 4])
-    return gl.convert_layout(gl.max(gl.max(quarters, 1), 1), LAYOUT)
-
-
-@gluon.jit
-def _row_sum(p, LAYOUT: gl.constexpr):
-    """Sum of each row, in the order of `_row_max`."""
-    quarters = p.reshape([p.shape[0], 4, p.shape[1] // 4])
-    return gl.convert_layout(gl.sum(gl.sum(quarters, 1), 1), LAYOUT)
-
-
-@gluon.jit
-def _whole_tile(s, top, total, scale, bias, NEGATE: gl.constexpr):
-    """(weights, shrinkage of what was added before, new maximum, new sum) of a tile of one level.
-
-    top, total: maximum so far, in powers of 2, and the sum of weights relative to it.
-    """
-    if NEGATE:
-        s = -s
-    layout: gl.constexpr = top.type.layout
-    new_top = gl.maximum(top, _row_max(s, layout) * scale + bias)
-    p = gl.exp2(s * scale - gl.expand_dims(new_top - bias, 1))
-    shrink = gl.exp2(top - new_top)
-    return p, shrink, new_top, total * shrink + _row_sum(p, layout)
-
-
-@gluon.jit
-def _tail_tile(
-    s,
-    top,
-    total,
-    scale,
-    bias,
-    last,
-    position,
-    IS_CAUSAL: gl.constexpr,
-    NEGATE: gl.constexpr,
-):
-    """`_whole_tile` with a bias per column (-inf: not there) and the last key that it covers."""
-    layout: gl.constexpr = top.type.layout
-    column: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    if NEGATE:
-        s = -s
-    s = s * scale + gl.expand_dims(gl.convert_layout(bias, column), 0)
-    if IS_CAUSAL:
-        last = gl.expand_dims(gl.convert_layout(last, column), 0)
-        s = gl.where(last <= gl.expand_dims(position, 1), s, float("-inf"))
-    new_top = gl.maximum(top, _row_max(s, layout))
-    # A row that has seen nothing yet keeps -inf as its maximum, and must not subtract it.
-    origin = gl.where(new_top == float("-inf"), 0.0, new_top)
-    p = gl.exp2(s - gl.expand_dims(origin, 1))
-    shrink = gl.exp2(top - origin)
-    return p, shrink, new_top, total * shrink + _row_sum(p, layout)
-
-
-@gluon.jit
-def _shrink(acc, shrink):
-    layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    return acc * gl.expand_dims(gl.convert_layout(shrink, layout), 1)
 
 
 @gluon.jit
@@ -357,7 +279,7 @@ def _multiply_tiles(
             _wait_for(k_full, multiplied + 1, tiles > 1, SLOTS)
             if end3 > 0:
                 g = (end0 <= 0).to(gl.int32) + (end1 <= 0).to(gl.int32) + (end2 <= 0).to(gl.int32)
-                p, shrink, top, total = _whole_tile(s, top, total, scale, g.to(gl.float32), NEGATE)
+                p, shrink, top, total = whole_tile(s, top, total, scale, g.to(gl.float32), NEGATE)
             else:
                 rows, last, bias = tail_rows(
                     listed,
@@ -374,10 +296,10 @@ def _multiply_tiles(
                     kv_len,
                     LOG_BLOCK_N,
                 )
-                p, shrink, top, total = _tail_tile(
+                p, shrink, top, total = tail_tile(
                     s, top, total, scale, bias, last, position, IS_CAUSAL, NEGATE
                 )
-            weights = _operand(p, dtype, weights_layout)
+            weights = operand(p, dtype, weights_layout)
             last_tile = multiplied + tiles - 1
 
             # The values of one tile are added during the softmax of the next.
@@ -388,10 +310,10 @@ def _multiply_tiles(
                 s = warpgroup_mma_wait(1, deps=[token])
                 mbarrier.arrive(k_empty.index(x % SLOTS), count=1)
                 g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
-                p, shrink, top, total = _whole_tile(s, top, total, scale, g.to(gl.float32), NEGATE)
-                following = _operand(p, dtype, weights_layout)
+                p, shrink, top, total = whole_tile(s, top, total, scale, g.to(gl.float32), NEGATE)
+                following = operand(p, dtype, weights_layout)
                 _wait_for(k_full, x + 1, x < last_tile, SLOTS)
-                acc = _shrink(_end_values(adding, weights, v_empty, x - 1, SLOTS), shrink)
+                acc = shrink_by(_end_values(adding, weights, v_empty, x - 1, SLOTS), shrink)
                 weights = following
 
             for t in range(gl.maximum(end3, 1), tiles):
@@ -415,12 +337,12 @@ def _multiply_tiles(
                 )
                 s = warpgroup_mma_wait(1, deps=[token])
                 mbarrier.arrive(k_empty.index(x % SLOTS), count=1)
-                p, shrink, top, total = _tail_tile(
+                p, shrink, top, total = tail_tile(
                     s, top, total, scale, bias, last, position, IS_CAUSAL, NEGATE
                 )
-                following = _operand(p, dtype, weights_layout)
+                following = operand(p, dtype, weights_layout)
                 _wait_for(k_full, x + 1, x < last_tile, SLOTS)
-                acc = _shrink(_end_values(adding, weights, v_empty, x - 1, SLOTS), shrink)
+                acc = shrink_by(_end_values(adding, weights, v_empty, x - 1, SLOTS), shrink)
                 weights = following
 
             adding = _start_values(acc, weights, v_ring, v_full, last_tile, SLOTS)
