@@ -152,8 +152,10 @@ def cases():
     yield Case("antidiagonal D=64", score(ANTIDIAGONAL, 64), loop=245, spills=400)
     yield Case("antidiagonal float32", score(ANTIDIAGONAL, 128, single), spills=64)
     yield Case("pyramid float32", both(tokens(64, single), pyramid.build_pyramid))
-    yield Case("warp-specialised pooled", score_hopper(PSAConfig()), loop=480, always=True)
-    # Where columns are cut or gathered, it spills outside the loop of products.
+    # What the warp-specialised kernel spills is outside the loop of products: most where columns
+    # are cut or gathered.
+    case = "warp-specialised pooled"
+    yield Case(case, score_hopper(PSAConfig()), loop=480, spills=25, always=True)
     for name, config in (("causal", CAUSAL), ("sampled", SAMPLED)):
         yield Case(f"warp-specialised {name}", score_hopper(config), loop=480, spills=2700)
     yield Case("warp-specialised D=64", score_hopper(PSAConfig(), 64), loop=400)
