@@ -25,6 +25,15 @@ def test_equals_the_specification(rng, length, block_n, head_dim):
     assert all((to_numpy(x)[:, :, empty] == 0).all() for x in got)
 
 
+@pytest.mark.parametrize(("length", "block_n", "head_dim"), [(7, 64, 24), (300, 128, 64)])
+def test_without_level_1_are_the_other_levels(rng, length, block_n, head_dim):
+    k, v = (to_device(x) for x in rng.standard_normal((2, 2, 3, length, head_dim), np.float32))
+    padded = spec.padded_length(length, block_n)
+    got = build_pyramid(k, v, block_n, with_level_1=False)
+    for x, whole in zip(got, build_pyramid(k, v, block_n), strict=True):
+        assert x.is_contiguous() and torch.equal(x, whole[:, :, padded:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rounds_once(rng, dtype):
     k, v = (to_device(x, dtype) for x in rng.standard_normal((2, 1, 2, 77, 16)))

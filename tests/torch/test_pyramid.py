@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from psa_torch.pyramid import build_pyramid, group_means, unpool
+from psa_torch.pyramid import build_pyramid, group_means, pool_levels, unpool
 from shared_specs import pyramid as spec
 
 
@@ -26,6 +26,14 @@ def test_equals_the_specification(length, block_n, dtype):
         np.testing.assert_allclose(x.numpy(), y, rtol=tolerance, atol=tolerance)
     empty = spec.pooled_counts(length, block_n) == 0
     assert (got.k.numpy()[:, :, empty] == 0).all()
+
+
+@pytest.mark.parametrize("length", [1, 64, 129])
+def test_pooled_levels_are_those_of_the_pyramid(length):
+    k, v = tensors((2, 3, length, 8), torch.float32, length)
+    padded = spec.padded_length(length, 64)
+    for x, whole in zip(pool_levels(k, v, 64), build_pyramid(k, v, 64), strict=True):
+        assert x.is_contiguous() and torch.equal(x, whole[:, :, padded:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
