@@ -13,6 +13,7 @@ from psa_torch.attention.triton.walk import (
     load4,
     tail_length,
     tail_rows,
+    tile_ends,
 )
 
 # Renamed between Triton 3.6 and 3.9.
@@ -23,7 +24,7 @@ COPY_WARPS = gl.constexpr(2)
 """Warps that copy keys, and as many that copy values. Together they are one warpgroup, of which
 the hardware assigns registers; and the fewer wait, the less they take from those who compute."""
 
-COPY_THREADS = gl.constexpr(64)
+COPY_THREADS = gl.constexpr(32 * COPY_WARPS.value)
 
 
 @gluon.jit
@@ -118,18 +119,12 @@ def copy_tiles(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [COPY_WARPS, 1], [1, 0])
     n0, n1, n2, n3 = load4(counts, 0)
     u0, u1, u2, u3 = load4(full_counts, 0)
-    done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
-    done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
-    done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
-    done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
+    done0, done1, done2, done3 = in_full_tiles(u0, u1, u2, u3, LOG_BLOCK_N, TILE)
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     # One position a thread while rows are looked up; every thread that copies gets them after.
     lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [COPY_WARPS], [0]))
     d = gl.arange(0, D, gl.SliceLayout(0, layout))
-    end0 = done0 // TILE
-    end1 = end0 + done1 // TILE
-    end2 = end1 + done2 // TILE
-    end3 = end2 + done3 // TILE
+    end0, end1, end2, end3 = tile_ends(done0, done1, done2, done3, TILE)
     for t in range(end0):
         _load_boxes(
             long,

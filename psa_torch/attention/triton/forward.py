@@ -125,10 +125,7 @@ def attention_forward(
     u0, u1, u2, u3 = load4(full_counts, table_row)
     entries += table_row.to(tl.int64) * k_blocks
 
-    done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
-    done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
-    done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
-    done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
+    done0, done1, done2, done3 = in_full_tiles(u0, u1, u2, u3, LOG_BLOCK_N, TILE)
     acc = tl.zeros([ROWS, D], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)

@@ -36,6 +36,7 @@ from psa_torch.attention.triton.walk import (
     place_of_item,
     tail_length,
     tail_rows,
+    tile_ends,
 )
 from psa_torch.kernels._launch import capability, resident_programs
 
@@ -249,14 +250,8 @@ def _multiply_tiles(
         table_row = batch_head * q_blocks + block
         n0, n1, n2, n3 = load4(counts, table_row)
         u0, u1, u2, u3 = load4(full_counts, table_row)
-        done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
-        done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
-        done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
-        done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
-        end0 = done0 // TILE
-        end1 = end0 + done1 // TILE
-        end2 = end1 + done2 // TILE
-        end3 = end2 + done3 // TILE
+        done0, done1, done2, done3 = in_full_tiles(u0, u1, u2, u3, LOG_BLOCK_N, TILE)
+        end0, end1, end2, end3 = tile_ends(done0, done1, done2, done3, TILE)
         left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
         tiles = end3 + (left + TILE - 1) // TILE
 

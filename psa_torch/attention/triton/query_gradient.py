@@ -14,6 +14,7 @@ from psa_torch.attention.triton.walk import (
     select4,
     tail_length,
     tail_rows,
+    tile_ends,
 )
 from psa_torch.pyramid import Pyramid
 from shared_specs.pyramid import padded_length
@@ -82,14 +83,8 @@ def query_gradient(
     entries += table_row.to(tl.int64) * k_blocks
     dq = tl.zeros([ROWS, D], tl.float32)
 
-    done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
-    done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
-    done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
-    done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
-    end0 = done0 // TILE
-    end1 = end0 + done1 // TILE
-    end2 = end1 + done2 // TILE
-    end3 = end2 + done3 // TILE
+    done0, done1, done2, done3 = in_full_tiles(u0, u1, u2, u3, LOG_BLOCK_N, TILE)
+    end0, end1, end2, end3 = tile_ends(done0, done1, done2, done3, TILE)
     for t in tl.range(0, end3, num_stages=STAGES):
         g = (t >= end0).to(tl.int32) + (t >= end1).to(tl.int32) + (t >= end2).to(tl.int32)
         level_entry = select4(g, 0, n0, n0 + n1, n0 + n1 + n2)

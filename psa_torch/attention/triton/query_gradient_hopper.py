@@ -1,9 +1,9 @@
 """dq for Hopper, warp-specialised: two warpgroups multiply, four warps copy.
 
 A program takes query block after query block, and those who copy run ahead of the others through
-rings of tiles, which they fill as those of `forward_hopper` do. Each multiplying
-warpgroup owns 64 query rows, whose q and dout lie in shared memory. Same table, same tiles, same
-arithmetic as `query_gradient`.
+rings of tiles, which they fill as those of `forward_hopper` do. Each multiplying warpgroup owns 64
+query rows, whose q and dout lie in shared memory. Same table, same tiles, same arithmetic as
+`query_gradient`.
 """
 
 import torch
@@ -26,6 +26,7 @@ from psa_torch.attention.triton.walk import (
     place_of_item,
     tail_length,
     tail_rows,
+    tile_ends,
 )
 from psa_torch.kernels._launch import capability, resident_programs
 from psa_torch.pyramid import Pyramid
@@ -190,14 +191,8 @@ def _multiply_tiles(
 
         n0, n1, n2, n3 = load4(counts, table_row)
         u0, u1, u2, u3 = load4(full_counts, table_row)
-        done0 = in_full_tiles(u0, 0, LOG_BLOCK_N, TILE)
-        done1 = in_full_tiles(u1, 1, LOG_BLOCK_N, TILE)
-        done2 = in_full_tiles(u2, 2, LOG_BLOCK_N, TILE)
-        done3 = in_full_tiles(u3, 3, LOG_BLOCK_N, TILE)
-        end0 = done0 // TILE
-        end1 = end0 + done1 // TILE
-        end2 = end1 + done2 // TILE
-        end3 = end2 + done3 // TILE
+        done0, done1, done2, done3 = in_full_tiles(u0, u1, u2, u3, LOG_BLOCK_N, TILE)
+        end0, end1, end2, end3 = tile_ends(done0, done1, done2, done3, TILE)
         left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
         tiles = end3 + (left + TILE - 1) // TILE
 

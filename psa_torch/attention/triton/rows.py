@@ -37,11 +37,9 @@ class Rows(NamedTuple):
     def places(self) -> tuple[int, int, int, int, int]:
         """Rows of a head in `k`, rows of a head in `pooled_k`, rows skipped, and how many rows of
         memory lie between the start of `k` and that of `pooled_k`, and the same for v."""
-        apart = (
-            (pooled.data_ptr() - x.data_ptr()) // _row_bytes(x)
-            for x, pooled in ((self.k, self.pooled_k), (self.v, self.pooled_v))
-        )
-        return self.k.shape[2], self.pooled_k.shape[2], self.skipped, *apart
+        k_apart, _ = _apart(self.k, self.pooled_k)
+        v_apart, _ = _apart(self.v, self.pooled_v)
+        return self.k.shape[2], self.pooled_k.shape[2], self.skipped, k_apart, v_apart
 
 
 def rows_of_pyramid(pyramid: Pyramid) -> Rows:
@@ -71,9 +69,10 @@ def aligned_rows(x: Tensor) -> Tensor:
 
 def _in_reach(x: Tensor, pooled: Tensor) -> bool:
     """Whether a whole number of rows lies between them, and not too large a one."""
-    rows, rest = divmod(pooled.data_ptr() - x.data_ptr(), _row_bytes(x))
+    rows, rest = _apart(x, pooled)
     return rest == 0 and abs(rows) < FARTHEST
 
 
-def _row_bytes(x: Tensor) -> int:
-    return x.shape[-1] * x.element_size()
+def _apart(x: Tensor, pooled: Tensor) -> tuple[int, int]:
+    """Rows of memory from the start of one to that of the other, and the bytes left over."""
+    return divmod(pooled.data_ptr() - x.data_ptr(), x.shape[-1] * x.element_size())

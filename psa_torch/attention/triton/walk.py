@@ -47,9 +47,24 @@ def load4(pointer, row):
 
 
 @triton.jit
-def in_full_tiles(full, g: tl.constexpr, LOG_BLOCK_N: tl.constexpr, TILE: tl.constexpr):
-    """Positions of level `2**g` that full tiles take: whole tiles of its `full` unmasked blocks."""
-    return (full << (LOG_BLOCK_N - g)) // TILE * TILE
+def in_full_tiles(u0, u1, u2, u3, LOG_BLOCK_N: tl.constexpr, TILE: tl.constexpr):
+    """Positions of each level that full tiles take: whole tiles of its unmasked blocks, of which
+    there are u0 .. u3."""
+    return (
+        (u0 << LOG_BLOCK_N) // TILE * TILE,
+        (u1 << (LOG_BLOCK_N - 1)) // TILE * TILE,
+        (u2 << (LOG_BLOCK_N - 2)) // TILE * TILE,
+        (u3 << (LOG_BLOCK_N - 3)) // TILE * TILE,
+    )
+
+
+@triton.jit
+def tile_ends(done0, done1, done2, done3, TILE: tl.constexpr):
+    """Running ends of the full tiles of each level, from the positions that they take."""
+    end0 = done0 // TILE
+    end1 = end0 + done1 // TILE
+    end2 = end1 + done2 // TILE
+    return end0, end1, end2, end2 + done3 // TILE
 
 
 @triton.jit
