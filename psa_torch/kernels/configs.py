@@ -30,12 +30,12 @@ class HopperScoreConfig(NamedTuple):
     slots: int
     rows: int = 128
     columns: int = 128
-    multiply_registers: int = 232
-    copy_registers: int = 40
+    multiply_registers: int = 224
+    copy_registers: int = 56
     per_processor: int = 1
 
 
-HOPPER_PEAK = {64: HopperScoreConfig(slots=8), 128: HopperScoreConfig(slots=5)}
+HOPPER_PEAK = {64: HopperScoreConfig(slots=8), 128: HopperScoreConfig(slots=4)}
 """By head dimension."""
 
 

@@ -22,20 +22,23 @@ def pool_blocks(
         block: tokens per block, a multiple of `size`.
         size: tokens per group.
         by_place: order the groups by their place in the block: the first of every block, then
-            the second, ...; groups without a token repeat the last one that has some.
+            the second, ...
 
     Returns:
-        (rows, scale): rows `[B, H, ceil(L / size), D]`, the means, or by place `[B, H, block //
-        size * ceil(L / block), D]`. float32 inputs: float32, scale
-        None. 16-bit inputs: float16, to be multiplied by scale, float32 `[B, H, ceil(L / block)]`,
-        a power of two per block that brings its largest element near 1.
+        (rows, scale): rows `[B, H, ceil(L / block) * block // size, D]`, the means; groups without
+        a token repeat the last one that has some. float32 inputs: float32, scale None. 16-bit
+        inputs: float16, to be multiplied by scale, float32 `[B, H, ceil(L / block)]`, a power of
+        two per block that brings its largest element near 1.
     """
     batch, heads, length, head_dim = x.shape
     groups, blocks = triton.cdiv(length, size), triton.cdiv(length, block)
     narrow = x.dtype != torch.float32
-    places = block // size * blocks if by_place else groups
     rows = x.new_empty(
-        batch, heads, places, head_dim, dtype=torch.float16 if narrow else torch.float32
+        batch,
+        heads,
+        blocks * (block // size),
+        head_dim,
+        dtype=torch.float16 if narrow else torch.float32,
     )
     scale = x.new_empty(batch, heads, blocks, dtype=torch.float32) if narrow else None
     with on_device_of(x):
@@ -82,9 +85,7 @@ def _pool_kernel(
     block = pid % blocks
     bh = (pid // blocks).to(tl.int64)
     place = tl.arange(0, BLOCK // SIZE)
-    group = block * (BLOCK // SIZE) + place
-    if BY_PLACE:
-        group = tl.minimum(group, groups - 1)
+    group = tl.minimum(block * (BLOCK // SIZE) + place, groups - 1)
     d = tl.arange(0, BLOCK_D)
     X += (bh // heads) * stride_b + (bh % heads) * stride_h
     total = tl.zeros((BLOCK // SIZE, BLOCK_D), tl.float32)
@@ -106,7 +107,6 @@ def _pool_kernel(
     if BY_PLACE:
         row = (bh * (BLOCK // SIZE) + place) * blocks + block
     else:
-        row = bh * groups + group
+        row = (bh * blocks + block) * (BLOCK // SIZE) + place
     at = row[:, None] * HEAD_DIM + d[None, :]
-    inside = (group < groups)[:, None] & (d < HEAD_DIM)[None, :]
-    tl.store(ROWS + at, mean.to(ROWS.dtype.element_ty), mask=inside)
+    tl.store(ROWS + at, mean.to(ROWS.dtype.element_ty), mask=(d < HEAD_DIM)[None, :])

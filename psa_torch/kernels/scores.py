@@ -109,27 +109,36 @@ def sampled_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     rows, columns = tokens(q, q_plan), tokens(k, k_plan)
     tile = _tile(q, k, rows.count, config)
     if isinstance(tile, HopperScoreConfig):
-        sampled = k.index_select(2, _by_place(k_plan, k.shape[2], k.device))
+        rows = rows._replace(values=q.index_select(2, _sampled(q_plan, q.shape[2], q.device)))
+        sampled = k.index_select(2, _sampled(k_plan, k.shape[2], k.device, by_place=True))
         columns = columns._replace(values=sampled, count=k_plan.count)
     return _peak_scores(rows, columns, tile, config)
 
 
-@functools.lru_cache(maxsize=64)
-def _offsets(plan: SamplePlan, device: torch.device) -> Tensor:
-    """Sampling offsets on the device, the last one repeated up to a power of two.
-
-    A repeated sample changes no maximum. Kept per device: a copy is made once, not per call.
-    """
+def _repeat_last(plan: SamplePlan) -> Tensor:
+    """Sampling offsets, the last one repeated up to a power of two: a repeat changes no maximum."""
     offsets = torch.tensor(plan.offsets.tolist(), dtype=torch.int32)
     missing = triton.next_power_of_2(plan.count) - plan.count
-    return torch.cat([offsets, offsets[-1:].expand(missing)]).to(device)
+    return torch.cat([offsets, offsets[-1:].expand(missing)])
 
 
 @functools.lru_cache(maxsize=64)
-def _by_place(plan: SamplePlan, length: int, device: torch.device) -> Tensor:
-    """Sampled tokens on the device: the first of every block, then the second, ..."""
+def _offsets(plan: SamplePlan, device: torch.device) -> Tensor:
+    """`_repeat_last` on the device. Kept per device: a copy is made once, not per call."""
+    return _repeat_last(plan).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _sampled(
+    plan: SamplePlan, length: int, device: torch.device, *, by_place: bool = False
+) -> Tensor:
+    """Sampled tokens on the device: block after block, with as many as `_offsets` has, or the first
+    of every block, then the second, ..."""
     starts = torch.arange(0, length, plan.block)
-    at = torch.tensor(plan.offsets.tolist())[:, None] + starts
+    if by_place:
+        at = torch.tensor(plan.offsets.tolist())[:, None] + starts
+    else:
+        at = starts[:, None] + _repeat_last(plan)
     return at.clamp(max=length - 1).flatten().to(device)
 
 
@@ -137,8 +146,9 @@ class _Samples(NamedTuple):
     """What stands for the queries, or the keys, of each block.
 
     Attributes:
-        values: `[B, heads, rows, D]`: means (rows are groups) or the tokens themselves. Keys for
-            the warp-specialised kernel: one row of every block, then the next of every block.
+        values: `[B, heads, rows, D]`: means (rows are groups) or the tokens themselves. For the
+            warp-specialised kernel the rows that count, contiguous: of queries block after block,
+            of keys one of every block, then the next of every block.
         length: tokens of the sequence.
         block: tokens per block.
         size: tokens per row.
@@ -192,25 +202,11 @@ def _peak_scores(
     row_tiles = triton.cdiv(nq, rows // q.count)
     items = row_tiles * batch * heads
     programs = min(items, resident_programs(q.values, tile.per_processor))
-    sweep = max(64, key_blocks)
-    width = triton.cdiv(nk, sweep) * sweep
-    slab = torch.empty(programs, rows, width, dtype=torch.float32, device=q.values.device)
     scores = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.values.device)
-    tensors = (q.scale, k.scale, q.offsets, k.offsets, slab, scores)
-    numbers = (
-        max(abs(scale), _LEAST_SCALE) * _LOG2_E,
-        heads,
-        heads // k.values.shape[1],
-        q_rows,
-        triton.cdiv(k.length, k.size),
-        q.length,
-        k.length,
-        nq,
-        nk,
-        row_tiles,
-        items,
-        width,
-    )
+    factor = max(abs(scale), _LEAST_SCALE) * _LOG2_E
+    group = heads // k.values.shape[1]
+    k_rows = triton.cdiv(k.length, k.size)
+    sizes = (k_rows, q.length, k.length, nq, nk, row_tiles, items)
     constants = dict(
         BLOCK_M=q.block,
         BLOCK_N=k.block,
@@ -225,23 +221,50 @@ def _peak_scores(
             # Triton's interpreter does not know Gluon: nothing else may import it.
             from psa_torch.kernels import scores_hopper
 
+            tiles = triton.cdiv(nk, key_blocks)
+            slab = _scratch(q.values, programs, tiles, rows, key_blocks)
+            tops = _scratch(q.values, programs, 2, rows)
             scores_hopper.launch(
                 q.values,
                 k.values,
-                (*tensors, *q.values.stride(), *numbers),
+                (
+                    q.scale,
+                    k.scale,
+                    q.offsets,
+                    k.offsets,
+                    slab,
+                    tops,
+                    scores,
+                    factor,
+                    heads,
+                    group,
+                    *sizes,
+                ),
                 programs,
                 tile,
                 Q_BLOCKS=rows // q.count,
                 **constants,
             )
             return scores
+        sweep = max(64, key_blocks)
+        width = triton.cdiv(nk, sweep) * sweep
         _peak_kernel[(programs,)](
             q.values,
             k.values,
-            *tensors,
+            q.scale,
+            k.scale,
+            q.offsets,
+            k.offsets,
+            _scratch(q.values, programs, rows, width),
+            scores,
             *q.values.stride(),
             *k.values.stride(),
-            *numbers,
+            factor,
+            heads,
+            group,
+            q_rows,
+            *sizes,
+            width,
             HEAD_DIM=head_dim,
             BLOCK_D=padded_head_dim(head_dim),
             ROWS=rows,
@@ -253,6 +276,10 @@ def _peak_scores(
             **constants,
         )
     return scores
+
+
+def _scratch(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float32, device=x.device)
 
 
 @triton.jit

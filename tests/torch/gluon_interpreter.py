@@ -181,6 +181,8 @@ class Run:
             "load_async": self._load_async,
             "async_copy": types.SimpleNamespace(mbarrier_arrive=self._copies_arrive),
             "fence_async_shared": lambda: None,
+            # The threads of a partition are one here.
+            "barrier": lambda: None,
             "warpgroup_mma": self._multiply,
             "warpgroup_mma_wait": self._wait_for_products,
         }
@@ -301,6 +303,7 @@ class _Language:
         return None
 
     BlockedLayout = SliceLayout = NVMMADistributedLayout = DotOperandLayout = _layout
+    SwizzledSharedLayout = _layout
     NVMMASharedLayout = types.SimpleNamespace(get_default_for=_layout)
 
     def arange(start, end, layout):

@@ -113,8 +113,10 @@ def test_pooling(rng, length, dtype):
     got = rows.float()
     if scale is not None:
         assert (scale.log2() == scale.log2().round()).all() and got.abs().max() < 2
-        got = got * scale.repeat_interleave(16, 2)[:, :, : got.shape[2], None]
+        got = got * scale.repeat_interleave(16, 2)[..., None]
     want = pyramid.group_means(to_numpy(x).swapaxes(0, 1), 4)
+    missing = -(-length // 64) * 16 - want.shape[2]
+    want = np.pad(want, [(0, 0), (0, 0), (0, missing), (0, 0)], mode="edge")
     largest = np.abs(want).max((2, 3), keepdims=True)
     step = 1e-6 if dtype == torch.float32 else 2.0**-11
     assert (np.abs(to_numpy(got) - want) <= step * largest).all()
