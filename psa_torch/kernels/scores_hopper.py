@@ -73,8 +73,8 @@ def _place_in_block(OFFSETS, sample):
 
 
 @gluon.jit
-def _stage(slab, x, base, staged, landed, ROWS: gl.constexpr, WIDTH: gl.constexpr):
-    """Starts to copy the block maxima of step `x` of an item; `base` steps came before."""
+def _stage(slab, x, staged, landed, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """Starts to copy the block maxima of step `x` of an item."""
     STEP_ROWS: gl.constexpr = staged.shape[1]
     COLUMNS: gl.constexpr = staged.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // COLUMNS, COLUMNS // 4], [2, 1], [1, 0])
@@ -82,7 +82,7 @@ def _stage(slab, x, base, staged, landed, ROWS: gl.constexpr, WIDTH: gl.constexp
     rows = row + gl.arange(0, STEP_ROWS, gl.SliceLayout(1, layout))
     columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
     at = gl.expand_dims(rows * WIDTH, 1) + gl.expand_dims(columns, 0)
-    slot = (base + x) % 2
+    slot = x % 2
     copy_async(staged.index(slot), slab + tile * (ROWS * WIDTH) + at)
     async_copy.mbarrier_arrive(landed.index(slot), increment_count=False)
 
@@ -102,7 +102,6 @@ def _corner(
 def _score(
     x,
     steps,
-    base,
     slab,
     tops,
     Q_SCALE,
@@ -123,7 +122,6 @@ def _score(
 
     Args:
         steps: steps of what the item's rows see; the scores after these are 0.
-        base: steps of earlier items.
         slab, tops: maxima of the item's rows by key block, and in all.
         bh, block: the item's head and first query block.
     """
@@ -143,10 +141,10 @@ def _score(
     below = gl.full([BLOCKS, COLUMNS], float("-inf"), gl.float32, out_layout)
     if x < steps:
         if x + 1 < steps:
-            _stage(slab, x + 1, base, staged, landed, ROWS, WIDTH)
+            _stage(slab, x + 1, staged, landed, ROWS, WIDTH)
         top = gl.load(tops + first_row + gl.arange(0, STEP_ROWS, gl.SliceLayout(1, layout)))
-        slot = (base + x) % 2
-        mbarrier.wait(landed.index(slot), ((base + x) // 2) & 1)
+        slot = x % 2
+        mbarrier.wait(landed.index(slot), (x // 2) & 1)
         distance = staged.index(slot).load(layout) - gl.expand_dims(top, 1)
         by_block = gl.max(distance.reshape([BLOCKS, Q_COUNT, COLUMNS]), 1)
         below = gl.convert_layout(by_block, out_layout)
@@ -189,12 +187,12 @@ def _make_scores(
     CAUSAL: gl.constexpr,
 ):
     """Those who make scores of each item when it is done."""
+    # A multiple of four: every item begins in the same place and phase.
     STEPS: gl.constexpr = ROWS * WIDTH // (staged.shape[1] * staged.shape[2])
     block_tiles = (k_blocks + WIDTH - 1) // WIDTH
     SLAB += gl.program_id(0).to(gl.int64) * block_tiles * (ROWS * WIDTH)
     TOPS += gl.program_id(0) * (2 * ROWS)
     taken = 0
-    base = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         block, bh, kv_bh, open_tiles, seen_tiles = _item(
             item,
@@ -213,13 +211,12 @@ def _make_scores(
         side = taken % 2
         mbarrier.wait(done.index(side), (taken // 2) & 1)
         if steps > 0:
-            _stage(SLAB, 0, base, staged, landed, ROWS, WIDTH)
+            _stage(SLAB, 0, staged, landed, ROWS, WIDTH)
         for tile in range(block_tiles):
             for x in range(tile * STEPS, (tile + 1) * STEPS):
                 _score(
                     x,
                     steps,
-                    base,
                     SLAB,
                     TOPS + side * ROWS,
                     Q_SCALE,
@@ -240,7 +237,6 @@ def _make_scores(
                 read = taken * block_tiles + tile
                 mbarrier.wait(tile_free.index(read % 2), (read // 2) & 1 ^ 1)
                 mbarrier.arrive(tile_read.index(read % 2), count=1)
-        base += steps
         taken += 1
 
 

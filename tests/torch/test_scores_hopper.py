@@ -33,18 +33,24 @@ def interpreted():
     kernel = _Interpreted(scores_hopper.peak_kernel_hopper)
     with (
         mock.patch.object(scores_hopper, "peak_kernel_hopper", kernel),
-        mock.patch.object(scores, "_tile", lambda *_: TILE),
+        mock.patch.object(scores, "_tile", tile),
     ):
         yield
 
 
+def tile(q, k, q_count, config):
+    """Narrow tiles, so that there are several; as wide as they are where steps must be cut."""
+    return TILE if q_count <= 32 else TILE._replace(columns=128)
+
+
 CASES = {
     "ragged grouped": (PSAConfig(), 4, 2, 300, 1400),
-    "pool 2": (PSAConfig(importance_pool=2), 1, 1, 130, 500),
+    "pool 2": (PSAConfig(importance_pool=2, block_n=32), 1, 1, 300, 4500),
     "pool 8, causal": (PSAConfig(importance_pool=8, causal=True), 2, 1, 1500, 1700),
-    "causal, more queries": (PSAConfig(causal=True, block_n=32), 1, 1, 700, 300),
+    "causal, more queries": (PSAConfig(causal=True, block_n=32), 1, 1, 1500, 300),
+    "causal, tiles that no row sees": (PSAConfig(causal=True), 1, 1, 2500, 2501),
     "sampled": (PSAConfig(importance="sampled", sample_m=12, sample_n=5), 2, 2, 260, 1100),
-    "sampled causal": (PSAConfig(importance="sampled", block_m=64, causal=True), 1, 1, 500, 1300),
+    "sampled causal": (PSAConfig(importance="sampled", block_m=64, causal=True), 1, 1, 500, 1345),
     "negative scale": (PSAConfig(scale=-0.2, block_n=128), 1, 1, 200, 2500),
 }
 
@@ -76,7 +82,7 @@ def test_scaled_means_of_half_precision(rng):
     np.testing.assert_allclose(got.numpy(), want, rtol=0.05, atol=2e-3)
 
 
-BARRIERS = ("q_full", "full", "empty", "done", "landed", "tile_read")
+BARRIERS = ("q_full", "full", "empty", "done", "landed", "tile_read", "tile_free")
 """As the kernel allocates them."""
 
 
