@@ -108,6 +108,22 @@ def test_forward_and_backward(case, interpreter, rng):
     assert_close(got, expected(inputs, **case.settings()), tolerance)
 
 
+def test_query_blocks_without_keys_between_others(interpreter, monkeypatch, rng):
+    """Warpgroups that take turns go on where one thread block has nothing to do in between."""
+    case = case_of(level=1, q_len=5 * 128, kv_len=130)
+    config = small(case.head_dim, case.block_m)
+    alone = dataclasses.replace(config.forward, blocks=1)
+    monkeypatch.setattr(
+        api, "default_config", lambda *_: dataclasses.replace(config, forward=alone)
+    )
+    inputs = case.inputs(rng)
+    inputs = inputs._replace(levels=inputs.levels.at[:, :, 1:4].set(0))
+    attend = functools.partial(sparse_attention, implementation="mosaic", **case.settings())
+    out = jax.jit(attend)(*inputs[:4])
+    want = expected(inputs, **case.settings()).out
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=0.02)
+
+
 SPLIT = {"workspace_bytes": 1}
 """Room for one query block of each thread block: several rounds, with sums carried between."""
 

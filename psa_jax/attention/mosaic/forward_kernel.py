@@ -179,6 +179,13 @@ def _consume(plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup, n, f
         products.release(tiles.values_empty.at[slot], interpreted=interpreted)
         return acc, new_top, total
 
+    # The other warpgroup may still be in its last step, where it needs two turns to go on; the
+    # next queries, and with them the next tile to take turns at, wait for it.
+    @pl.when(all_tiles == 0)
+    def _():
+        turn()
+        turn()
+
     wait_for_keys(0)
     carry = (
         jnp.zeros((ROWS, head_dim), jnp.float32),
