@@ -152,13 +152,14 @@ def cases():
     yield Case("antidiagonal D=64", score(ANTIDIAGONAL, 64), loop=245, spills=400)
     yield Case("antidiagonal float32", score(ANTIDIAGONAL, 128, single), spills=64)
     yield Case("pyramid float32", both(tokens(64, single), pyramid.build_pyramid))
-    # What the warp-specialised kernel spills is outside the loop of products, but for the columns
-    # on the diagonal, whose products and masks share a loop with the others.
+    # What the warp-specialised kernel spills, most with Triton 3.9, is outside the loop of
+    # products, but for the columns on the diagonal, whose products and masks share a loop with
+    # the others.
     case = "warp-specialised pooled"
     yield Case(case, score_hopper(PSAConfig()), loop=260, spills=220, always=True)
-    yield Case("warp-specialised causal", score_hopper(CAUSAL), loop=650, spills=900)
-    yield Case("warp-specialised sampled", score_hopper(SAMPLED), loop=260, spills=160)
-    yield Case("warp-specialised D=64", score_hopper(PSAConfig(), 64), loop=260, spills=160)
+    yield Case("warp-specialised causal", score_hopper(CAUSAL), loop=650, spills=1300)
+    yield Case("warp-specialised sampled", score_hopper(SAMPLED), loop=260, spills=1100)
+    yield Case("warp-specialised D=64", score_hopper(PSAConfig(), 64), loop=260, spills=210)
     for arch in (80, 100):
         yield Case("pooled", score(PSAConfig()), arch=arch, loop=400, spills=32)
         yield Case("pooled causal", score(CAUSAL), arch=arch, loop=900)
