@@ -30,6 +30,9 @@ load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
+SCORE_WARPS = gl.constexpr(2)
+"""Warps that make scores; the other two of their warpgroup copy."""
+
 
 @gluon.jit
 def _item(
@@ -77,7 +80,9 @@ def _stage(slab, x, staged, landed, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     """Starts to copy the block maxima of step `x` of an item."""
     STEP_ROWS: gl.constexpr = staged.shape[1]
     COLUMNS: gl.constexpr = staged.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // COLUMNS, COLUMNS // 4], [2, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 4], [128 // COLUMNS, COLUMNS // 4], [SCORE_WARPS, 1], [1, 0]
+    )
     tile, row, column = _corner(x, STEP_ROWS, COLUMNS, ROWS, WIDTH)
     rows = row + gl.arange(0, STEP_ROWS, gl.SliceLayout(1, layout))
     columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
@@ -129,8 +134,8 @@ def _score(
     COLUMNS: gl.constexpr = staged.shape[2]
     BLOCKS: gl.constexpr = STEP_ROWS // Q_COUNT
     # A thread has whole columns: nothing is exchanged.
-    layout: gl.constexpr = gl.BlockedLayout([STEP_ROWS, 1], [1, 32], [1, 2], [0, 1])
-    out_layout: gl.constexpr = gl.BlockedLayout([BLOCKS, 1], [1, 32], [1, 2], [0, 1])
+    layout: gl.constexpr = gl.BlockedLayout([STEP_ROWS, 1], [1, 32], [1, SCORE_WARPS], [0, 1])
+    out_layout: gl.constexpr = gl.BlockedLayout([BLOCKS, 1], [1, 32], [1, SCORE_WARPS], [0, 1])
     tile, first_row, column = _corner(x, STEP_ROWS, COLUMNS, ROWS, WIDTH)
     query_block = first_row // Q_COUNT + gl.arange(0, BLOCKS, gl.SliceLayout(1, out_layout))
     query_block += block
@@ -441,7 +446,6 @@ def _multiply_columns(
     PART_ROWS: gl.constexpr = q_tiles.shape[1]
     ROWS: gl.constexpr = 2 * PART_ROWS
     WIDTH: gl.constexpr = ring.shape[1]
-    TURN: gl.constexpr = min(2, K_COUNT)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     row = gl.arange(0, PART_ROWS, gl.SliceLayout(1, layout))
     lane = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
@@ -483,50 +487,31 @@ def _multiply_columns(
         for tile in range(seen_tiles):
             key_block = gl.minimum(tile * WIDTH + lane, k_blocks - 1)
             peak = gl.full([PART_ROWS, WIDTH], float("-inf"), gl.float32, layout)
-            for sample in range(0, K_COUNT - TURN + 1, TURN):
-                peak = _largest_products(
-                    q,
-                    peak,
-                    ring,
-                    full,
-                    empty,
-                    multiplied,
-                    sample,
-                    tile * (WIDTH * BLOCK_N),
-                    lane * BLOCK_N,
-                    row_limit,
-                    tile >= open_tiles,
-                    K_OFFSETS,
-                    TURN,
-                    SIZE,
-                    SLOTS,
-                    CAUSAL,
-                    NEGATIVE,
-                    layout,
-                )
-                multiplied += TURN
-            if K_COUNT % TURN > 0:
-                peak = _largest_products(
-                    q,
-                    peak,
-                    ring,
-                    full,
-                    empty,
-                    multiplied,
-                    K_COUNT - K_COUNT % TURN,
-                    tile * (WIDTH * BLOCK_N),
-                    lane * BLOCK_N,
-                    row_limit,
-                    tile >= open_tiles,
-                    K_OFFSETS,
-                    K_COUNT % TURN,
-                    SIZE,
-                    SLOTS,
-                    CAUSAL,
-                    NEGATIVE,
-                    layout,
-                )
-                multiplied += K_COUNT % TURN
+            # Pairs, then the odd one.
+            for COUNT in gl.static_range(2, 0, -1):
+                first = 0 if COUNT == 2 else K_COUNT - K_COUNT % 2
+                for sample in range(first, K_COUNT - K_COUNT % COUNT, COUNT):
+                    peak = _largest_products(
+                        q,
+                        peak,
+                        ring,
+                        full,
+                        empty,
+                        multiplied,
+                        sample,
+                        tile * (WIDTH * BLOCK_N),
+                        lane * BLOCK_N,
+                        row_limit,
+                        tile >= open_tiles,
+                        K_OFFSETS,
+                        COUNT,
+                        SIZE,
+                        SLOTS,
+                        CAUSAL,
+                        NEGATIVE,
+                        layout,
+                    )
+                    multiplied += COUNT
             if K_SCALE is not None:
                 factor = gl.load(K_SCALE + kv_bh.to(gl.int64) * k_blocks + key_block)
                 peak = peak * gl.expand_dims(factor, 0)
@@ -605,7 +590,7 @@ def peak_kernel_hopper(
     for side in gl.static_range(2):
         mbarrier.init(q_full.index(side), count=1)
         mbarrier.init(done.index(side), count=2)
-        mbarrier.init(landed.index(side), count=64)  # every thread of two warps
+        mbarrier.init(landed.index(side), count=32 * SCORE_WARPS)  # each of their threads
         mbarrier.init(tile_read.index(side), count=1)
         mbarrier.init(tile_free.index(side), count=1)
     for slot in gl.static_range(SLOTS):
@@ -741,7 +726,7 @@ def peak_kernel_hopper(
                 ),
             ),
         ],
-        [4, 2, 2],
+        [4, 4 - SCORE_WARPS, SCORE_WARPS],
         [MULTIPLY_REGISTERS, COPY_REGISTERS, COPY_REGISTERS],
     )
 
