@@ -88,12 +88,13 @@ BARRIERS = ("q_full", "full", "empty", "done", "landed", "tile_read", "tile_free
 
 @pytest.mark.parametrize("deaf", BARRIERS)
 def test_a_missing_wait_is_noticed(deaf, rng):
-    # Several items a program, and room for columns of the next one while one is multiplied.
-    case = (PSAConfig(importance_pool=8, block_n=32), 1, 1, 2600, 1400)
+    # Several items a program, room for columns of the next one while one is multiplied, and
+    # tiles enough to run ahead by.
+    case = (PSAConfig(importance_pool=8, block_n=32), 1, 1, 2600, 4000)
     q, k = draw(rng, case)
-    tile = TILE._replace(slots=6)
+    roomy = TILE._replace(slots=6)
     with (
-        mock.patch.object(scores, "_tile", lambda *_: tile),
+        mock.patch.object(scores, "_tile", lambda *_: roomy),
         mock.patch.object(scores, "resident_programs", lambda *_: 1),
         mock.patch.object(torch, "empty", poisoned),
     ):
