@@ -24,7 +24,7 @@ class HopperScoreConfig(NamedTuple):
     slots: tiles of columns in flight.
     rows, columns, per_processor: as in `ScoreConfig`; the kernel has no other.
     multiply_registers, copy_registers: per thread of each role, multiples of 8; two multiplying
-        warpgroups and one that copies share 504.
+        warpgroups and one that copies and makes scores share 504.
     """
 
     slots: int
