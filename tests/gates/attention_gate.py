@@ -22,7 +22,13 @@ import machine_code  # noqa: E402  (first: it turns the interpreter off)
 import torch  # noqa: E402
 from machine_code import MachineCode  # noqa: E402
 
-from psa_torch.attention.triton import configs, forward_hopper, query_gradient_hopper  # noqa: E402
+from psa_torch.attention.triton import (  # noqa: E402
+    configs,
+    forward_hopper,
+    key_gradient_hopper,
+    query_gradient_hopper,
+    units,
+)
 from psa_torch.attention.triton.configs import (  # noqa: E402
     BackwardConfig,
     ForwardConfig,
@@ -48,11 +54,13 @@ KERNELS = [
     (row_statistics, "row_statistics"),
     (query_gradient, "query_gradient"),
     (query_gradient_hopper, "query_gradient_hopper"),
+    (units, "_units_kernel"),
     (key_gradient, "key_gradient"),
+    (key_gradient_hopper, "key_gradient_hopper"),
     (pooled_gradient, "pooled_partials"),
     (pooled_gradient, "pooled_sums"),
 ]
-CONFIGURED = [configs, forward_hopper, query_gradient_hopper]
+CONFIGURED = [configs, forward_hopper, query_gradient_hopper, key_gradient_hopper]
 LENGTH = 75_600
 
 LOOP_BUDGETS = {
@@ -66,6 +74,8 @@ LOOP_BUDGETS = {
     ("query_gradient_hopper", 128): 328,
     ("key_gradient", 64): 575,
     ("key_gradient", 128): 720,
+    ("key_gradient_hopper", 64): 425,
+    ("key_gradient_hopper", 128): 557,
     ("pooled_partials", 64): 800,
     ("pooled_partials", 128): 1000,
 }
@@ -74,8 +84,9 @@ LOOP_BUDGETS = {
 SPILLS = {
     "attention_forward_hopper": 294,
     "query_gradient": 64,
-    "query_gradient_hopper": 357,
+    "query_gradient_hopper": 364,
     "key_gradient": 700,
+    "key_gradient_hopper": 556,
     "pooled_partials": 620,
 }
 """Bytes that a kernel may spill, nearly all of it outside its loops."""
@@ -83,6 +94,8 @@ SPILLS = {
 LOCAL_IN_LOOP = {
     ("key_gradient", False): 12,
     ("key_gradient", True): 48,
+    ("key_gradient_hopper", False): 14,
+    ("key_gradient_hopper", True): 26,
     ("pooled_partials", False): 19,
     ("pooled_partials", True): 3,
 }
@@ -91,7 +104,11 @@ LOCAL_IN_LOOP = {
 WIDE = {"pooled_partials": "STG.128", "pooled_sums": "LDG.128"}
 """How a kernel moves the bulk of its numbers."""
 
-WARP_SPECIALISED = {"attention_forward_hopper", "query_gradient_hopper"}
+WARP_SPECIALISED = {
+    "attention_forward_hopper",
+    "query_gradient_hopper",
+    "key_gradient_hopper",
+}
 """Kernels in which some warps copy and two warpgroups multiply."""
 
 TWO_PROGRAMS = {"pooled_partials"}
@@ -184,11 +201,9 @@ def launches(case: Case) -> list[Launch]:
                 q, Pyramid(rows, rows), by_query, config=case.config, **settings
             )
         else:
-            pyramid = Pyramid(rows, rows)
-            plans = (by_query, plan(k_blocks, q_blocks))
-            backward.backward_planned(
-                q, lse, q, pyramid, *plans, q, lse, config=case.config, **settings
-            )
+            levels = tensor(1, heads, q_blocks, k_blocks, dtype=torch.int32)
+            rest = (Pyramid(rows, rows), levels, by_query, plan(k_blocks, q_blocks), q, lse)
+            backward.backward_planned(q, lse, q, *rest, config=case.config, **settings)
     return found
 
 
@@ -218,7 +233,7 @@ def _loop_breaches(case: Case, launch: Launch, code: MachineCode) -> list[str]:
         found.append(f"no loop with {wide}")
     if launch.name in TWO_PROGRAMS and code.shared_bytes > HALF_PROCESSOR:
         found.append(f"{code.shared_bytes} B of shared memory leave no room for a second program")
-    if launch.name in ("row_statistics", "pooled_sums"):
+    if launch.name in ("row_statistics", "pooled_sums", "_units_kernel"):
         return found
     specialised = launch.name in WARP_SPECIALISED
     loops = code.tensor_loops()

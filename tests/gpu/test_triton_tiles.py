@@ -11,6 +11,7 @@ from psa_torch.attention.triton.backward import backward
 from psa_torch.attention.triton.configs import (
     ForwardConfig,
     HopperForwardConfig,
+    HopperKeyGradConfig,
     HopperQueryGradConfig,
 )
 from psa_torch.attention.triton.forward import forward
@@ -132,6 +133,47 @@ class TestHopperQueryGradient:
         config = HopperQueryGradConfig(tile=64, slots=4)
         first, *others = (self.gradients(case, config, inputs)[0] for _ in range(5))
         assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.skipif(not hopper(), reason="needs compute capability 9.0")
+@pytest.mark.timeout(120)
+class TestHopperKeyGradient:
+    def gradients(self, case, config, inputs):
+        """(dk, dv) with this config for every level that has one by key blocks, and with the
+        plain kernels."""
+        q, k, v, levels, dout, dlse = inputs
+        key = ((9, 0), case.head_dim, case.dtype, case.block_m, case.block_n)
+        plain = configs.choose_plain_backward(*key)
+        by_key = (config if isinstance(x, configs.KeyGradConfig) else x for x in plain.key)
+        out, lse = forward(q, k, v, levels, **settings(case))
+        return tuple(
+            backward(dout, dlse, q, k, v, levels, out, lse, config=x, **settings(case))[1:]
+            for x in (dataclasses.replace(plain, key=tuple(by_key)), plain)
+        )
+
+    @pytest.mark.parametrize("slots", [1, 4])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_no_further_from_the_oracle_than_the_plain_kernel(self, case, dtype, slots, rng):
+        case = dataclasses.replace(case, dtype=dtype)
+        inputs = case.inputs(rng, "cuda")
+        want = expected(inputs, **settings(case))
+        config = HopperKeyGradConfig(rows=64, slots=slots)
+        for *both, right in zip(
+            *self.gradients(case, config, inputs), (want.dk, want.dv), strict=True
+        ):
+            error, plain_error = (np.linalg.norm(to_numpy(x) - right) for x in both)
+            # The second part is for problems whose dk is nothing but rounding.
+            assert error <= 1.1 * plain_error + 1e-3 * np.linalg.norm(inputs.dout.float().cpu())
+
+    @pytest.mark.parametrize("rows,slots", [(64, 5), (128, 1)])
+    def test_same_bits_with_other_sizes_and_on_every_run(self, rows, slots, rng):
+        case = dataclasses.replace(CASES[9], dtype=torch.bfloat16)
+        inputs = case.inputs(rng, "cuda")
+        first, _ = self.gradients(case, HopperKeyGradConfig(rows=64, slots=2), inputs)
+        for _ in range(4):
+            again, _ = self.gradients(case, HopperKeyGradConfig(rows=rows, slots=slots), inputs)
+            assert all(map(torch.equal, first, again))
 
 
 @pytest.mark.parametrize("dtype", configs.DTYPES, ids=str)

@@ -132,8 +132,8 @@ def test_rows_that_cover_no_key_are_never_used(is_causal, rng):
             rows[:, :, empty] = fill
         shared = dict(kv_len=case.kv_len, scale=0.2, **geometry)
         out, lse = forward_planned(q, pyramid, by_query, **shared)
-        plans = (by_query, by_key)
-        grads = backward_planned(dout, dlse, q, pyramid, *plans, out, lse, config=config, **shared)
+        rest = (levels, by_query, by_key, out, lse)
+        grads = backward_planned(dout, dlse, q, pyramid, *rest, config=config, **shared)
         return out, lse, *grads
 
     for clean, poisoned in zip(results(0.0), results(float("nan")), strict=True):

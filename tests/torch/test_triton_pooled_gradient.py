@@ -145,7 +145,7 @@ def test_a_slot_that_nobody_wrote_shows(rng):
 
     def dk(by_key):
         by_query = query_plan(levels, **lengths, **geometry)
-        rest = (build_pyramid(k, v, case.block_n), by_query, by_key, out, lse)
+        rest = (build_pyramid(k, v, case.block_n), levels, by_query, by_key, out, lse)
         return backward_planned(
             dout, dlse, q, *rest, kv_len=case.kv_len, config=all_pooled(case), **settings(case)
         )[1]

@@ -32,7 +32,7 @@ CASES = [
     dataclasses.replace(BASE, heads=1, kv_len=2050, level=8),
 ]
 CONFIGS = [
-    HopperQueryGradConfig(tile=64, slots=1),
+    HopperQueryGradConfig(tile=64, slots=2),
     HopperQueryGradConfig(tile=64, slots=4),
     HopperQueryGradConfig(tile=128, slots=2),
 ]

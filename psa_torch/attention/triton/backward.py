@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 from psa_torch.attention.triton import configs
-from psa_torch.attention.triton.configs import BackwardConfig, LevelConfigs, PooledGradConfig
+from psa_torch.attention.triton.configs import (
+    BackwardConfig,
+    HopperKeyGradConfig,
+    LevelConfigs,
+    PooledGradConfig,
+)
 from psa_torch.attention.triton.key_gradient import launch_key_gradient
 from psa_torch.attention.triton.plan import Plan, key_plan, query_plan
 from psa_torch.attention.triton.pooled_gradient import launch_pooled_gradient
 from psa_torch.attention.triton.query_gradient import launch_query_gradient
 from psa_torch.attention.triton.row_statistics import RowStatistics, launch_row_statistics
+from psa_torch.attention.triton.units import build_units
 from psa_torch.kernels._launch import on_device_of
 from psa_torch.pyramid import Pyramid, build_pyramid
 from shared_specs.constants import LEVELS
@@ -61,6 +67,7 @@ def backward(
         dlse,
         q,
         build_pyramid(k, v, block_n),
+        levels,
         query_plan(levels, **lengths, **geometry),
         key_plan(levels, **lengths, **geometry),
         out,
@@ -77,6 +84,7 @@ def backward_planned(
     dlse: Tensor | None,
     q: Tensor,
     pyramid: Pyramid,
+    levels: Tensor,
     by_query: Plan,
     by_key: Plan,
     out: Tensor,
@@ -89,7 +97,7 @@ def backward_planned(
     is_causal: bool,
     config: BackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`backward` for a pyramid and plans that exist already; the part that benchmarks time."""
+    """`backward` for a pyramid and plans that exist already."""
     config = config or configs.backward_config(q, block_m, block_n)
     q, dout, out = (configs.rows_contiguous(x) for x in (q, dout.to(q.dtype), out))
     geometry = dict(kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal)
@@ -99,6 +107,7 @@ def backward_planned(
         dq = launch_query_gradient(*shared, by_query, scale=scale, config=config.query, **geometry)
         dk, dv = _key_gradients(
             *shared,
+            levels,
             by_query,
             by_key,
             scale=scale,
@@ -113,13 +122,16 @@ def _key_gradients(
     pyramid: Pyramid,
     dout: Tensor,
     statistics: RowStatistics,
+    levels: Tensor,
     by_query: Plan,
     by_key: Plan,
     *,
     kv_len: int,
+    block_m: int,
     block_n: int,
+    scale: float,
+    is_causal: bool,
     config: LevelConfigs,
-    **settings,
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, _, head_dim = pyramid.k.shape
     padded_len = padded_length(kv_len, block_n)
@@ -129,11 +141,18 @@ def _key_gradients(
     dk = pyramid.k.new_empty(batch, kv_heads, kv_len, head_dim)
     dv = torch.empty_like(dk)
     shared = (q, pyramid, dout, statistics)
+    geometry = dict(kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal)
     # Coarsest first: each level adds what the level above owes to its rows.
     for g in reversed(range(len(LEVELS))):
-        level = dict(g=g, kv_len=kv_len, block_n=block_n, config=config[g], **settings)
+        level = dict(g=g, scale=scale, config=config[g], **geometry)
         if isinstance(config[g], PooledGradConfig):
             launch_pooled_gradient(*shared, by_query, by_key, pooled, **level)
+        elif isinstance(config[g], HopperKeyGradConfig):
+            # Gluon kernels cannot be interpreted: nothing else may import them.
+            from psa_torch.attention.triton.key_gradient_hopper import launch_key_gradient_hopper
+
+            units = build_units(levels, g=g, q_len=q.shape[2], **geometry)
+            launch_key_gradient_hopper(*shared, units, pooled, dk, dv, **level)
         else:
             launch_key_gradient(*shared, by_key, pooled, dk, dv, **level)
     return dk, dv

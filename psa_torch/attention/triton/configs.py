@@ -4,7 +4,7 @@ Shared memory and registers bound every entry; `tests/gates` compiles all of the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -93,6 +93,22 @@ class KeyGradConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HopperKeyGradConfig:
+    """Warp-specialised dk/dv of one level for compute capability 9.0: 128 pyramid rows by `rows`
+    queries.
+
+    rows: 64, or 128 where `block_m` and the registers allow it.
+    slots: tiles of q and of dout in flight.
+    multiply_registers, copy_registers: as in `HopperForwardConfig`.
+    """
+
+    rows: int
+    slots: int
+    multiply_registers: int = 232
+    copy_registers: int = 40
+
+
+@dataclass(frozen=True, kw_only=True)
 class PooledGradConfig:
     """dk and dv of one level above 1 by query blocks: `tile` pyramid rows a step.
 
@@ -108,11 +124,10 @@ class PooledGradConfig:
     workspace: int = 2**30
 
 
+ByKeyConfig = KeyGradConfig | HopperKeyGradConfig
+
 LevelConfigs = tuple[
-    KeyGradConfig,
-    KeyGradConfig | PooledGradConfig,
-    KeyGradConfig | PooledGradConfig,
-    PooledGradConfig,
+    ByKeyConfig, ByKeyConfig | PooledGradConfig, ByKeyConfig | PooledGradConfig, PooledGradConfig
 ]
 """How each level's share of dk and dv is computed, finest first."""
 
@@ -136,6 +151,19 @@ HOPPER_QUERY_GRADIENT = {
     128: HopperQueryGradConfig(tile=64, slots=4),
 }
 """By head dimension."""
+
+
+HOPPER_KEY_GRADIENT = {
+    64: HopperKeyGradConfig(rows=64, slots=6),
+    128: HopperKeyGradConfig(rows=64, slots=4),
+}
+"""By head dimension."""
+
+HOPPER_KEY_LEVELS = {64: 1, 128: 2}
+"""Levels, finest first, for which that is faster, by head dimension."""
+
+HOPPER_KEY_ROWS = 32
+"""Rows of a block at a level for which it is: shorter ones have little in common to share."""
 
 
 def forward_config(q: Tensor, block_m: int, block_n: int) -> ForwardConfig | HopperForwardConfig:
@@ -200,9 +228,15 @@ def choose_backward(
     Those of compute capability 9.0 were measured (`benchmarks/LOG.md`).
     """
     config = choose_plain_backward(capability, head_dim, dtype, block_m, block_n)
-    if _warp_specialised(capability, head_dim, dtype, block_m):
-        return replace(config, query=HOPPER_QUERY_GRADIENT[head_dim])
-    return config
+    if not _warp_specialised(capability, head_dim, dtype, block_m):
+        return config
+    by_key = (
+        HOPPER_KEY_GRADIENT[head_dim]
+        if g < HOPPER_KEY_LEVELS[head_dim] and block_n >> g >= HOPPER_KEY_ROWS
+        else config.key[g]
+        for g in range(4)
+    )
+    return BackwardConfig(query=HOPPER_QUERY_GRADIENT[head_dim], key=tuple(by_key))
 
 
 def choose_plain_backward(
@@ -272,7 +306,7 @@ def _levels(
 def _warp_specialised(
     capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int
 ) -> bool:
-    """Whether the forward and dq have kernels for this GPU's warpgroups."""
+    """Whether there are kernels for this GPU's warpgroups."""
     sizes = block_m == 128 and head_dim in (64, 128)
     return capability == HOPPER and sizes and dtype != torch.float32
 

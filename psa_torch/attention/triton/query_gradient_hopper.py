@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from psa_torch.attention.triton.configs import HopperQueryGradConfig
 from psa_torch.attention.triton.copies_hopper import COPY_THREADS, COPY_WARPS, boxes, copy_tiles
 from psa_torch.attention.triton.rows import rows_of_pyramid
+from psa_torch.attention.triton.softmax_hopper import operand
 from psa_torch.attention.triton.walk import (
     in_full_tiles,
     load4,
@@ -106,13 +107,69 @@ def _start(rows, ring, full, t, SLOTS: gl.constexpr, S_LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _add_gradient(dq, p, dp, delta, k_ring, t, SLOTS: gl.constexpr):
-    """dq + ds k of tile `t`, which is in place."""
-    ds = p * (dp - gl.expand_dims(delta, 1))
-    layout: gl.constexpr = gl.DotOperandLayout(0, dq.type.layout, 2)
-    ds = gl.convert_layout(ds.to(k_ring.dtype), layout)
-    token = warpgroup_mma(ds, k_ring.index(t % SLOTS), dq, is_async=True)
-    return warpgroup_mma_wait(0, deps=[token])
+def _start_gradient(dq, ds, k_ring, t, SLOTS: gl.constexpr):
+    """Starts dq + ds k of tile `t`, which is in place."""
+    return warpgroup_mma(ds, k_ring.index(t % SLOTS), dq, is_async=True)
+
+
+@gluon.jit
+def _end_gradient(dq, ds, empty, t, outstanding: gl.constexpr, SLOTS: gl.constexpr):
+    """What `_start_gradient` began, before `outstanding` later products; then the place of the
+    tile is free."""
+    dq, ds = warpgroup_mma_wait(outstanding, deps=[dq, ds])
+    mbarrier.arrive(empty.index(t % SLOTS), count=1)
+    return dq
+
+
+@gluon.jit
+def _gradient_of_logits(p, dp, delta, dtype: gl.constexpr, O_LAYOUT: gl.constexpr):
+    """p * (dp - delta), an operand of the product with the keys."""
+    return operand(p * (dp - gl.expand_dims(delta, 1)), dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
+
+
+@gluon.jit
+def _tail_weights(
+    s,
+    slope,
+    lse2,
+    position,
+    listed,
+    lane,
+    n0,
+    n1,
+    n2,
+    n3,
+    done0,
+    done1,
+    done2,
+    done3,
+    padded_len,
+    kv_len,
+    LOG_BLOCK_N: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+):
+    """Weights of a tile of the tail from its logits; `lane` are its positions in the tail."""
+    s_column: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    rows, last, bias = tail_rows(
+        listed,
+        lane,
+        n0,
+        n1,
+        n2,
+        n3,
+        done0,
+        done1,
+        done2,
+        done3,
+        padded_len,
+        kv_len,
+        LOG_BLOCK_N,
+    )
+    s = s * slope + gl.expand_dims(gl.convert_layout(bias, s_column), 0)
+    if IS_CAUSAL:
+        last = gl.expand_dims(gl.convert_layout(last, s_column), 0)
+        s = gl.where(last <= gl.expand_dims(position, 1), s, float("-inf"))
+    return gl.exp2(s - gl.expand_dims(lse2, 1))
 
 
 @gluon.jit
@@ -160,7 +217,6 @@ def _multiply_tiles(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     io_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
-    s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_pointer.dtype.element_ty
 
     d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0)
@@ -197,48 +253,87 @@ def _multiply_tiles(
         tiles = end3 + (left + TILE - 1) // TILE
 
         dq = gl.zeros([ROWS, D], gl.float32, o_layout)
-        for t in range(end3):
-            x = multiplied + t
-            g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
-            shift = gl.expand_dims(g.to(gl.float32) - lse2, 1)
-            s = _start(q, k_ring, k_full, x, SLOTS, s_layout)
-            dp = _start(dout, v_ring, v_full, x, SLOTS, s_layout)
-            s = warpgroup_mma_wait(1, deps=[s])
-            p = gl.exp2(s * slope + shift)
-            dp = warpgroup_mma_wait(0, deps=[dp])
-            dq = _add_gradient(dq, p, dp, delta, k_ring, x, SLOTS)
-            mbarrier.arrive(empty.index(x % SLOTS), count=1)
-
-        for t in range(end3, tiles):
-            x = multiplied + t
-            s = _start(q, k_ring, k_full, x, SLOTS, s_layout)
+        position = row + (kv_len - q_len)
+        if tiles > 0:
+            s = _start(q, k_ring, k_full, multiplied, SLOTS, s_layout)
             s = warpgroup_mma_wait(0, deps=[s])
-            rows, last, bias = tail_rows(
-                listed,
-                (t - end3) * TILE + lane,
-                n0,
-                n1,
-                n2,
-                n3,
-                done0,
-                done1,
-                done2,
-                done3,
-                padded_len,
-                kv_len,
-                LOG_BLOCK_N,
-            )
-            s = s * slope + gl.expand_dims(gl.convert_layout(bias, s_column), 0)
-            if IS_CAUSAL:
-                position = gl.expand_dims(row + (kv_len - q_len), 1)
-                last = gl.expand_dims(gl.convert_layout(last, s_column), 0)
-                s = gl.where(last <= position, s, float("-inf"))
-            p = gl.exp2(s - gl.expand_dims(lse2, 1))
-            # The mask took the registers that this product needs until here.
-            dp = _start(dout, v_ring, v_full, x, SLOTS, s_layout)
+            if end3 > 0:
+                g = (end0 <= 0).to(gl.int32) + (end1 <= 0).to(gl.int32) + (end2 <= 0).to(gl.int32)
+                p = gl.exp2(s * slope + gl.expand_dims(g.to(gl.float32) - lse2, 1))
+            else:
+                p = _tail_weights(
+                    s,
+                    slope,
+                    lse2,
+                    position,
+                    listed,
+                    lane,
+                    n0,
+                    n1,
+                    n2,
+                    n3,
+                    done0,
+                    done1,
+                    done2,
+                    done3,
+                    padded_len,
+                    kv_len,
+                    LOG_BLOCK_N,
+                    IS_CAUSAL,
+                )
+            dp = _start(dout, v_ring, v_full, multiplied, SLOTS, s_layout)
             dp = warpgroup_mma_wait(0, deps=[dp])
-            dq = _add_gradient(dq, p, dp, delta, k_ring, x, SLOTS)
-            mbarrier.arrive(empty.index(x % SLOTS), count=1)
+            ds = _gradient_of_logits(p, dp, delta, dtype, o_layout)
+
+            # The keys of one tile are added while the weights of the next are made.
+            for t in range(1, end3):
+                x = multiplied + t
+                g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
+                shift = gl.expand_dims(g.to(gl.float32) - lse2, 1)
+                s = _start(q, k_ring, k_full, x, SLOTS, s_layout)
+                dp = _start(dout, v_ring, v_full, x, SLOTS, s_layout)
+                adding = _start_gradient(dq, ds, k_ring, x - 1, SLOTS)
+                s = warpgroup_mma_wait(2, deps=[s])
+                p = gl.exp2(s * slope + shift)
+                dp = warpgroup_mma_wait(1, deps=[dp])
+                following = _gradient_of_logits(p, dp, delta, dtype, o_layout)
+                dq = _end_gradient(adding, ds, empty, x - 1, 0, SLOTS)
+                ds = following
+
+            for t in range(gl.maximum(end3, 1), tiles):
+                x = multiplied + t
+                s = _start(q, k_ring, k_full, x, SLOTS, s_layout)
+                adding = _start_gradient(dq, ds, k_ring, x - 1, SLOTS)
+                s = warpgroup_mma_wait(1, deps=[s])
+                p = _tail_weights(
+                    s,
+                    slope,
+                    lse2,
+                    position,
+                    listed,
+                    (t - end3) * TILE + lane,
+                    n0,
+                    n1,
+                    n2,
+                    n3,
+                    done0,
+                    done1,
+                    done2,
+                    done3,
+                    padded_len,
+                    kv_len,
+                    LOG_BLOCK_N,
+                    IS_CAUSAL,
+                )
+                # The mask took the registers that this product needs until here.
+                dp = _start(dout, v_ring, v_full, x, SLOTS, s_layout)
+                dq = _end_gradient(adding, ds, empty, x - 1, 1, SLOTS)
+                dp = warpgroup_mma_wait(0, deps=[dp])
+                ds = _gradient_of_logits(p, dp, delta, dtype, o_layout)
+
+            last_tile = multiplied + tiles - 1
+            adding = _start_gradient(dq, ds, k_ring, last_tile, SLOTS)
+            dq = _end_gradient(adding, ds, empty, last_tile, 0, SLOTS)
 
         # Nobody else reads these queries: their place serves to bring rows together.
         q.store((dq * scale).to(dtype))

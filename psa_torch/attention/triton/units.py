@@ -1,0 +1,140 @@
+"""The walk of the warp-specialised dk/dv: query blocks that see any key block of a unit.
+
+A unit is `UNIT_ROWS` adjacent pyramid rows of one level, so one key block, several, or a part of
+one. Two key blocks side by side are mostly seen by the same query blocks, which are then read once
+for both.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psa_torch.kernels._launch import on_device_of
+from psa_torch.kernels.table import plan_of_blocks, warps_for_row
+
+UNIT_ROWS = 128
+"""Pyramid rows of a unit, half of them for each warpgroup that multiplies."""
+
+MASKED = tl.constexpr(1 << 8)
+"""Bit of an entry that says that causality hides a part; those below name the key blocks."""
+
+LOG_ENTRY = tl.constexpr(9)
+"""log2 of what separates the query block of an entry from its bits."""
+
+
+class Units(NamedTuple):
+    """Attributes:
+    entries: int32 `[B, H, units, Nq]`, `query block << LOG_ENTRY | bits`, ascending. Bit r says
+        that key block r of the unit is seen at the level.
+    counts: int32 `[B, H, units]`.
+    """
+
+    entries: Tensor
+    counts: Tensor
+
+
+def build_units(
+    levels: Tensor,
+    *,
+    g: int,
+    q_len: int,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    is_causal: bool,
+) -> Units:
+    """The units of level `2**g`.
+
+    Args:
+        levels: int32 `[B, H, Nq, Nk]`, any strides.
+        q_len, kv_len: queries and keys.
+        block_m, block_n: queries and keys per block; at least 16 rows of a block at the level.
+        is_causal: leave out query blocks of which no key is visible.
+    """
+    batch, heads, q_blocks, k_blocks = levels.shape
+    blocks = max(1, UNIT_ROWS // (block_n >> g))
+    units = triton.cdiv(k_blocks * (block_n >> g), UNIT_ROWS)
+    entries = levels.new_empty(batch, heads, units, q_blocks, dtype=torch.int32)
+    counts = levels.new_empty(batch, heads, units, dtype=torch.int32)
+    width = triton.next_power_of_2(q_blocks)
+    with on_device_of(levels):
+        _units_kernel[(batch * heads * units,)](
+            levels,
+            entries,
+            counts,
+            *levels.stride(),
+            heads,
+            units,
+            q_blocks,
+            k_blocks,
+            q_len,
+            kv_len,
+            LEVEL=1 << g,
+            BLOCKS=blocks,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            CAUSAL=is_causal,
+            WIDTH=width,
+            num_warps=warps_for_row(width),
+        )
+    return Units(entries, counts)
+
+
+@triton.jit
+def _units_kernel(
+    LEVELS,
+    ENTRIES,
+    COUNTS,
+    stride_b,
+    stride_h,
+    stride_m,
+    stride_n,
+    heads,
+    units,
+    q_blocks,
+    k_blocks,
+    q_len,
+    kv_len,
+    LEVEL: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Grid: batch * heads * units."""
+    pid = tl.program_id(0)
+    bh = (pid // units).to(tl.int64)
+    unit = pid % units
+    query_block = tl.arange(0, WIDTH)
+    LEVELS += (bh // heads) * stride_b + (bh % heads) * stride_h
+    LEVELS += query_block.to(tl.int64) * stride_m
+    bits = tl.zeros([WIDTH], tl.int32)
+    masked = bits
+    for r in tl.static_range(BLOCKS):
+        # The last unit may have fewer key blocks.
+        key_block = unit * BLOCKS + r
+        there = query_block < tl.where(key_block < k_blocks, q_blocks, 0)
+        level = tl.load(LEVELS + key_block.to(tl.int64) * stride_n, mask=there, other=0)
+        whole, level = plan_of_blocks(
+            level.to(tl.int32),
+            query_block,
+            key_block,
+            q_len,
+            kv_len,
+            BLOCK_M,
+            BLOCK_N,
+            CAUSAL,
+            True,
+        )
+        here = level == LEVEL
+        bits |= here.to(tl.int32) << r
+        masked |= (here & ~whole).to(tl.int32)
+    listed = (bits > 0).to(tl.int32)
+    at = pid.to(tl.int64) * q_blocks + tl.cumsum(listed, 0) - listed
+    entry = (query_block << LOG_ENTRY) | (masked * MASKED) | bits
+    tl.store(ENTRIES + at, entry, mask=bits > 0)
+    tl.store(COUNTS + pid, tl.sum(listed, 0))

@@ -1,0 +1,181 @@
+"""The warp-specialised dk/dv, run as threads: same answers, no deadlock, no early release."""
+
+import dataclasses
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from psa_torch.attention.triton.backward import backward
+from psa_torch.attention.triton.configs import (
+    BackwardConfig,
+    HopperKeyGradConfig,
+    PooledGradConfig,
+    QueryGradConfig,
+)
+from psa_torch.attention.triton.units import LOG_ENTRY, MASKED, UNIT_ROWS, build_units
+from shared_specs.constants import LEVELS
+from tests.torch import gluon_interpreter
+from tests.torch.attention_contract import Case, expected
+from tests.torch.test_triton_query_gradient_hopper import strided
+
+hopper = pytest.importorskip("psa_torch.attention.triton.key_gradient_hopper")
+
+BASE = Case(batch=1, heads=2, kv_heads=1, block_m=128, head_dim=64, q_len=300, kv_len=330)
+CASES = [
+    BASE,
+    dataclasses.replace(BASE, is_causal=True),
+    dataclasses.replace(BASE, heads=1, block_m=64, is_causal=True, scale=-0.3),
+    dataclasses.replace(BASE, heads=1, block_n=32, is_causal=True),
+    dataclasses.replace(BASE, heads=1, block_n=128, is_causal=True),
+    dataclasses.replace(BASE, batch=2, heads=4, kv_heads=2, q_len=200, kv_len=150),
+    dataclasses.replace(BASE, q_len=300, kv_len=150, is_causal=True, heads=1),
+    dataclasses.replace(BASE, heads=1, q_len=1, kv_len=1, level=1),
+    dataclasses.replace(BASE, level="empty", batch=2, q_len=200),
+    dataclasses.replace(BASE, heads=1, head_dim=128, q_len=200, kv_len=140),
+    dataclasses.replace(BASE, heads=1, level=1),
+    dataclasses.replace(BASE, heads=1, level=2, block_n=32),
+    dataclasses.replace(BASE, heads=1, level=4),
+]
+CONFIGS = [
+    HopperKeyGradConfig(rows=64, slots=1),
+    HopperKeyGradConfig(rows=64, slots=4),
+    HopperKeyGradConfig(rows=128, slots=2),
+]
+TOLERANCE = 4e-6
+
+
+class _Interpreted:
+    """Stands in for the kernel: float32 on the CPU instead of half precision on the GPU."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps, **constants):
+            gluon_interpreter.launch(self.kernel, grid, *args, **constants)
+
+        return launch
+
+
+@pytest.fixture(autouse=True)
+def interpreted(poisoned_memory):
+    kernel = _Interpreted(hopper.key_gradient_hopper)
+    with (
+        mock.patch.object(hopper, "key_gradient_hopper", kernel),
+        mock.patch.object(hopper, "DTYPES", (torch.float32,)),
+    ):
+        yield
+
+
+def gradients(inputs, want, config, *, block_n, coarsest=2, **settings):
+    """dk and dv, by the kernel under test up to level `2**coarsest` where it has an instance; lse
+    and out are the oracle's `want`."""
+    q, k, v, levels, dout, dlse = inputs
+    pooled = PooledGradConfig(tile=32, rows=64, warps=4, stages=1)
+    here = tuple(config if g <= coarsest and block_n >> g >= 16 else pooled for g in range(4))
+    config = BackwardConfig(
+        query=QueryGradConfig(rows=64, tile=32, tail=32, warps=4, stages=1), key=here
+    )
+    answer = (torch.from_numpy(want.out).float(), torch.from_numpy(want.lse).float())
+    options = dict(block_n=block_n, config=config, **settings)
+    return backward(dout, dlse, q, k, v, levels, *answer, **options)[1:]
+
+
+def settings_of(case: Case) -> dict:
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    return {**case.settings(), "scale": scale}
+
+
+def check(got, want, dout) -> None:
+    for x, right in zip(got, (want.dk, want.dv), strict=True):
+        # The second part is for rows of one key, where dp and delta cancel all but dlse.
+        allowed = TOLERANCE * np.linalg.norm(right) + 3e-7 * torch.linalg.norm(dout)
+        assert np.linalg.norm(x.numpy() - right) <= allowed
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_oracle(case, config, rng):
+    if config.rows > case.block_m:
+        pytest.skip("a tile of queries is a block of them at most")
+    inputs, settings = case.inputs(rng), settings_of(case)
+    want = expected(inputs, **settings)
+    check(gradients(inputs, want, config, **settings), want, inputs.dout)
+
+
+def test_strided_queries_and_gradients(rng):
+    case = dataclasses.replace(BASE, batch=2, is_causal=True)
+    inputs, settings = case.inputs(rng), settings_of(case)
+    want = expected(inputs, **settings)
+    views = inputs._replace(q=strided(inputs.q), dout=strided(inputs.dout))
+    check(gradients(views, want, CONFIGS[1], **settings), want, inputs.dout)
+
+
+def test_fewer_programs_than_units(rng):
+    """A program may take several units; what it leaves in the rings must not reach the next."""
+    case = dataclasses.replace(BASE, heads=4, kv_heads=2, is_causal=True)
+    inputs, settings = case.inputs(rng), settings_of(case)
+    want = expected(inputs, **settings)
+    kernel = hopper.key_gradient_hopper
+    few = mock.Mock(spec=["__getitem__"])
+    few.__getitem__ = lambda _, grid: kernel[(2,)]
+    with mock.patch.object(hopper, "key_gradient_hopper", few):
+        check(gradients(inputs, want, CONFIGS[1], **settings), want, inputs.dout)
+
+
+@pytest.mark.parametrize("config", CONFIGS[::2], ids=str)
+@pytest.mark.parametrize("deaf", ["q_full", "dout_full", "empty"])
+def test_a_missing_wait_is_noticed(deaf, config, rng):
+    """Without one of its waits the kernel gives a wrong answer or never ends."""
+    case = dataclasses.replace(BASE, heads=1, q_len=1000, kv_len=128, level=1)
+    inputs, settings = case.inputs(rng), settings_of(case)
+    want = expected(inputs, **settings)
+    place = ["q_full", "dout_full", "empty"].index(deaf)
+    with (
+        pytest.raises((AssertionError, TimeoutError)),
+        gluon_interpreter.deaf_barrier(place, of_copies=deaf.endswith("full")),
+    ):
+        got = gradients(inputs, want, config, coarsest=0, **settings)
+        check(got, want, inputs.dout)
+
+
+def test_what_the_kernel_cannot_do_is_refused(rng):
+    case = dataclasses.replace(BASE, head_dim=32)
+    inputs, settings = case.inputs(rng), settings_of(case)
+    with pytest.raises(ValueError, match="head dimension"):
+        gradients(inputs, expected(inputs, **settings), CONFIGS[0], **settings)
+
+
+@pytest.mark.parametrize("g", range(3))
+@pytest.mark.parametrize("case", [c for c in CASES if c.batch == 1], ids=str)
+def test_units_list_what_any_of_their_blocks_sees(case, g, rng):
+    if case.block_n >> g < 16:
+        pytest.skip("such a level has no units")
+    levels = case.levels(rng)
+    lengths = dict(q_len=case.q_len, kv_len=case.kv_len)
+    geometry = dict(block_m=case.block_m, block_n=case.block_n, is_causal=case.is_causal)
+    entries, counts = build_units(levels, g=g, **lengths, **geometry)
+    blocks = max(1, UNIT_ROWS // (case.block_n >> g))
+    _, heads, q_blocks, k_blocks = levels.shape
+    assert counts.shape[2] == -(-k_blocks // blocks)
+    offset = case.kv_len - case.q_len
+    for h in range(heads):
+        for unit in range(counts.shape[2]):
+            want = []
+            for i in range(q_blocks):
+                bits = masked = 0
+                top = min((i + 1) * case.block_m, case.q_len) - 1 + offset
+                for r, j in enumerate(range(unit * blocks, min((unit + 1) * blocks, k_blocks))):
+                    first = j * case.block_n
+                    last = min(first + case.block_n, case.kv_len) - 1
+                    seen = not case.is_causal or first <= top
+                    if levels[0, h, i, j] == LEVELS[g] and seen:
+                        bits |= 1 << r
+                        if case.is_causal and last > i * case.block_m + offset:
+                            masked = MASKED.value
+                if bits:
+                    want.append(i << LOG_ENTRY.value | masked | bits)
+            count = int(counts[0, h, unit])
+            assert entries[0, h, unit, :count].tolist() == want
