@@ -23,6 +23,7 @@ from torch import Tensor
 
 from psa_torch.kernels._launch import (
     capability,
+    cdiv,
     on_device_of,
     padded_head_dim,
     resident_programs,
@@ -48,16 +49,16 @@ def antidiagonal_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     batch, heads, q_len, head_dim = q.shape
     kv_len, size = k.shape[2], config.antidiagonal_stride
     scale = head_dim**-0.5 if config.scale is None else config.scale
-    nq, nk = triton.cdiv(q_len, config.block_m), triton.cdiv(kv_len, config.block_n)
+    nq, nk = cdiv(q_len, config.block_m), cdiv(kv_len, config.block_n)
     scores = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
     tile = choose_antidiagonal(capability(q), q.dtype)
     q_count, k_count = config.block_m // size, config.block_n // size
     rows, columns = max(tile.rows, q_count), max(tile.columns, k_count)
-    row_tiles = triton.cdiv(nq, rows // q_count)
+    row_tiles = cdiv(nq, rows // q_count)
     items = row_tiles * batch * heads
     programs = min(items, resident_programs(q, tile.per_processor))
     sweep = max(64, columns // k_count)
-    width = triton.cdiv(nk, sweep) * sweep
+    width = cdiv(nk, sweep) * sweep
     slab = torch.empty(programs, rows, width, dtype=torch.float32, device=q.device)
     block_d = padded_head_dim(head_dim)
     with on_device_of(q):

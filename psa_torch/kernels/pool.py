@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch.kernels._launch import on_device_of
+from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of
 
 
 def pool_blocks(
@@ -31,7 +31,7 @@ def pool_blocks(
         two per block that brings its largest element near 1.
     """
     batch, heads, length, head_dim = x.shape
-    groups, blocks = triton.cdiv(length, size), triton.cdiv(length, block)
+    groups, blocks = cdiv(length, size), cdiv(length, block)
     narrow = x.dtype != torch.float32
     rows = x.new_empty(
         batch,
@@ -52,7 +52,7 @@ def pool_blocks(
             blocks,
             groups,
             HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_D=next_power_of_2(head_dim),
             BLOCK=block,
             SIZE=size,
             BY_PLACE=by_place,

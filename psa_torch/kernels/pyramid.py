@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch.kernels._launch import on_device_of, require_dtype
+from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
 from shared_specs.pyramid import padded_length, pyramid_rows
 
 _TILE = 1024  # elements of one tile: one 16-byte load of 16-bit elements per thread of 4 warps
@@ -44,9 +44,9 @@ def build_pyramid(
     padded = padded_length(kv_len, block_n)
     rows = pyramid_rows(kv_len, block_n) - (0 if with_level_1 else padded)
     k_rows, v_rows = (x.new_empty(batch, heads, rows, head_dim) for x in (k, v))
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = next_power_of_2(head_dim)
     groups = max(1, _TILE // block_d)
-    tiles = triton.cdiv(padded // 8, groups)
+    tiles = cdiv(padded // 8, groups)
     with on_device_of(k):
         _pyramid_kernel[(tiles * batch * heads,)](
             k,

@@ -36,7 +36,9 @@ from torch import Tensor
 
 from psa_torch.kernels._launch import (
     capability,
+    cdiv,
     max_inner,
+    next_power_of_2,
     on_device_of,
     padded_head_dim,
     require_dtype,
@@ -118,7 +120,7 @@ def sampled_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
 def _repeat_last(plan: SamplePlan) -> Tensor:
     """Sampling offsets, the last one repeated up to a power of two: a repeat changes no maximum."""
     offsets = torch.tensor(plan.offsets.tolist(), dtype=torch.int32)
-    missing = triton.next_power_of_2(plan.count) - plan.count
+    missing = next_power_of_2(plan.count) - plan.count
     return torch.cat([offsets, offsets[-1:].expand(missing)])
 
 
@@ -168,7 +170,7 @@ class _Samples(NamedTuple):
 
 def _tile(q: Tensor, k: Tensor, q_count: int, config: PSAConfig) -> ScoreConfig | HopperScoreConfig:
     """Tile sizes for this call: the warp-specialised kernel's where it can run."""
-    head_dim, key_blocks = q.shape[-1], triton.cdiv(k.shape[2], config.block_n)
+    head_dim, key_blocks = q.shape[-1], cdiv(k.shape[2], config.block_n)
     # On the CPU the interpreter plays an H100, but cannot run the warp-specialised kernel.
     if (
         q.is_cuda
@@ -195,17 +197,17 @@ def _peak_scores(
 ) -> Tensor:
     batch, heads, q_rows, head_dim = q.values.shape
     scale = head_dim**-0.5 if config.scale is None else config.scale
-    nq, nk = triton.cdiv(q.length, q.block), triton.cdiv(k.length, k.block)
+    nq, nk = cdiv(q.length, q.block), cdiv(k.length, k.block)
     rows = max(tile.rows, q.count)
     # A tensor-core product has at least 16 columns.
-    key_blocks = min(tile.columns, max(16, triton.next_power_of_2(nk)))
-    row_tiles = triton.cdiv(nq, rows // q.count)
+    key_blocks = min(tile.columns, max(16, next_power_of_2(nk)))
+    row_tiles = cdiv(nq, rows // q.count)
     items = row_tiles * batch * heads
     programs = min(items, resident_programs(q.values, tile.per_processor))
     scores = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.values.device)
     factor = max(abs(scale), _LEAST_SCALE) * _LOG2_E
     group = heads // k.values.shape[1]
-    k_rows = triton.cdiv(k.length, k.size)
+    k_rows = cdiv(k.length, k.size)
     sizes = (k_rows, q.length, k.length, nq, nk, row_tiles, items)
     constants = dict(
         BLOCK_M=q.block,
@@ -221,7 +223,7 @@ def _peak_scores(
             # Triton's interpreter does not know Gluon: nothing else may import it.
             from psa_torch.kernels import scores_hopper
 
-            tiles = triton.cdiv(nk, key_blocks)
+            tiles = cdiv(nk, key_blocks)
             slab = _scratch(q.values, programs, tiles, rows, key_blocks)
             tops = _scratch(q.values, programs, 2, rows)
             scores_hopper.launch(
@@ -247,7 +249,7 @@ def _peak_scores(
             )
             return scores
         sweep = max(64, key_blocks)
-        width = triton.cdiv(nk, sweep) * sweep
+        width = cdiv(nk, sweep) * sweep
         _peak_kernel[(programs,)](
             q.values,
             k.values,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch.kernels._launch import on_device_of, require_dtype
+from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
 from psa_torch.kernels.table import plan_of_blocks, store_table_row, warps_for_row
 from shared_specs.config import PSAConfig
 
@@ -72,7 +72,7 @@ def select_levels_and_table(
 
 def _launch(scores, config, q_len, kv_len, cap, *, with_table):
     require_dtype("scores", scores, (torch.float32,))
-    nq, nk = triton.cdiv(q_len, config.block_m), triton.cdiv(kv_len, config.block_n)
+    nq, nk = cdiv(q_len, config.block_m), cdiv(kv_len, config.block_n)
     if scores.ndim != 4 or tuple(scores.shape[2:]) != (nq, nk):
         raise ValueError(
             f"scores must be [B, H, {nq}, {nk}] for q_len={q_len}, kv_len={kv_len}, "
@@ -96,7 +96,7 @@ def _launch(scores, config, q_len, kv_len, cap, *, with_table):
     steps = list(config.ratio_ends)
     while steps and steps[-1][0] == 0:  # what is left over is skipped anyway
         steps.pop()
-    width = max(32, triton.next_power_of_2(nk))
+    width = max(32, next_power_of_2(nk))
     with on_device_of(scores):
         _select_kernel[(batch * heads * nq,)](
             scores,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch.kernels._launch import on_device_of, require_dtype
+from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
 from shared_specs.config import PSAConfig
 
 
@@ -30,7 +30,7 @@ def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
     require_dtype("k", k, (torch.float16, torch.bfloat16, torch.float32))
     k = k.detach()
     batch, heads, kv_len, head_dim = k.shape
-    blocks = triton.cdiv(kv_len, config.block_n)
+    blocks = cdiv(kv_len, config.block_n)
     cap = k.new_empty(batch, heads, blocks, dtype=torch.int32)
     with on_device_of(k):
         _cap_kernel[(blocks * batch * heads,)](
@@ -44,7 +44,7 @@ def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
             config.sim_4x_threshold,
             config.sim_8x_threshold,
             HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_D=next_power_of_2(head_dim),
             BLOCK=config.block_n,
             num_warps=4,
         )

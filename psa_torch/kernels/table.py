@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch.kernels._launch import on_device_of
+from psa_torch.kernels._launch import next_power_of_2, on_device_of
 
 
 def build_table(levels: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def _launch(levels: Tensor, transposed: bool, geometry: tuple | None):
     q_len, kv_len, block_m, block_n, causal = geometry or (0, 0, 1, 1, False)
     if columns == 0:
         return entries, counts.zero_(), full if full is None else full.zero_()
-    width = triton.next_power_of_2(columns)
+    width = next_power_of_2(columns)
     with on_device_of(levels):
         _table_kernel[(batch * heads * rows,)](
             levels,

@@ -22,7 +22,7 @@ from psa_torch.attention.triton.walk import (
     tail_length,
     tail_rows,
 )
-from psa_torch.kernels._launch import on_device_of
+from psa_torch.kernels._launch import cdiv, on_device_of
 from psa_torch.pyramid import Pyramid, build_pyramid
 from shared_specs.pyramid import padded_length
 
@@ -306,7 +306,7 @@ def _launch(
     **constants,
 ) -> None:
     batch, heads, q_len, head_dim = q.shape
-    attention_forward[triton.cdiv(q_len, config.rows), batch * heads](
+    attention_forward[cdiv(q_len, config.rows), batch * heads](
         q,
         *pyramid,
         *arguments,

@@ -16,6 +16,7 @@ from psa_torch.attention.triton.walk import (
     tail_rows,
     tile_ends,
 )
+from psa_torch.kernels._launch import cdiv
 from psa_torch.pyramid import Pyramid
 from shared_specs.pyramid import padded_length
 
@@ -189,7 +190,7 @@ def _launch(
 ) -> None:
     q: Tensor = arguments[0]
     batch, heads, q_len, head_dim = q.shape
-    query_gradient[triton.cdiv(q_len, config.rows), batch * heads](
+    query_gradient[cdiv(q_len, config.rows), batch * heads](
         *arguments,
         D=head_dim,
         BLOCK_M=block_m,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch.kernels._launch import cdiv
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -70,7 +72,7 @@ def launch_row_statistics(
 ) -> RowStatistics:
     """The statistics of `out`, `dout` `[B, H, Lq, D]`, `lse`, `dlse` `[B, H, Lq]`."""
     batch, heads, q_len, head_dim = out.shape
-    rows = triton.cdiv(q_len, block_m) * block_m
+    rows = cdiv(q_len, block_m) * block_m
     delta = lse.new_empty(batch, heads, rows, dtype=torch.float32)
     lse2 = torch.empty_like(delta)
     step = 32
