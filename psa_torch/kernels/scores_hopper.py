@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from psa_torch.kernels.boxes_hopper import row_boxes
 from psa_torch.kernels.configs import HopperScoreConfig
 
 # Renamed between Triton 3.6 and 3.9.
@@ -742,8 +742,8 @@ def launch(
         arguments: the run-time arguments of `peak_kernel_hopper` after k_box.
     """
     peak_kernel_hopper[(programs,)](
-        _boxes(q, config.rows // 2),
-        _boxes(k, config.columns),
+        row_boxes(q, config.rows // 2),
+        row_boxes(k, config.columns),
         *arguments,
         D=k.shape[-1],
         SLOTS=config.slots,
@@ -752,11 +752,3 @@ def launch(
         num_warps=4,
         **constants,
     )
-
-
-def _boxes(x: Tensor, rows: int) -> TensorDescriptor:
-    """Tensor copies of `rows` adjacent rows of `[B, heads, rows, D]`, all heads end to end."""
-    shape = [rows, x.shape[-1]]
-    dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
-    layout = gl.NVMMASharedLayout.get_default_for(shape, dtype)
-    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), shape, layout)

@@ -1,6 +1,5 @@
 """What the warp-specialised kernels for Hopper share: how pyramid rows get into a ring of tiles."""
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
@@ -15,6 +14,7 @@ from psa_torch.attention.triton.walk import (
     tail_rows,
     tile_ends,
 )
+from psa_torch.kernels.boxes_hopper import row_boxes
 
 # Renamed between Triton 3.6 and 3.9.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -196,16 +196,8 @@ def boxes(rows: Rows, block_n: int, tile: int) -> tuple[TensorDescriptor, ...]:
     """
     long, half = (min(block_n >> g, tile) for g in (0, 1))
     return (
-        _descriptor(rows.k, long),
-        _descriptor(rows.pooled_k, half),
-        _descriptor(rows.v, long),
-        _descriptor(rows.pooled_v, half),
+        row_boxes(rows.k, long),
+        row_boxes(rows.pooled_k, half),
+        row_boxes(rows.v, long),
+        row_boxes(rows.pooled_v, half),
     )
-
-
-def _descriptor(rows: Tensor, box: int) -> TensorDescriptor:
-    """Tensor copies of `box` adjacent rows of `[B, Hk, rows, D]`."""
-    shape = [box, rows.shape[-1]]
-    dtype = getattr(gl, str(rows.dtype).removeprefix("torch."))
-    layout = gl.NVMMASharedLayout.get_default_for(shape, dtype)
-    return TensorDescriptor.from_tensor(rows.view(-1, rows.shape[-1]), shape, layout)

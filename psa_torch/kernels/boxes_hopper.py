@@ -1,0 +1,22 @@
+"""How rows of a tensor get into shared memory by tensor copies, in the kernels for Hopper."""
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+def row_boxes(x: Tensor, rows: int) -> TensorDescriptor:
+    """Copies of `rows` adjacent rows of `[B, heads, rows, D]`, contiguous, all heads end to end."""
+    width = x.shape[-1]
+    layout = _layout(rows, width, x.dtype)
+    return TensorDescriptor.from_tensor(x.view(-1, width), [rows, width], layout)
+
+
+# Kept: made anew for every descriptor of a call, they took a tenth of its time on the host.
+@functools.cache
+def _layout(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    element = getattr(gl, str(dtype).removeprefix("torch."))
+    return gl.NVMMASharedLayout.get_default_for([rows, width], element)
