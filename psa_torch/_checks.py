@@ -1,11 +1,18 @@
 """How torch tensors meet the checks of `shared_specs.checks`, and autocast."""
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from shared_specs.checks import Described
+from shared_specs.checks import Described, check_qkv
+
+
+def require_tensor(name: str, x: Tensor) -> None:
+    """Raise TypeError unless `x` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
 def describe(name: str, x: Tensor) -> Described:
@@ -14,9 +21,30 @@ def describe(name: str, x: Tensor) -> Described:
     Raises:
         TypeError: `x` is not a tensor.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    require_tensor(name, x)
     return Described(tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device))
+
+
+class Inputs(NamedTuple):
+    """q, k and v, and what the shared checks look at of each."""
+
+    tensors: tuple[Tensor, Tensor, Tensor]
+    sizes: tuple[Described, Described, Described]
+
+
+def checked_inputs(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+    """q, k and v as `autocast` has them, once they fit each other.
+
+    Raises:
+        TypeError, ValueError: as `check_qkv` says, or one is not a tensor.
+    """
+    named = ("q", q), ("k", k), ("v", v)
+    for name, x in named:
+        require_tensor(name, x)
+    tensors = autocast(q, k, v)
+    sizes = tuple(describe(name, x) for (name, _), x in zip(named, tensors, strict=True))
+    check_qkv(*sizes)
+    return Inputs(tensors, sizes)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -25,10 +53,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     In the dtype of autocast, but float64 stays; outside autocast everything stays as it is.
     """
     device = tensors[0].device.type
-    # The compiler cannot ask whether a device knows autocast; what it compiles for does.
-    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
-        return tensors
-    if not torch.is_autocast_enabled(device):
+    if not _is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float16, torch.bfloat16, torch.float32)
@@ -38,6 +63,13 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """For the body of an operator, which chooses its own precision: autocast reaches into it."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device):
+    if not _is_autocast_enabled(device):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def _is_autocast_enabled(device: str) -> bool:
+    # The compiler cannot ask whether a device knows autocast; what it compiles for does.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
+        return False
+    return torch.is_autocast_enabled(device)

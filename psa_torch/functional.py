@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch._checks import autocast, describe
+from psa_torch._checks import checked_inputs, describe
 from psa_torch._config import Settings, settings_of
-from psa_torch.attention import IMPLEMENTATIONS, choose, sparse_attention
+from psa_torch.attention import IMPLEMENTATIONS, attend, choose
 from psa_torch.importance import block_scores
 from psa_torch.masks import from_segments, to_segments
 from psa_torch.order import TokenOrder
@@ -62,11 +62,7 @@ def psa_attention(
     checks.check_flag("return_lse", return_lse)
     checks.check_flag("return_levels", return_levels)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        describe(name, x)
-    q, k, v = autocast(q, k, v)
-    sizes = describe("q", q), describe("k", k), describe("v", v)
-    checks.check_qkv(*sizes)
+    (q, k, v), sizes = checked_inputs(q, k, v)
     blocks = {"block_m": settings.block_m, "block_n": settings.block_n}
     if levels is not None:
         form = checks.check_levels_shape(describe("levels", levels), *sizes[:2], **blocks)
@@ -79,7 +75,7 @@ def psa_attention(
     else:
         dense = from_segments(levels) if form == "segments" else levels.detach()
         chosen = Chosen(dense, None)
-    out, lse = sparse_attention(
+    out, lse = attend(
         q,
         k,
         v,
@@ -88,7 +84,6 @@ def psa_attention(
         scale=settings.scale,
         is_causal=settings.causal,
         implementation=implementation,
-        return_lse=True,
     )
     results = [order.undo(out, state)]
     if return_lse:

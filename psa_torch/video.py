@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from psa_torch._checks import autocast, describe
+from psa_torch._checks import checked_inputs
 from psa_torch._config import parse_config, settings_of
-from psa_torch.attention import IMPLEMENTATIONS, sparse_attention
+from psa_torch.attention import IMPLEMENTATIONS, attend, sparse_attention
 from psa_torch.functional import choose_levels
 from psa_torch.order import Centroids, TokenOrder
 from shared_specs import checks, presets
@@ -149,10 +149,7 @@ class PSAVideoAttention(nn.Module):
         checks.check_flag("cross_attention", cross_attention)
         checks.check_flag("return_lse", return_lse)
         checks.check_implementation(implementation, IMPLEMENTATIONS)
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            describe(name, x)
-        q, k, v = autocast(q, k, v)
-        checks.check_qkv(describe("q", q), describe("k", k), describe("v", v))
+        (q, k, v), _ = checked_inputs(q, k, v)
         if is_cross_attention(q.shape[2], k.shape[2], self.config, cross_attention):
             return self._dense(q, k, v, False, return_lse)
         step = self._step(step)
@@ -181,7 +178,7 @@ class PSAVideoAttention(nn.Module):
             self.centroids, self.centroids_step = order_state.centroids, step
         levels = choose_levels(q, k, settings).levels
         self._record(step, head_density(levels, q.shape[2], k.shape[2], self.config))
-        out, lse = sparse_attention(
+        out, lse = attend(
             q,
             k,
             v,
@@ -191,7 +188,6 @@ class PSAVideoAttention(nn.Module):
             scale=settings.scale,
             is_causal=settings.causal,
             implementation=implementation,
-            return_lse=True,
         )
         out = order.undo(out, order_state)
         return (out, order.undo(lse, order_state)) if return_lse else out

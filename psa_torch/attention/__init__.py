@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from psa_torch._checks import autocast, describe
+from psa_torch._checks import checked_inputs, describe, require_tensor
 from psa_torch.attention.functorch import attention
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
 from psa_torch.masks import from_segments
 from shared_specs import checks
 
-__all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
+__all__ = ["IMPLEMENTATIONS", "attend", "choose", "sparse_attention"]
 
 
 def sparse_attention(
@@ -59,16 +59,43 @@ def sparse_attention(
     checks.check_flag("is_causal", is_causal)
     checks.check_flag("return_lse", return_lse)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    for name, x in (("q", q), ("k", k), ("v", v), ("levels", levels)):
-        describe(name, x)
-    q, k, v = autocast(q, k, v)
-    sizes = describe("q", q), describe("k", k), describe("v", v)
-    checks.check_qkv(*sizes)
+    require_tensor("levels", levels)
+    (q, k, v), sizes = checked_inputs(q, k, v)
     form = checks.check_levels_shape(
         describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
     )
     levels = levels.detach()
-    dense = from_segments(levels) if form == "segments" else levels
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = attention(q, k, v, dense, implementation, block_m, block_n, scale, is_causal)
+    out, lse = attend(
+        q,
+        k,
+        v,
+        from_segments(levels) if form == "segments" else levels,
+        block_m=block_m,
+        block_n=block_n,
+        scale=scale,
+        is_causal=is_causal,
+        implementation=implementation,
+    )
     return (out, lse) if return_lse else out
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    block_m: int,
+    block_n: int,
+    scale: float | None,
+    is_causal: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """out and lse of `sparse_attention`, for arguments that passed its checks.
+
+    Args:
+        q, k, v: as autocast has them.
+        levels: dense, without a graph.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return attention(q, k, v, levels, implementation, block_m, block_n, scale, is_causal)
