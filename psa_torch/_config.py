@@ -71,8 +71,19 @@ def _constants(text: str) -> tuple:
 
 @torch.compiler.assume_constant_result
 def _override(text: str, overrides: tuple) -> str:
+    # What compares equal need not be accepted alike, as True and 1: `typed` tells values apart,
+    # but not what is inside them.
+    if all(type(value) in (bool, int, float, str, type(None)) for _, value in overrides):
+        return _kept_override(text, **dict(overrides))
+    return _new_override(text, **dict(overrides))
+
+
+def _new_override(text: str, /, **overrides) -> str:
     fields = [field.name for field in dataclasses.fields(PSAConfig)]
-    unknown = [name for name, _ in overrides if name not in fields]
+    unknown = [name for name in overrides if name not in fields]
     if unknown:
         raise TypeError(f"unknown arguments {unknown}; configuration fields: {', '.join(fields)}")
-    return dataclasses.replace(parse_config(text), **dict(overrides)).to_json()
+    return dataclasses.replace(parse_config(text), **overrides).to_json()
+
+
+_kept_override = functools.lru_cache(maxsize=256, typed=True)(_new_override)
