@@ -8,7 +8,7 @@ from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
 from psa_torch.masks import from_segments
 from shared_specs import checks
 
-__all__ = ["IMPLEMENTATIONS", "attend", "choose", "sparse_attention"]
+__all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
 
 
 def sparse_attention(
