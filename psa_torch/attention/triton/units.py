@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch.kernels._launch import on_device_of
+from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of
 from psa_torch.kernels.table import plan_of_blocks, warps_for_row
 
 UNIT_ROWS = 128
@@ -56,10 +56,10 @@ def build_units(
     """
     batch, heads, q_blocks, k_blocks = levels.shape
     blocks = max(1, UNIT_ROWS // (block_n >> g))
-    units = triton.cdiv(k_blocks * (block_n >> g), UNIT_ROWS)
+    units = cdiv(k_blocks * (block_n >> g), UNIT_ROWS)
     entries = levels.new_empty(batch, heads, units, q_blocks, dtype=torch.int32)
     counts = levels.new_empty(batch, heads, units, dtype=torch.int32)
-    width = triton.next_power_of_2(q_blocks)
+    width = next_power_of_2(q_blocks)
     with on_device_of(levels):
         _units_kernel[(batch * heads * units,)](
             levels,
