@@ -180,12 +180,12 @@ def pooled_partials(
 
 @triton.jit(do_not_specialize=["first_head", "first_block", "round_blocks"])
 def pooled_sums(
-    dk_slots,
-    dv_slots,
+    slots,
     entries,
     counts,
-    dk_pooled,
-    dv_pooled,
+    pooled,
+    slots_of_one,
+    pooled_of_one,
     dk_unit,
     group,
     padded_len,
@@ -203,19 +203,25 @@ def pooled_sums(
 ):
     """Adds the slots of one round to the rows of one key block, `SLOTS` at a time.
 
+    Grid: key blocks, key heads of the round, dk and dv: lists differ much in length, so that fewer
+    and longer programs would wait for the longest.
+
     entries, counts: the key plan, which says whose slots there are, in ascending order.
-    dk_pooled, dv_pooled: as in `key_gradient`; the first round starts from what the level above
-    owes.
+    slots, pooled: those of dk; those of dv are `slots_of_one` and `pooled_of_one` numbers behind.
+    `pooled` is as in `key_gradient`; the first round starts from what the level above owes.
     """
     RUN: tl.constexpr = (1 << LOG_BLOCK_N) >> G
     key_block = tl.program_id(0)
     batch_kv_head = first_head // group + tl.program_id(1)
+    which = tl.program_id(2)
+    slots += which.to(tl.int64) * slots_of_one
+    pooled += which.to(tl.int64) * pooled_of_one
+    pooled += batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * D
     d = tl.arange(0, D)
     run = key_block * RUN + tl.arange(0, RUN)
     own = run[:, None] * D + d[None, :]
     slot_numbers = (padded_len >> G).to(tl.int64) * D
-    dk = tl.zeros([RUN, D], tl.float32)
-    dv = tl.zeros([RUN, D], tl.float32)
+    total = tl.zeros([RUN, D], tl.float32)
     for member in tl.range(0, group, num_stages=1):
         batch_head = batch_kv_head * group + member
         table_row = batch_head * k_blocks + key_block
@@ -237,29 +243,22 @@ def pooled_sums(
                 live = at + ahead < end
                 slot = base + tl.load(listed + at + ahead, mask=live, other=first_block)
                 live = tl.full([RUN, 1], at + ahead, tl.int32) < end
-                dk_slot = tl.load(dk_slots + slot * slot_numbers + own, mask=live, other=0.0)
-                dv_slot = tl.load(dv_slots + slot * slot_numbers + own, mask=live, other=0.0)
-                dk += dk_slot.to(tl.float32)
-                dv += dv_slot.to(tl.float32)
-    dk *= 1.0 / dk_unit
+                here = tl.load(slots + slot * slot_numbers + own, mask=live, other=0.0)
+                total += here.to(tl.float32)
+    total *= tl.where(which == 0, 1.0 / dk_unit, 1.0)
 
-    pooled = batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * D
-    here = pooled + (level_start(padded_len, G) - padded_len) * D + own
+    here = (level_start(padded_len, G) - padded_len) * D + own
     if FIRST_ROUND:
         if G < 3:
             above = level_start(padded_len, G + 1) - padded_len + (run >> 1)
-            above = pooled + (above[:, None] * D + d[None, :])
-            dk += tl.load(dk_pooled + above)
-            dv += tl.load(dv_pooled + above)
+            total += tl.load(pooled + (above[:, None] * D + d[None, :]))
     else:
-        dk += tl.load(dk_pooled + here)
-        dv += tl.load(dv_pooled + here)
-    tl.store(dk_pooled + here, dk)
-    tl.store(dv_pooled + here, dv)
+        total += tl.load(pooled + here)
+    tl.store(pooled + here, total)
 
 
-SLOTS_AT_ONCE = 4
-"""Slots that a program of `pooled_sums` has on their way at once, of dk and of dv each."""
+SLOTS_AT_ONCE = 8
+"""Slots that a program of `pooled_sums` has on their way at once."""
 
 WARP_BYTES = 512
 """What a warp loads at once, 16 bytes a thread."""
@@ -379,13 +378,13 @@ def launch_pooled_gradient(
             num_warps=config.warps,
             num_stages=config.stages,
         )
-        pooled_sums[k_blocks, taken_heads // group](
-            slots[0],
-            slots[1],
+        pooled_sums[k_blocks, taken_heads // group, 2](
+            slots,
             by_key.entries,
             by_key.counts,
-            pooled[0],
-            pooled[1],
+            pooled,
+            slots[0].numel(),
+            pooled[0].numel(),
             dk_unit,
             group,
             padded_len,
