@@ -35,6 +35,7 @@ from psa_torch.attention.triton.configs import (  # noqa: E402
     HopperForwardConfig,
 )
 from psa_torch.attention.triton.plan import Plan  # noqa: E402
+from psa_torch.attention.triton.rows import rows_of_pyramid  # noqa: E402
 from psa_torch.pyramid import Pyramid  # noqa: E402
 from shared_specs.constants import BLOCK_M, BLOCK_N  # noqa: E402
 from shared_specs.pyramid import pyramid_rows  # noqa: E402
@@ -75,7 +76,7 @@ LOOP_BUDGETS = {
     ("key_gradient", 64): 575,
     ("key_gradient", 128): 720,
     ("key_gradient_hopper", 64): 425,
-    ("key_gradient_hopper", 128): 557,
+    ("key_gradient_hopper", 128): 525,
     ("pooled_partials", 64): 800,
     ("pooled_partials", 128): 1000,
 }
@@ -84,9 +85,9 @@ LOOP_BUDGETS = {
 SPILLS = {
     "attention_forward_hopper": 294,
     "query_gradient": 64,
-    "query_gradient_hopper": 364,
+    "query_gradient_hopper": 396,
     "key_gradient": 700,
-    "key_gradient_hopper": 556,
+    "key_gradient_hopper": 244,
     "pooled_partials": 620,
 }
 """Bytes that a kernel may spill, nearly all of it outside its loops."""
@@ -94,8 +95,8 @@ SPILLS = {
 LOCAL_IN_LOOP = {
     ("key_gradient", False): 12,
     ("key_gradient", True): 48,
-    ("key_gradient_hopper", False): 14,
-    ("key_gradient_hopper", True): 26,
+    ("key_gradient_hopper", False): 1,
+    ("key_gradient_hopper", True): 6,
     ("pooled_partials", False): 19,
     ("pooled_partials", True): 3,
 }
@@ -202,8 +203,10 @@ def launches(case: Case) -> list[Launch]:
             )
         else:
             levels = tensor(1, heads, q_blocks, k_blocks, dtype=torch.int32)
-            rest = (Pyramid(rows, rows), levels, by_query, plan(k_blocks, q_blocks), q, lse)
-            backward.backward_planned(q, lse, q, *rest, config=case.config, **settings)
+            kept = rows_of_pyramid(Pyramid(rows, rows))
+            rest = (kept, levels, by_query, plan(k_blocks, q_blocks), q, lse)
+            config = case.config or configs.backward_config(q, case.block_m, case.block_n)
+            backward.backward_planned(q, lse, q, *rest, config=config, **settings)
     return found
 
 

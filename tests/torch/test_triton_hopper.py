@@ -6,18 +6,17 @@ import importlib
 import math
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 
 from psa_torch.attention.triton import rows
 from psa_torch.attention.triton.configs import HopperForwardConfig
 from psa_torch.attention.triton.forward import forward
-from psa_torch.attention.triton.rows import Rows, rows_in_place, rows_of_pyramid
+from psa_torch.attention.triton.rows import rows_in_place
 from psa_torch.pyramid import Pyramid, build_pyramid, pool_levels
-from shared_specs.pyramid import padded_length
 from tests.torch import gluon_interpreter
 from tests.torch.attention_contract import Case, expected, to_numpy
+from tests.torch.memory_layouts import rows_copied, rows_in_one_place
 
 # The package has a function of the same name.
 forward_module = importlib.import_module("psa_torch.attention.triton.forward")
@@ -35,44 +34,9 @@ CASES = [
 ]
 
 
-class _Interpreted:
-    """Stands in for the kernel: float32 on the CPU instead of half precision on the GPU."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        def launch(*args, num_warps, **constants):
-            gluon_interpreter.launch(self.kernel, grid, *args, **constants)
-
-        return launch
-
-
-def rows_in_one_place(k, v, block_n):
-    """As `rows_in_place`, but with all rows in one piece of memory, NaN between them.
-
-    The interpreter knows no addresses beyond the tensor that a pointer comes from.
-    """
-    pooled = pool_levels(k, v, block_n)
-    parts = [pooled.v, k, pooled.k, v]
-    gap = torch.full((3 * k.shape[-1],), torch.nan)
-    memory = torch.cat([x for part in parts for x in (part.flatten(), gap)])
-    ends = np.cumsum([part.numel() + gap.numel() for part in parts])
-    placed = [
-        memory[end - gap.numel() - part.numel() : end - gap.numel()].view(part.shape)
-        for part, end in zip(parts, ends, strict=True)
-    ]
-    pooled_v, k, pooled_k, v = placed
-    return Rows(k, v, pooled_k, pooled_v, padded_length(k.shape[2], block_n))
-
-
-def rows_copied(k, v, block_n):
-    return rows_of_pyramid(build_pyramid(k, v, block_n))
-
-
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    kernel = _Interpreted(forward_hopper.attention_forward_hopper)
+    kernel = gluon_interpreter.Interpreted(forward_hopper.attention_forward_hopper)
     monkeypatch.setattr(forward_hopper, "attention_forward_hopper", kernel)
     monkeypatch.setattr(forward_hopper, "DTYPES", (torch.float32,))
     monkeypatch.setattr(forward_module, "rows_in_place", rows_in_one_place)

@@ -18,6 +18,7 @@ from psa_torch.attention.triton.configs import (
 )
 from psa_torch.attention.triton.forward import forward, forward_planned
 from psa_torch.attention.triton.plan import key_plan, query_plan
+from psa_torch.attention.triton.rows import rows_of_pyramid
 from psa_torch.pyramid import build_pyramid
 from shared_specs.constants import BLOCK_M, BLOCK_N
 from shared_specs.pyramid import pooled_counts
@@ -132,8 +133,8 @@ def test_rows_that_cover_no_key_are_never_used(is_causal, rng):
             rows[:, :, empty] = fill
         shared = dict(kv_len=case.kv_len, scale=0.2, **geometry)
         out, lse = forward_planned(q, pyramid, by_query, **shared)
-        rest = (levels, by_query, by_key, out, lse)
-        grads = backward_planned(dout, dlse, q, pyramid, *rest, config=config, **shared)
+        rest = (rows_of_pyramid(pyramid), levels, by_query, by_key, out, lse)
+        grads = backward_planned(dout, dlse, q, *rest, config=config, **shared)
         return out, lse, *grads
 
     for clean, poisoned in zip(results(0.0), results(float("nan")), strict=True):

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from psa_torch.attention.triton.backward import backward
+from psa_torch.attention.triton.backward import key_gradients
 from psa_torch.attention.triton.configs import (
-    BackwardConfig,
     HopperKeyGradConfig,
+    KeyGradConfig,
     PooledGradConfig,
-    QueryGradConfig,
 )
+from psa_torch.attention.triton.plan import key_plan, query_plan
+from psa_torch.attention.triton.row_statistics import launch_row_statistics
 from psa_torch.attention.triton.units import LOG_ENTRY, MASKED, UNIT_ROWS, build_units
 from shared_specs.constants import LEVELS
 from tests.torch import gluon_interpreter
 from tests.torch.attention_contract import Case, expected
-from tests.torch.test_triton_query_gradient_hopper import strided
+from tests.torch.memory_layouts import rows_copied, rows_in_one_place, strided
 
 hopper = pytest.importorskip("psa_torch.attention.triton.key_gradient_hopper")
 
@@ -46,22 +47,9 @@ CONFIGS = [
 TOLERANCE = 4e-6
 
 
-class _Interpreted:
-    """Stands in for the kernel: float32 on the CPU instead of half precision on the GPU."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        def launch(*args, num_warps, **constants):
-            gluon_interpreter.launch(self.kernel, grid, *args, **constants)
-
-        return launch
-
-
 @pytest.fixture(autouse=True)
 def interpreted(poisoned_memory):
-    kernel = _Interpreted(hopper.key_gradient_hopper)
+    kernel = gluon_interpreter.Interpreted(hopper.key_gradient_hopper)
     with (
         mock.patch.object(hopper, "key_gradient_hopper", kernel),
         mock.patch.object(hopper, "DTYPES", (torch.float32,)),
@@ -69,18 +57,28 @@ def interpreted(poisoned_memory):
         yield
 
 
-def gradients(inputs, want, config, *, block_n, coarsest=2, **settings):
+def gradients(inputs, want, config, *, block_n, coarsest=2, rows=rows_in_one_place, **settings):
     """dk and dv, by the kernel under test up to level `2**coarsest` where it has an instance; lse
     and out are the oracle's `want`."""
     q, k, v, levels, dout, dlse = inputs
     pooled = PooledGradConfig(tile=32, rows=64, warps=4, stages=1)
     here = tuple(config if g <= coarsest and block_n >> g >= 16 else pooled for g in range(4))
-    config = BackwardConfig(
-        query=QueryGradConfig(rows=64, tile=32, tail=32, warps=4, stages=1), key=here
+    out, lse = torch.from_numpy(want.out).float(), torch.from_numpy(want.lse).float()
+    geometry = dict(block_n=block_n, **{x: settings[x] for x in ("block_m", "is_causal")})
+    lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
+    return key_gradients(
+        q,
+        rows(k, v, block_n),
+        dout,
+        launch_row_statistics(out, dout, lse, dlse, settings["block_m"]),
+        levels,
+        query_plan(levels, **lengths, **geometry),
+        key_plan(levels, **lengths, **geometry),
+        kv_len=k.shape[2],
+        scale=settings["scale"],
+        config=here,
+        **geometry,
     )
-    answer = (torch.from_numpy(want.out).float(), torch.from_numpy(want.lse).float())
-    options = dict(block_n=block_n, config=config, **settings)
-    return backward(dout, dlse, q, k, v, levels, *answer, **options)[1:]
 
 
 def settings_of(case: Case) -> dict:
@@ -113,16 +111,21 @@ def test_strided_queries_and_gradients(rng):
     check(gradients(views, want, CONFIGS[1], **settings), want, inputs.dout)
 
 
-def test_fewer_programs_than_units(rng):
-    """A program may take several units; what it leaves in the rings must not reach the next."""
-    case = dataclasses.replace(BASE, heads=4, kv_heads=2, is_causal=True)
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_level_1_copied_is_level_1_in_place(case, rng):
     inputs, settings = case.inputs(rng), settings_of(case)
     want = expected(inputs, **settings)
-    kernel = hopper.key_gradient_hopper
-    few = mock.Mock(spec=["__getitem__"])
-    few.__getitem__ = lambda _, grid: kernel[(2,)]
-    with mock.patch.object(hopper, "key_gradient_hopper", few):
-        check(gradients(inputs, want, CONFIGS[1], **settings), want, inputs.dout)
+    in_place = gradients(inputs, want, CONFIGS[1], **settings)
+    copied = gradients(inputs, want, CONFIGS[1], **settings, rows=rows_copied)
+    assert all(map(torch.equal, in_place, copied))
+
+
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+def test_plain_kernels_read_level_1_in_place_too(case, rng):
+    inputs, settings = case.inputs(rng), settings_of(case)
+    want = expected(inputs, **settings)
+    plain = KeyGradConfig(keys=16, rows=64, warps=4, stages=1)
+    check(gradients(inputs, want, plain, **settings), want, inputs.dout)
 
 
 @pytest.mark.parametrize("config", CONFIGS[::2], ids=str)

@@ -12,6 +12,7 @@ from psa_torch.attention.triton.configs import BackwardConfig, KeyGradConfig, Po
 from psa_torch.attention.triton.forward import forward
 from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.attention.triton.pooled_gradient import round_size
+from psa_torch.attention.triton.rows import rows_of_pyramid
 from psa_torch.pyramid import build_pyramid
 from tests.torch.attention_contract import (
     FLOAT32_TOLERANCE,
@@ -145,7 +146,8 @@ def test_a_slot_that_nobody_wrote_shows(rng):
 
     def dk(by_key):
         by_query = query_plan(levels, **lengths, **geometry)
-        rest = (build_pyramid(k, v, case.block_n), levels, by_query, by_key, out, lse)
+        rows = rows_of_pyramid(build_pyramid(k, v, case.block_n))
+        rest = (rows, levels, by_query, by_key, out, lse)
         return backward_planned(
             dout, dlse, q, *rest, kv_len=case.kv_len, config=all_pooled(case), **settings(case)
         )[1]

@@ -11,9 +11,9 @@ from psa_torch.attention.triton.configs import HopperQueryGradConfig
 from psa_torch.attention.triton.plan import query_plan
 from psa_torch.attention.triton.query_gradient import launch_query_gradient
 from psa_torch.attention.triton.row_statistics import RowStatistics
-from psa_torch.pyramid import build_pyramid
 from tests.torch import gluon_interpreter
 from tests.torch.attention_contract import FLOAT32_TOLERANCE, Case, Results, expected
+from tests.torch.memory_layouts import rows_copied, rows_in_one_place, strided
 
 hopper = pytest.importorskip("psa_torch.attention.triton.query_gradient_hopper")
 
@@ -38,22 +38,9 @@ CONFIGS = [
 ]
 
 
-class _Interpreted:
-    """Stands in for the kernel: float32 on the CPU instead of half precision on the GPU."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        def launch(*args, num_warps, **constants):
-            gluon_interpreter.launch(self.kernel, grid, *args, **constants)
-
-        return launch
-
-
 @pytest.fixture(autouse=True)
 def interpreted(poisoned_memory):
-    kernel = _Interpreted(hopper.query_gradient_hopper)
+    kernel = gluon_interpreter.Interpreted(hopper.query_gradient_hopper)
     with (
         mock.patch.object(hopper, "query_gradient_hopper", kernel),
         mock.patch.object(hopper, "DTYPES", (torch.float32,)),
@@ -61,33 +48,26 @@ def interpreted(poisoned_memory):
         yield
 
 
-def strided(x: Tensor) -> Tensor:
-    """The same values with heads inside rows, in memory that is NaN between them."""
-    batch, heads, length, dim = x.shape
-    wide = torch.full((batch, length, heads, dim + 8), torch.nan)
-    view = wide[..., 4 : dim + 4].transpose(1, 2)
-    view.copy_(x)
-    return view
-
-
-def query_gradient(inputs, want, config, *, block_m, block_n, scale, is_causal) -> Tensor:
+def query_gradient(
+    inputs, want, config, *, block_m, block_n, scale, is_causal, rows=rows_in_one_place
+) -> Tensor:
     """dq by the kernel under test; lse and out are the oracle's `want`."""
     q, k, v, levels, dout, dlse = inputs
     lse, out = torch.from_numpy(want.lse), torch.from_numpy(want.out)
     unseen = torch.isneginf(lse)
-    rows = -(-q.shape[2] // block_m) * block_m
+    padded_len = -(-q.shape[2] // block_m) * block_m
 
     # As `row_statistics` leaves them: rows without keys, or past the end, weigh nothing.
     def padded(x, nothing):
         x = x.masked_fill(unseen, nothing)
-        return torch.nn.functional.pad(x, (0, rows - x.shape[-1]), value=nothing).float()
+        return torch.nn.functional.pad(x, (0, padded_len - x.shape[-1]), value=nothing).float()
 
     delta = padded((dout.double() * out).sum(-1) - dlse.double(), 0.0)
     lse2 = padded(lse * 1.4426950408889634, torch.inf)
     geometry = dict(block_m=block_m, block_n=block_n, is_causal=is_causal)
     return launch_query_gradient(
         q,
-        build_pyramid(k, v, block_n),
+        rows(k, v, block_n),
         dout,
         RowStatistics(delta, lse2),
         query_plan(levels, q_len=q.shape[2], kv_len=k.shape[2], **geometry),
@@ -128,6 +108,15 @@ def test_strided_queries_and_gradients(rng):
     views = inputs._replace(q=strided(inputs.q), dout=strided(inputs.dout))
     got = query_gradient(views, want, CONFIGS[0], **settings)
     torch.testing.assert_close(got, query_gradient(inputs, want, CONFIGS[0], **settings))
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_level_1_copied_is_level_1_in_place(case, rng):
+    inputs, settings = case.inputs(rng), settings_of(case)
+    want = expected(inputs, **settings)
+    in_place = query_gradient(inputs, want, CONFIGS[0], **settings)
+    copied = query_gradient(inputs, want, CONFIGS[0], **settings, rows=rows_copied)
+    assert torch.equal(in_place, copied)
 
 
 @pytest.mark.parametrize("config", CONFIGS[::2], ids=str)

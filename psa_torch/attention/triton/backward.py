@@ -13,6 +13,7 @@ from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.configs import (
     BackwardConfig,
     HopperKeyGradConfig,
+    HopperQueryGradConfig,
     LevelConfigs,
     PooledGradConfig,
 )
@@ -21,9 +22,10 @@ from psa_torch.attention.triton.plan import Plan, key_plan, query_plan
 from psa_torch.attention.triton.pooled_gradient import launch_pooled_gradient
 from psa_torch.attention.triton.query_gradient import launch_query_gradient
 from psa_torch.attention.triton.row_statistics import RowStatistics, launch_row_statistics
+from psa_torch.attention.triton.rows import Rows, rows_in_place, rows_of_pyramid
 from psa_torch.attention.triton.units import build_units
 from psa_torch.kernels._launch import on_device_of
-from psa_torch.pyramid import Pyramid, build_pyramid
+from psa_torch.pyramid import build_pyramid
 from shared_specs.constants import LEVELS
 from shared_specs.pyramid import padded_length
 
@@ -62,11 +64,16 @@ def backward(
     """
     geometry = dict(block_m=block_m, block_n=block_n, is_causal=is_causal)
     lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
+    config = config or configs.backward_config(q, block_m, block_n)
+    if isinstance(config.query, HopperQueryGradConfig):
+        rows = rows_in_place(k, v, block_n)
+    else:
+        rows = rows_of_pyramid(build_pyramid(k, v, block_n))
     return backward_planned(
         dout,
         dlse,
         q,
-        build_pyramid(k, v, block_n),
+        rows,
         levels,
         query_plan(levels, **lengths, **geometry),
         key_plan(levels, **lengths, **geometry),
@@ -83,7 +90,7 @@ def backward_planned(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
-    pyramid: Pyramid,
+    rows: Rows,
     levels: Tensor,
     by_query: Plan,
     by_key: Plan,
@@ -95,17 +102,19 @@ def backward_planned(
     block_n: int,
     scale: float,
     is_causal: bool,
-    config: BackwardConfig | None = None,
+    config: BackwardConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`backward` for a pyramid and plans that exist already."""
-    config = config or configs.backward_config(q, block_m, block_n)
+    """`backward` for rows of a pyramid and plans that exist already.
+
+    Where dq is not warp-specialised, the rows are those of a pyramid in one place.
+    """
     q, dout, out = (configs.rows_contiguous(x) for x in (q, dout.to(q.dtype), out))
     geometry = dict(kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal)
     with on_device_of(q):
         statistics = launch_row_statistics(out, dout, lse, dlse, block_m)
-        shared = (q, pyramid, dout, statistics)
+        shared = (q, rows, dout, statistics)
         dq = launch_query_gradient(*shared, by_query, scale=scale, config=config.query, **geometry)
-        dk, dv = _key_gradients(
+        dk, dv = key_gradients(
             *shared,
             levels,
             by_query,
@@ -117,9 +126,9 @@ def backward_planned(
     return dq, dk, dv
 
 
-def _key_gradients(
+def key_gradients(
     q: Tensor,
-    pyramid: Pyramid,
+    rows: Rows,
     dout: Tensor,
     statistics: RowStatistics,
     levels: Tensor,
@@ -133,14 +142,14 @@ def _key_gradients(
     is_causal: bool,
     config: LevelConfigs,
 ) -> tuple[Tensor, Tensor]:
-    batch, kv_heads, _, head_dim = pyramid.k.shape
+    batch, kv_heads, _, head_dim = rows.k.shape
     padded_len = padded_length(kv_len, block_n)
-    pooled = pyramid.k.new_empty(
+    pooled = rows.k.new_empty(
         2, batch, kv_heads, padded_len - padded_len // 8, head_dim, dtype=torch.float32
     )
-    dk = pyramid.k.new_empty(batch, kv_heads, kv_len, head_dim)
+    dk = rows.k.new_empty(batch, kv_heads, kv_len, head_dim)
     dv = torch.empty_like(dk)
-    shared = (q, pyramid, dout, statistics)
+    shared = (q, rows, dout, statistics)
     geometry = dict(kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal)
     # Coarsest first: each level adds what the level above owes to its rows.
     for g in reversed(range(len(LEVELS))):

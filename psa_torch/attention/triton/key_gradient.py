@@ -12,8 +12,8 @@ from psa_torch.attention.triton.configs import KeyGradConfig
 from psa_torch.attention.triton.plan import Plan
 from psa_torch.attention.triton.products import add_products, load_queries
 from psa_torch.attention.triton.row_statistics import RowStatistics
+from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.walk import level_start, load4, select4
-from psa_torch.pyramid import Pyramid
 from shared_specs.pyramid import padded_length
 
 
@@ -42,6 +42,8 @@ def key_gradient(
     q_len,
     kv_len,
     padded_len,
+    head_rows,
+    skipped,
     q_blocks,
     k_blocks,
     Q_STRIDE_M: tl.constexpr,
@@ -57,6 +59,7 @@ def key_gradient(
 ):
     """Gradients of `OWN` pyramid rows of level `2**G < 8`, from all heads of their group.
 
+    k_pointer, v_pointer, head_rows, skipped: see `Rows.of_level`.
     dk_pooled, dv_pooled: float32 `[B, Hk, P - Lk', D]`, what each pooled row owes to every key
     that it covers (dk before the factor `scale`), coarser levels included.
     Level 1 writes dk, dv `[B, Hk, Lk, D]` instead.
@@ -72,9 +75,12 @@ def key_gradient(
     run = tl.program_id(0) * OWN + tl.arange(0, OWN)
     d = tl.arange(0, D)
     rows = level_start(padded_len, G) + run
-    pyramid = batch_kv_head.to(tl.int64) * (2 * padded_len - padded_len // 8) * D
-    k = tl.load(k_pointer + pyramid + (rows[:, None] * D + d[None, :]))
-    v = tl.load(v_pointer + pyramid + (rows[:, None] * D + d[None, :]))
+    pyramid = (batch_kv_head.to(tl.int64) * head_rows - skipped) * D
+    at = pyramid + (rows[:, None] * D + d[None, :])
+    # Keys that are read where they are end with the last of them.
+    there = (rows - skipped < head_rows)[:, None]
+    k = tl.load(k_pointer + at, mask=there, other=0.0)
+    v = tl.load(v_pointer + at, mask=there, other=0.0)
     last = tl.minimum((run + 1) << G, kv_len) - 1
     pooled = batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * D
     dk_pooled += pooled
@@ -150,7 +156,7 @@ def key_gradient(
 
 def launch_key_gradient(
     q: Tensor,
-    pyramid: Pyramid,
+    rows: Rows,
     dout: Tensor,
     statistics: RowStatistics,
     plan: Plan,
@@ -174,12 +180,13 @@ def launch_key_gradient(
         dk, dv: `[B, Hk, Lk, D]`.
     """
     _, heads, q_len, head_dim = q.shape
-    batch, kv_heads = pyramid.k.shape[:2]
+    k, v, head_rows, skipped = rows.of_level(g)
+    batch, kv_heads = k.shape[:2]
     padded_len = padded_length(kv_len, block_n)
     key_gradient[(padded_len >> g) // config.keys, batch * kv_heads](
         q,
-        pyramid.k,
-        pyramid.v,
+        k,
+        v,
         dout,
         statistics.lse2,
         statistics.delta,
@@ -196,6 +203,8 @@ def launch_key_gradient(
         q_len,
         kv_len,
         padded_len,
+        head_rows,
+        skipped,
         plan.entries.shape[3],
         plan.entries.shape[2],
         Q_STRIDE_M=q.stride(2),

@@ -21,11 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from psa_torch.attention.triton.configs import HopperKeyGradConfig
 from psa_torch.attention.triton.copies_hopper import COPY_THREADS, COPY_WARPS, copy_async
 from psa_torch.attention.triton.row_statistics import LOG2E, RowStatistics
-from psa_torch.attention.triton.rows import aligned_rows
+from psa_torch.attention.triton.rows import Rows, aligned_rows
 from psa_torch.attention.triton.units import LOG_ENTRY, MASKED, Units
 from psa_torch.attention.triton.walk import level_start
 from psa_torch.kernels._launch import capability
-from psa_torch.pyramid import Pyramid
 from shared_specs.pyramid import padded_length
 
 HEAD_DIMS = (64, 128)
@@ -33,11 +32,11 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 @gluon.jit
-def _place(item, units, kv_heads):
-    """(unit, batch and key head, batch, key head) of an item of work."""
-    batch_kv_head = item // units
+def _place(units, kv_heads):
+    """(unit, batch and key head, batch, key head) of this program."""
+    batch_kv_head = gl.program_id(0) // units
     batch = (batch_kv_head // kv_heads).to(gl.int64)
-    return item % units, batch_kv_head, batch, batch_kv_head % kv_heads
+    return gl.program_id(0) % units, batch_kv_head, batch, batch_kv_head % kv_heads
 
 
 @gluon.jit
@@ -54,7 +53,6 @@ def _copy_items(
     q_len,
     q_blocks,
     units,
-    items,
     ring,
     numbers,
     full,
@@ -70,27 +68,26 @@ def _copy_items(
     d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, layout)), 0)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     lane = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [COPY_WARPS], [0]))
+    unit, batch_kv_head, batch, kv_head = _place(units, kv_heads)
     copied = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        unit, batch_kv_head, batch, kv_head = _place(item, units, kv_heads)
-        for member in range(group):
-            batch_head = batch_kv_head * group + member
-            head = (kv_head * group + member).to(gl.int64)
-            rows = pointer + batch * stride_b + head * stride_h
-            of_rows = numbers_pointer + batch_head.to(gl.int64) * (q_blocks * BLOCK_M) + lane
-            table_row = batch_head * units + unit
-            listed = entries + table_row.to(gl.int64) * q_blocks
-            for x in range(gl.load(counts + table_row) * PARTS):
-                block = gl.load(listed + x // PARTS) >> LOG_ENTRY
-                first = block * BLOCK_M + x % PARTS * ROWS
-                # Past the last query any real one will do: its weights are 0.
-                m = gl.minimum(first + row, q_len - 1).to(gl.int64)
-                slot = copied % SLOTS
-                mbarrier.wait(empty.index(slot), (copied // SLOTS) & 1 ^ 1)
-                copy_async(ring.index(slot), rows + (gl.expand_dims(m * stride_m, 1) + d))
-                copy_async(numbers.index(slot), of_rows + first)
-                async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
-                copied += 1
+    for member in range(group):
+        batch_head = batch_kv_head * group + member
+        head = (kv_head * group + member).to(gl.int64)
+        rows = pointer + batch * stride_b + head * stride_h
+        of_rows = numbers_pointer + batch_head.to(gl.int64) * (q_blocks * BLOCK_M) + lane
+        table_row = batch_head * units + unit
+        listed = entries + table_row.to(gl.int64) * q_blocks
+        for x in range(gl.load(counts + table_row) * PARTS):
+            block = gl.load(listed + x // PARTS) >> LOG_ENTRY
+            first = block * BLOCK_M + x % PARTS * ROWS
+            # Past the last query any real one will do: its weights are 0.
+            m = gl.minimum(first + row, q_len - 1).to(gl.int64)
+            slot = copied % SLOTS
+            mbarrier.wait(empty.index(slot), (copied // SLOTS) & 1 ^ 1)
+            copy_async(ring.index(slot), rows + (gl.expand_dims(m * stride_m, 1) + d))
+            copy_async(numbers.index(slot), of_rows + first)
+            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+            copied += 1
 
 
 @gluon.jit
@@ -123,9 +120,10 @@ def _multiply_items(
     q_len,
     kv_len,
     padded_len,
+    head_rows,
+    skipped,
     q_blocks,
     units,
-    items,
     k_tiles,
     v_tiles,
     q_ring,
@@ -157,87 +155,87 @@ def _multiply_items(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     dtype: gl.constexpr = k_pointer.dtype.element_ty
 
-    slope = scale * LOG2E
+    unit, batch_kv_head, batch, kv_head = _place(units, kv_heads)
+    first_run = unit * (2 * OWN) + part * OWN
+    runs = padded_len >> G
+    run = first_run + gl.arange(0, OWN, gl.SliceLayout(1, io_layout))
+    rows = level_start(padded_len, G) - skipped + run
+    # Keys that are read where they are end with the last of them.
+    there = gl.expand_dims((run < runs) & (rows < head_rows), 1)
+    d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0)
+    at = gl.expand_dims((batch_kv_head.to(gl.int64) * head_rows + rows) * D, 1) + d
+    own_k = gl.load(k_pointer + at, mask=there, other=0.0)
+    own_v = gl.load(v_pointer + at, mask=there, other=0.0)
+    # Sums are 2**G times what a key is owed. They start from what the level above owes.
+    run = first_run + gl.arange(0, OWN, gl.SliceLayout(1, o_layout))
+    real = gl.expand_dims(run < runs, 1)
+    column = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, o_layout)), 0)
+    pooled = batch_kv_head.to(gl.int64) * (padded_len - padded_len // 8)
+    above = pooled + (level_start(padded_len, G + 1) - padded_len + (run >> 1))
+    above = gl.expand_dims(above * D, 1) + column
+    dk = gl.load(dk_pooled + above, mask=real, other=0.0) * (1 << G)
+    dv = gl.load(dv_pooled + above, mask=real, other=0.0) * (1 << G)
     k = k_tiles.index(part)
     v = v_tiles.index(part)
+    k.store(own_k)
+    v.store(own_v)
+    fence_async_shared()
+
+    slope = scale * LOG2E
     # A unit that is a part of a key block has one bit, which is for both halves.
     first_bit = part * BLOCKS if (2 * OWN) >> LOG_RUN > 1 else 0
+    s_run = first_run + gl.arange(0, OWN, s_row)
+    last = gl.expand_dims(gl.minimum((s_run + 1) << G, kv_len) - 1, 1)
+    of_block = 1 << ((s_run - first_run) >> LOG_RUN)
     multiplied = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        unit, batch_kv_head, batch, kv_head = _place(item, units, kv_heads)
-        first_run = unit * (2 * OWN) + part * OWN
-        runs = padded_len >> G
-        pyramid = batch_kv_head.to(gl.int64) * (2 * padded_len - padded_len // 8)
-        run = first_run + gl.arange(0, OWN, gl.SliceLayout(1, io_layout))
-        rows = pyramid + (level_start(padded_len, G) + run)
-        d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0)
-        at = gl.expand_dims(rows * D, 1) + d
-        real = gl.expand_dims(run < runs, 1)
-        k.store(gl.load(k_pointer + at, mask=real, other=0.0))
-        v.store(gl.load(v_pointer + at, mask=real, other=0.0))
-        fence_async_shared()
+    for member in range(group):
+        table_row = (batch_kv_head * group + member) * units + unit
+        listed = entries + table_row.to(gl.int64) * q_blocks
+        steps = gl.load(counts + table_row) * PARTS
+        following = gl.load(listed, mask=steps > 0, other=0)
+        for t in range(steps):
+            entry = following
+            following = gl.load(listed + gl.minimum(t + 1, steps - 1) // PARTS)
+            bits = (entry >> first_bit) & ((1 << BLOCKS) - 1)
+            x = multiplied + t
+            slot = x % SLOTS
+            if bits > 0:
+                s = _start(k, q_ring, q_full, x, SLOTS, s_layout)
+                dp = _start(v, dout_ring, dout_full, x, SLOTS, s_layout)
+                shift = gl.expand_dims(G - lse2_ring.index(slot).load(s_column), 0)
+                s = warpgroup_mma_wait(1, deps=[s])
+                s = s * slope + shift
+                if BLOCKS > 1:
+                    s = gl.where(gl.expand_dims(of_block & bits, 1) > 0, s, float("-inf"))
+                if IS_CAUSAL:
+                    if entry & MASKED > 0:
+                        first = (entry >> LOG_ENTRY) * BLOCK_M + t % PARTS * ROWS
+                        m = gl.arange(0, ROWS, s_column) + (first + kv_len - q_len)
+                        s = gl.where(last <= gl.expand_dims(m, 0), s, float("-inf"))
+                p = gl.exp2(s)
+                delta = gl.expand_dims(delta_ring.index(slot).load(s_column), 0)
+                dp = warpgroup_mma_wait(0, deps=[dp])
+                weights = gl.convert_layout(p.to(dtype), p_layout)
+                dv = warpgroup_mma(weights, dout_ring.index(slot), dv, is_async=True)
+                ds = gl.convert_layout((p * (dp - delta)).to(dtype), p_layout)
+                dk = warpgroup_mma(ds, q_ring.index(slot), dk, is_async=True)
+                dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+            else:
+                mbarrier.wait(q_full.index(slot), (x // SLOTS) & 1)
+                mbarrier.wait(dout_full.index(slot), (x // SLOTS) & 1)
+            mbarrier.arrive(empty.index(slot), count=1)
+        multiplied += steps
 
-        # Sums are 2**G times what a key is owed. They start from what the level above owes.
-        run = first_run + gl.arange(0, OWN, gl.SliceLayout(1, o_layout))
-        real = gl.expand_dims(run < runs, 1)
-        column = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, o_layout)), 0)
-        pooled = batch_kv_head.to(gl.int64) * (padded_len - padded_len // 8)
-        above = pooled + (level_start(padded_len, G + 1) - padded_len + (run >> 1))
-        above = gl.expand_dims(above * D, 1) + column
-        dk = gl.load(dk_pooled + above, mask=real, other=0.0) * (1 << G)
-        dv = gl.load(dv_pooled + above, mask=real, other=0.0) * (1 << G)
-
-        s_run = first_run + gl.arange(0, OWN, s_row)
-        last = gl.expand_dims(gl.minimum((s_run + 1) << G, kv_len) - 1, 1)
-        of_block = 1 << ((s_run - first_run) >> LOG_RUN)
-        for member in range(group):
-            table_row = (batch_kv_head * group + member) * units + unit
-            listed = entries + table_row.to(gl.int64) * q_blocks
-            steps = gl.load(counts + table_row) * PARTS
-            following = gl.load(listed, mask=steps > 0, other=0)
-            for t in range(steps):
-                entry = following
-                following = gl.load(listed + gl.minimum(t + 1, steps - 1) // PARTS)
-                bits = (entry >> first_bit) & ((1 << BLOCKS) - 1)
-                x = multiplied + t
-                slot = x % SLOTS
-                if bits > 0:
-                    s = _start(k, q_ring, q_full, x, SLOTS, s_layout)
-                    dp = _start(v, dout_ring, dout_full, x, SLOTS, s_layout)
-                    shift = gl.expand_dims(G - lse2_ring.index(slot).load(s_column), 0)
-                    s = warpgroup_mma_wait(1, deps=[s])
-                    s = s * slope + shift
-                    if BLOCKS > 1:
-                        s = gl.where(gl.expand_dims(of_block & bits, 1) > 0, s, float("-inf"))
-                    if IS_CAUSAL:
-                        if entry & MASKED > 0:
-                            first = (entry >> LOG_ENTRY) * BLOCK_M + t % PARTS * ROWS
-                            m = gl.arange(0, ROWS, s_column) + (first + kv_len - q_len)
-                            s = gl.where(last <= gl.expand_dims(m, 0), s, float("-inf"))
-                    p = gl.exp2(s)
-                    delta = gl.expand_dims(delta_ring.index(slot).load(s_column), 0)
-                    dp = warpgroup_mma_wait(0, deps=[dp])
-                    weights = gl.convert_layout(p.to(dtype), p_layout)
-                    dv = warpgroup_mma(weights, dout_ring.index(slot), dv, is_async=True)
-                    ds = gl.convert_layout((p * (dp - delta)).to(dtype), p_layout)
-                    dk = warpgroup_mma(ds, q_ring.index(slot), dk, is_async=True)
-                    dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
-                else:
-                    mbarrier.wait(q_full.index(slot), (x // SLOTS) & 1)
-                    mbarrier.wait(dout_full.index(slot), (x // SLOTS) & 1)
-                mbarrier.arrive(empty.index(slot), count=1)
-            multiplied += steps
-
-        if G > 0:
-            here = pooled + (level_start(padded_len, G) - padded_len + run)
-            here = gl.expand_dims(here * D, 1) + column
-            gl.store(dk_pooled + here, dk * (1.0 / (1 << G)), mask=real)
-            gl.store(dv_pooled + here, dv * (1.0 / (1 << G)), mask=real)
-        else:
-            here = gl.expand_dims((batch_kv_head.to(gl.int64) * kv_len + run) * D, 1) + column
-            live = gl.expand_dims(run < kv_len, 1)
-            gl.store(dk_pointer + here, (dk * scale).to(dtype), mask=live)
-            gl.store(dv_pointer + here, dv.to(dtype), mask=live)
+    if G > 0:
+        here = pooled + (level_start(padded_len, G) - padded_len + run)
+        here = gl.expand_dims(here * D, 1) + column
+        gl.store(dk_pooled + here, dk * (1.0 / (1 << G)), mask=real)
+        gl.store(dv_pooled + here, dv * (1.0 / (1 << G)), mask=real)
+    else:
+        here = gl.expand_dims((batch_kv_head.to(gl.int64) * kv_len + run) * D, 1) + column
+        live = gl.expand_dims(run < kv_len, 1)
+        gl.store(dk_pointer + here, (dk * scale).to(dtype), mask=live)
+        gl.store(dv_pointer + here, dv.to(dtype), mask=live)
 
 
 @gluon.jit
@@ -266,9 +264,10 @@ def key_gradient_hopper(
     q_len,
     kv_len,
     padded_len,
+    head_rows,
+    skipped,
     q_blocks,
     units,
-    items,
     D: gl.constexpr,
     BLOCK_M: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
@@ -279,11 +278,10 @@ def key_gradient_hopper(
     COPY_REGISTERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):
-    """Grid: any number of programs. Arguments as in `key_gradient.key_gradient`, but
+    """Grid: units over all key heads. Arguments as in `key_gradient.key_gradient`, but
 
     entries, counts: `Units` of the level.
     q_pointer, dout_pointer and their strides: multiples of 16 bytes, as copies need them.
-    items: units over all key heads.
     """
     dtype: gl.constexpr = q_pointer.dtype.element_ty
     # Half of `units.UNIT_ROWS`.
@@ -326,9 +324,10 @@ def key_gradient_hopper(
                     q_len,
                     kv_len,
                     padded_len,
+                    head_rows,
+                    skipped,
                     q_blocks,
                     units,
-                    items,
                     k_tiles,
                     v_tiles,
                     q_ring,
@@ -364,9 +363,10 @@ def key_gradient_hopper(
                     q_len,
                     kv_len,
                     padded_len,
+                    head_rows,
+                    skipped,
                     q_blocks,
                     units,
-                    items,
                     k_tiles,
                     v_tiles,
                     q_ring,
@@ -399,7 +399,6 @@ def key_gradient_hopper(
                     q_len,
                     q_blocks,
                     units,
-                    items,
                     q_ring,
                     lse2_ring,
                     q_full,
@@ -424,7 +423,6 @@ def key_gradient_hopper(
                     q_len,
                     q_blocks,
                     units,
-                    items,
                     dout_ring,
                     delta_ring,
                     dout_full,
@@ -442,7 +440,7 @@ def key_gradient_hopper(
 
 def launch_key_gradient_hopper(
     q: Tensor,
-    pyramid: Pyramid,
+    rows: Rows,
     dout: Tensor,
     statistics: RowStatistics,
     units: Units,
@@ -469,14 +467,16 @@ def launch_key_gradient_hopper(
             f"HopperKeyGradConfig needs head dimension in {HEAD_DIMS}, float16 or bfloat16 and "
             f"compute capability 9.0, got {head_dim}, {q.dtype} and {capability(q)}"
         )
-    batch, kv_heads = pyramid.k.shape[:2]
+    k, v, head_rows, skipped = rows.of_level(g)
+    batch, kv_heads = k.shape[:2]
     q, dout = aligned_rows(q), aligned_rows(dout)
     count, q_blocks = units.entries.shape[2:]
-    items = batch * kv_heads * count
-    key_gradient_hopper[(items,)](
+    # Lists differ in length, and the hardware gives out programs of one unit each better than a
+    # fixed order does.
+    key_gradient_hopper[(batch * kv_heads * count,)](
         q,
-        pyramid.k,
-        pyramid.v,
+        k,
+        v,
         dout,
         statistics.lse2,
         statistics.delta,
@@ -493,9 +493,10 @@ def launch_key_gradient_hopper(
         q_len,
         kv_len,
         padded_length(kv_len, block_n),
+        head_rows,
+        skipped,
         q_blocks,
         count,
-        items,
         D=head_dim,
         BLOCK_M=block_m,
         LOG_BLOCK_N=block_n.bit_length() - 1,

@@ -20,9 +20,9 @@ from psa_torch.attention.triton.configs import PooledGradConfig
 from psa_torch.attention.triton.plan import Plan
 from psa_torch.attention.triton.products import load_queries, weights
 from psa_torch.attention.triton.row_statistics import RowStatistics
+from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.walk import gather_rows, level_start, load4, select4
 from psa_torch.kernels._launch import resident_programs
-from psa_torch.pyramid import Pyramid
 from shared_specs.pyramid import padded_length
 
 
@@ -50,6 +50,8 @@ def pooled_partials(
     q_len,
     kv_len,
     padded_len,
+    head_rows,
+    skipped,
     q_blocks,
     k_blocks,
     first_head,
@@ -69,6 +71,7 @@ def pooled_partials(
     """What query block `first_block + program` of head `first_head + program` owes to the rows it
     sees at level 2**G.
 
+    k_pointer, v_pointer, head_rows, skipped: see `Rows.of_level`.
     dk_slots, dv_slots: `[heads, round_blocks, padded_len >> G, D]` in the dtype of q. A row holds
     what it owes to each key that it covers, dk before the factor `scale` but times `dk_unit`,
     which is about as large. Key blocks that are not listed stay as they are. Rows that cover no
@@ -80,7 +83,7 @@ def pooled_partials(
     batch = (batch_head // heads).to(tl.int64)
     head = batch_head % heads
     kv_head = batch * (heads // group) + head // group
-    pyramid = kv_head * (2 * padded_len - padded_len // 8) * D
+    pyramid = (kv_head * head_rows - skipped) * D
     k_pointer += pyramid
     v_pointer += pyramid
     slots = (tl.program_id(1).to(tl.int64) * round_blocks + slot) * (padded_len >> G) * D
@@ -300,7 +303,7 @@ def round_size(
 
 def launch_pooled_gradient(
     q: Tensor,
-    pyramid: Pyramid,
+    rows: Rows,
     dout: Tensor,
     statistics: RowStatistics,
     by_query: Plan,
@@ -322,7 +325,8 @@ def launch_pooled_gradient(
         pooled: float32 `[2, B, Hk, P - Lk', D]`, whose rows of coarser levels are complete.
     """
     batch, heads, q_len, head_dim = q.shape
-    kv_heads = pyramid.k.shape[1]
+    k, v, head_rows, skipped = rows.of_level(g)
+    kv_heads = k.shape[1]
     padded_len = padded_length(kv_len, block_n)
     q_blocks, k_blocks = by_query.entries.shape[2:]
     slot_rows = padded_len >> g
@@ -343,8 +347,8 @@ def launch_pooled_gradient(
         blocks = min(round_blocks, q_blocks - first_block)
         pooled_partials[blocks, taken_heads](
             q,
-            pyramid.k,
-            pyramid.v,
+            k,
+            v,
             dout,
             statistics.lse2,
             statistics.delta,
@@ -360,6 +364,8 @@ def launch_pooled_gradient(
             q_len,
             kv_len,
             padded_len,
+            head_rows,
+            skipped,
             q_blocks,
             k_blocks,
             first_head,

@@ -7,6 +7,7 @@ from torch import Tensor
 from psa_torch.attention.triton.configs import HopperQueryGradConfig, QueryGradConfig
 from psa_torch.attention.triton.plan import Plan
 from psa_torch.attention.triton.row_statistics import LOG2E, RowStatistics
+from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.walk import (
     gather_rows,
     in_full_tiles,
@@ -17,7 +18,6 @@ from psa_torch.attention.triton.walk import (
     tile_ends,
 )
 from psa_torch.kernels._launch import cdiv
-from psa_torch.pyramid import Pyramid
 from shared_specs.pyramid import padded_length
 
 
@@ -139,7 +139,7 @@ def query_gradient(
 
 def launch_query_gradient(
     q: Tensor,
-    pyramid: Pyramid,
+    rows: Rows,
     dout: Tensor,
     statistics: RowStatistics,
     plan: Plan,
@@ -151,13 +151,14 @@ def launch_query_gradient(
     is_causal: bool,
     config: QueryGradConfig | HopperQueryGradConfig,
 ) -> Tensor:
-    """dq `[B, H, Lq, D]`; `plan` is the query plan of the level mask."""
+    """dq `[B, H, Lq, D]`; `plan` is the query plan of the level mask.
+
+    Args:
+        rows: for the plain kernel those of a pyramid in one place.
+    """
     heads, q_len = q.shape[1:3]
     dq = q.new_empty(q.shape)
     arguments = (
-        q,
-        pyramid.k,
-        pyramid.v,
         dout,
         statistics.lse2,
         statistics.delta,
@@ -167,7 +168,7 @@ def launch_query_gradient(
         *dout.stride()[:3],
         scale,
         heads,
-        heads // pyramid.k.shape[1],
+        heads // rows.k.shape[1],
         q_len,
         kv_len,
         padded_length(kv_len, block_n),
@@ -181,16 +182,25 @@ def launch_query_gradient(
         launch = query_gradient_hopper.launch
     else:
         launch = _launch
-    launch(arguments, config, block_m=block_m, block_n=block_n, IS_CAUSAL=is_causal)
+    launch(q, rows, arguments, config, block_m=block_m, block_n=block_n, IS_CAUSAL=is_causal)
     return dq
 
 
 def _launch(
-    arguments: tuple, config: QueryGradConfig, *, block_m: int, block_n: int, **constants
+    q: Tensor,
+    rows: Rows,
+    arguments: tuple,
+    config: QueryGradConfig,
+    *,
+    block_m: int,
+    block_n: int,
+    **constants,
 ) -> None:
-    q: Tensor = arguments[0]
     batch, heads, q_len, head_dim = q.shape
     query_gradient[cdiv(q_len, config.rows), batch * heads](
+        q,
+        rows.k,
+        rows.v,
         *arguments,
         D=head_dim,
         BLOCK_M=block_m,

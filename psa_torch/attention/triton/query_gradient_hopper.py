@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from psa_torch.attention.triton.configs import HopperQueryGradConfig
 from psa_torch.attention.triton.copies_hopper import COPY_THREADS, COPY_WARPS, boxes, copy_tiles
-from psa_torch.attention.triton.rows import rows_of_pyramid
+from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.softmax_hopper import operand
 from psa_torch.attention.triton.walk import (
     in_full_tiles,
@@ -30,7 +30,6 @@ from psa_torch.attention.triton.walk import (
     tile_ends,
 )
 from psa_torch.kernels._launch import capability, resident_programs
-from psa_torch.pyramid import Pyramid
 
 BLOCK_M = 128
 HEAD_DIMS = (64, 128)
@@ -41,6 +40,8 @@ LOG2E = gl.constexpr(1.4426950408889634)
 @gluon.jit
 def _copy_items(
     pointer,
+    pooled,
+    apart,
     long,
     half,
     entries,
@@ -53,6 +54,9 @@ def _copy_items(
     q_blocks,
     k_blocks,
     items,
+    key_rows,
+    pooled_rows,
+    skipped,
     ring,
     full,
     empty,
@@ -66,17 +70,17 @@ def _copy_items(
     copied = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         block, batch_head, kv_head = place_of_item(item, q_blocks, heads, group, IS_CAUSAL)
-        pyramid = kv_head * (2 * padded_len - padded_len // 8)
+        first_key = kv_head * key_rows
+        first_pooled = kv_head * pooled_rows - skipped
         table_row = (batch_head * q_blocks + block).to(gl.int64)
-        first_row = pyramid.to(gl.int32)
         copied += copy_tiles(
-            pointer + pyramid * D,
-            pointer + pyramid * D,
-            0,
+            pointer + first_key * D,
+            pooled + first_pooled * D,
+            apart + (first_pooled - first_key).to(gl.int32),
             long,
             half,
-            first_row,
-            first_row,
+            first_key.to(gl.int32),
+            first_pooled.to(gl.int32),
             entries + table_row * k_blocks,
             counts + table_row * 4,
             full_counts + table_row * 4,
@@ -347,6 +351,8 @@ def query_gradient_hopper(
     q_pointer,
     k_pointer,
     v_pointer,
+    k_pooled,
+    v_pooled,
     dout_pointer,
     lse2_pointer,
     delta_pointer,
@@ -369,6 +375,11 @@ def query_gradient_hopper(
     q_blocks,
     k_blocks,
     items,
+    key_rows,
+    pooled_rows,
+    skipped,
+    k_apart,
+    v_apart,
     k_long,
     k_half,
     v_long,
@@ -381,8 +392,13 @@ def query_gradient_hopper(
     COPY_REGISTERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):
-    """Grid: any number of programs. Arguments as in `query_gradient`, block_m 128; `items` is the
-    number of query blocks over all heads; k_long to v_half are the `boxes` of the pyramids."""
+    """Grid: any number of programs. Arguments as in `query_gradient`, block_m 128, but
+
+    items: query blocks over all heads.
+    k_pointer, v_pointer, k_pooled, v_pooled, key_rows, pooled_rows, skipped, k_apart,
+    v_apart: see `rows.Rows`.
+    k_long, v_long, k_half, v_half: see `copies_hopper.boxes`.
+    """
     dtype: gl.constexpr = q_pointer.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], dtype)
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
@@ -488,6 +504,8 @@ def query_gradient_hopper(
                 _copy_items,
                 (
                     k_pointer,
+                    k_pooled,
+                    k_apart,
                     k_long,
                     k_half,
                     entries,
@@ -500,6 +518,9 @@ def query_gradient_hopper(
                     q_blocks,
                     k_blocks,
                     items,
+                    key_rows,
+                    pooled_rows,
+                    skipped,
                     k_ring,
                     k_full,
                     empty,
@@ -514,6 +535,8 @@ def query_gradient_hopper(
                 _copy_items,
                 (
                     v_pointer,
+                    v_pooled,
+                    v_apart,
                     v_long,
                     v_half,
                     entries,
@@ -526,6 +549,9 @@ def query_gradient_hopper(
                     q_blocks,
                     k_blocks,
                     items,
+                    key_rows,
+                    pooled_rows,
+                    skipped,
                     v_ring,
                     v_full,
                     empty,
@@ -543,14 +569,23 @@ def query_gradient_hopper(
 
 
 def launch(
-    arguments: tuple, config: HopperQueryGradConfig, *, block_m: int, block_n: int, **constants
+    q: Tensor,
+    rows: Rows,
+    arguments: tuple,
+    config: HopperQueryGradConfig,
+    *,
+    block_m: int,
+    block_n: int,
+    **constants,
 ) -> None:
-    """Run the kernel on the run-time arguments of `query_gradient.query_gradient`.
+    """Run the kernel.
+
+    Args:
+        arguments: what comes after q, k and v in those of `query_gradient.query_gradient`.
 
     Raises:
         ValueError: the kernel has no instance for this head dimension, dtype, block or GPU.
     """
-    q: Tensor = arguments[0]
     batch, heads, q_len, head_dim = q.shape
     accepted = head_dim in HEAD_DIMS and q.dtype in DTYPES and block_m == BLOCK_M
     if not accepted or capability(q) != (9, 0):
@@ -562,9 +597,12 @@ def launch(
     items = (q_len + BLOCK_M - 1) // BLOCK_M * batch * heads
     # Shared memory holds one program per multiprocessor.
     query_gradient_hopper[(min(items, resident_programs(q, 1)),)](
+        q,
+        *rows[:4],
         *arguments,
         items,
-        *boxes(rows_of_pyramid(Pyramid(*arguments[1:3])), block_n, config.tile),
+        *rows.places(),
+        *boxes(rows, block_n, config.tile),
         D=head_dim,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         TILE=config.tile,

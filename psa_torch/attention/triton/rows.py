@@ -34,6 +34,13 @@ class Rows(NamedTuple):
     pooled_v: Tensor
     skipped: int
 
+    def of_level(self, g: int) -> tuple[Tensor, Tensor, int, int]:
+        """Where the rows of level `2**g` are: arrays of keys and of values, the rows of a head in
+        them, and how many pyramid rows they leave out at the start."""
+        if g == 0:
+            return self.k, self.v, self.k.shape[2], 0
+        return self.pooled_k, self.pooled_v, self.pooled_k.shape[2], self.skipped
+
     def places(self) -> tuple[int, int, int, int, int]:
         """Rows of a head in `k`, rows of a head in `pooled_k`, rows skipped, and how many rows of
         memory lie between the start of `k` and that of `pooled_k`, and the same for v."""
