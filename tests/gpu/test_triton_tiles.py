@@ -114,14 +114,17 @@ class TestHopperQueryGradient:
             for x in (dataclasses.replace(plain, query=config), plain)
         )
 
-    @pytest.mark.parametrize("tile,slots", [(64, 4), (128, 2)])
+    @pytest.mark.parametrize("tile,slots,beside", [(64, 4, True), (128, 2, False)])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_no_further_from_the_oracle_than_the_plain_kernel(self, case, dtype, tile, slots, rng):
+    def test_no_further_from_the_oracle_than_the_plain_kernel(
+        self, case, dtype, tile, slots, beside, rng
+    ):
         case = dataclasses.replace(case, dtype=dtype)
         inputs = case.inputs(rng, "cuda")
         want = expected(inputs, **settings(case))
-        got, plain = self.gradients(case, HopperQueryGradConfig(tile=tile, slots=slots), inputs)
+        config = HopperQueryGradConfig(tile=tile, slots=slots, beside=beside)
+        got, plain = self.gradients(case, config, inputs)
         error, plain_error = (np.linalg.norm(to_numpy(x) - want.dq) for x in (got, plain))
         assert (to_numpy(got)[np.isneginf(want.lse)] == 0).all()
         # The second part is for problems whose dq is nothing but rounding.

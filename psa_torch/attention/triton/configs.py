@@ -69,13 +69,19 @@ class HopperQueryGradConfig:
     """Warp-specialised dq for compute capability 9.0: 128 queries by `tile` pooled keys.
 
     slots: tiles of keys and of values in flight.
+    beside: add the keys of a tile while the weights of the next are made; needs two slots.
     multiply_registers, copy_registers: as in `HopperForwardConfig`.
     """
 
     tile: int
     slots: int
+    beside: bool = False
     multiply_registers: int = 232
     copy_registers: int = 40
+
+    def __post_init__(self) -> None:
+        if self.beside and self.slots < 2:
+            raise ValueError(f"slots must be at least 2 where beside is set, got {self.slots}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +154,7 @@ HOPPER_FORWARD = {
 
 HOPPER_QUERY_GRADIENT = {
     64: HopperQueryGradConfig(tile=128, slots=2),
-    128: HopperQueryGradConfig(tile=64, slots=4),
+    128: HopperQueryGradConfig(tile=64, slots=4, beside=True),
 }
 """By head dimension."""
 

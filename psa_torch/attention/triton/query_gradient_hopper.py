@@ -13,20 +13,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from psa_torch.attention.triton.configs import HopperQueryGradConfig
 from psa_torch.attention.triton.copies_hopper import COPY_THREADS, COPY_WARPS, boxes, copy_tiles
+from psa_torch.attention.triton.query_gradient_tiles_hopper import gradient_beside, gradient_in_turn
 from psa_torch.attention.triton.rows import Rows
-from psa_torch.attention.triton.softmax_hopper import operand
 from psa_torch.attention.triton.walk import (
     in_full_tiles,
     load4,
     place_of_item,
     tail_length,
-    tail_rows,
     tile_ends,
 )
 from psa_torch.kernels._launch import capability, resident_programs
@@ -98,85 +95,6 @@ def _copy_items(
 
 
 @gluon.jit
-def _start(rows, ring, full, t, SLOTS: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Starts rows x^T, x the tile `t` of a ring, as soon as that is in place."""
-    slot = t % SLOTS
-    mbarrier.wait(full.index(slot), (t // SLOTS) & 1)
-    # Gathered rows are ordinary writes; tensor cores read through another path.
-    fence_async_shared()
-    ROWS: gl.constexpr = rows.shape[0]
-    TILE: gl.constexpr = ring.shape[1]
-    zero = gl.zeros([ROWS, TILE], gl.float32, S_LAYOUT)
-    return warpgroup_mma(rows, ring.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _start_gradient(dq, ds, k_ring, t, SLOTS: gl.constexpr):
-    """Starts dq + ds k of tile `t`, which is in place."""
-    return warpgroup_mma(ds, k_ring.index(t % SLOTS), dq, is_async=True)
-
-
-@gluon.jit
-def _end_gradient(dq, ds, empty, t, outstanding: gl.constexpr, SLOTS: gl.constexpr):
-    """What `_start_gradient` began, before `outstanding` later products; then the place of the
-    tile is free."""
-    dq, ds = warpgroup_mma_wait(outstanding, deps=[dq, ds])
-    mbarrier.arrive(empty.index(t % SLOTS), count=1)
-    return dq
-
-
-@gluon.jit
-def _gradient_of_logits(p, dp, delta, dtype: gl.constexpr, O_LAYOUT: gl.constexpr):
-    """p * (dp - delta), an operand of the product with the keys."""
-    return operand(p * (dp - gl.expand_dims(delta, 1)), dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
-
-
-@gluon.jit
-def _tail_weights(
-    s,
-    slope,
-    lse2,
-    position,
-    listed,
-    lane,
-    n0,
-    n1,
-    n2,
-    n3,
-    done0,
-    done1,
-    done2,
-    done3,
-    padded_len,
-    kv_len,
-    LOG_BLOCK_N: gl.constexpr,
-    IS_CAUSAL: gl.constexpr,
-):
-    """Weights of a tile of the tail from its logits; `lane` are its positions in the tail."""
-    s_column: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    rows, last, bias = tail_rows(
-        listed,
-        lane,
-        n0,
-        n1,
-        n2,
-        n3,
-        done0,
-        done1,
-        done2,
-        done3,
-        padded_len,
-        kv_len,
-        LOG_BLOCK_N,
-    )
-    s = s * slope + gl.expand_dims(gl.convert_layout(bias, s_column), 0)
-    if IS_CAUSAL:
-        last = gl.expand_dims(gl.convert_layout(last, s_column), 0)
-        s = gl.where(last <= gl.expand_dims(position, 1), s, float("-inf"))
-    return gl.exp2(s - gl.expand_dims(lse2, 1))
-
-
-@gluon.jit
 def _multiply_tiles(
     part,
     q_pointer,
@@ -214,6 +132,7 @@ def _multiply_tiles(
     TILE: gl.constexpr,
     SLOTS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):
     """One multiplying warpgroup: 64 rows of each query block through every tile."""
     ROWS: gl.constexpr = 64
@@ -256,88 +175,33 @@ def _multiply_tiles(
         left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
         tiles = end3 + (left + TILE - 1) // TILE
 
-        dq = gl.zeros([ROWS, D], gl.float32, o_layout)
-        position = row + (kv_len - q_len)
-        if tiles > 0:
-            s = _start(q, k_ring, k_full, multiplied, SLOTS, s_layout)
-            s = warpgroup_mma_wait(0, deps=[s])
-            if end3 > 0:
-                g = (end0 <= 0).to(gl.int32) + (end1 <= 0).to(gl.int32) + (end2 <= 0).to(gl.int32)
-                p = gl.exp2(s * slope + gl.expand_dims(g.to(gl.float32) - lse2, 1))
-            else:
-                p = _tail_weights(
-                    s,
-                    slope,
-                    lse2,
-                    position,
-                    listed,
-                    lane,
-                    n0,
-                    n1,
-                    n2,
-                    n3,
-                    done0,
-                    done1,
-                    done2,
-                    done3,
-                    padded_len,
-                    kv_len,
-                    LOG_BLOCK_N,
-                    IS_CAUSAL,
-                )
-            dp = _start(dout, v_ring, v_full, multiplied, SLOTS, s_layout)
-            dp = warpgroup_mma_wait(0, deps=[dp])
-            ds = _gradient_of_logits(p, dp, delta, dtype, o_layout)
-
-            # The keys of one tile are added while the weights of the next are made.
-            for t in range(1, end3):
-                x = multiplied + t
-                g = (t >= end0).to(gl.int32) + (t >= end1).to(gl.int32) + (t >= end2).to(gl.int32)
-                shift = gl.expand_dims(g.to(gl.float32) - lse2, 1)
-                s = _start(q, k_ring, k_full, x, SLOTS, s_layout)
-                dp = _start(dout, v_ring, v_full, x, SLOTS, s_layout)
-                adding = _start_gradient(dq, ds, k_ring, x - 1, SLOTS)
-                s = warpgroup_mma_wait(2, deps=[s])
-                p = gl.exp2(s * slope + shift)
-                dp = warpgroup_mma_wait(1, deps=[dp])
-                following = _gradient_of_logits(p, dp, delta, dtype, o_layout)
-                dq = _end_gradient(adding, ds, empty, x - 1, 0, SLOTS)
-                ds = following
-
-            for t in range(gl.maximum(end3, 1), tiles):
-                x = multiplied + t
-                s = _start(q, k_ring, k_full, x, SLOTS, s_layout)
-                adding = _start_gradient(dq, ds, k_ring, x - 1, SLOTS)
-                s = warpgroup_mma_wait(1, deps=[s])
-                p = _tail_weights(
-                    s,
-                    slope,
-                    lse2,
-                    position,
-                    listed,
-                    (t - end3) * TILE + lane,
-                    n0,
-                    n1,
-                    n2,
-                    n3,
-                    done0,
-                    done1,
-                    done2,
-                    done3,
-                    padded_len,
-                    kv_len,
-                    LOG_BLOCK_N,
-                    IS_CAUSAL,
-                )
-                # The mask took the registers that this product needs until here.
-                dp = _start(dout, v_ring, v_full, x, SLOTS, s_layout)
-                dq = _end_gradient(adding, ds, empty, x - 1, 1, SLOTS)
-                dp = warpgroup_mma_wait(0, deps=[dp])
-                ds = _gradient_of_logits(p, dp, delta, dtype, o_layout)
-
-            last_tile = multiplied + tiles - 1
-            adding = _start_gradient(dq, ds, k_ring, last_tile, SLOTS)
-            dq = _end_gradient(adding, ds, empty, last_tile, 0, SLOTS)
+        gradient: gl.constexpr = gradient_beside if BESIDE else gradient_in_turn
+        dq = gradient(
+            gl.zeros([ROWS, D], gl.float32, o_layout),
+            q,
+            dout,
+            lse2,
+            delta,
+            row + (kv_len - q_len),
+            slope,
+            listed,
+            lane,
+            (n0, n1, n2, n3, done0, done1, done2, done3),
+            (end0, end1, end2, end3),
+            tiles,
+            multiplied,
+            padded_len,
+            kv_len,
+            k_ring,
+            v_ring,
+            k_full,
+            v_full,
+            empty,
+            LOG_BLOCK_N,
+            SLOTS,
+            IS_CAUSAL,
+            s_layout,
+        )
 
         # Nobody else reads these queries: their place serves to bring rows together.
         q.store((dq * scale).to(dtype))
@@ -391,6 +255,7 @@ def query_gradient_hopper(
     MULTIPLY_REGISTERS: gl.constexpr,
     COPY_REGISTERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):
     """Grid: any number of programs. Arguments as in `query_gradient`, block_m 128, but
 
@@ -398,6 +263,7 @@ def query_gradient_hopper(
     k_pointer, v_pointer, k_pooled, v_pooled, key_rows, pooled_rows, skipped, k_apart,
     v_apart: see `rows.Rows`.
     k_long, v_long, k_half, v_half: see `copies_hopper.boxes`.
+    BESIDE: which order of `query_gradient_tiles_hopper`.
     """
     dtype: gl.constexpr = q_pointer.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], dtype)
@@ -457,6 +323,7 @@ def query_gradient_hopper(
                     TILE,
                     SLOTS,
                     IS_CAUSAL,
+                    BESIDE,
                 ),
             ),
             (
@@ -498,6 +365,7 @@ def query_gradient_hopper(
                     TILE,
                     SLOTS,
                     IS_CAUSAL,
+                    BESIDE,
                 ),
             ),
             (
@@ -609,6 +477,7 @@ def launch(
         SLOTS=config.slots,
         MULTIPLY_REGISTERS=config.multiply_registers,
         COPY_REGISTERS=config.copy_registers,
+        BESIDE=config.beside,
         num_warps=4,
         **constants,
     )
