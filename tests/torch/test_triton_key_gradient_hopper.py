@@ -57,12 +57,14 @@ def interpreted(poisoned_memory):
         yield
 
 
-def gradients(inputs, want, config, *, block_n, coarsest=2, rows=rows_in_one_place, **settings):
-    """dk and dv, by the kernel under test up to level `2**coarsest` where it has an instance; lse
-    and out are the oracle's `want`."""
+def gradients(
+    inputs, want, config, *, block_n, coarsest=2, shortest=16, rows=rows_in_one_place, **settings
+):
+    """dk and dv, by the kernel under test up to level `2**coarsest` where blocks have `shortest`
+    rows; lse and out are the oracle's `want`."""
     q, k, v, levels, dout, dlse = inputs
     pooled = PooledGradConfig(tile=32, rows=64, warps=4, stages=1)
-    here = tuple(config if g <= coarsest and block_n >> g >= 16 else pooled for g in range(4))
+    here = tuple(config if g <= coarsest and block_n >> g >= shortest else pooled for g in range(4))
     out, lse = torch.from_numpy(want.out).float(), torch.from_numpy(want.lse).float()
     geometry = dict(block_n=block_n, **{x: settings[x] for x in ("block_m", "is_causal")})
     lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
@@ -144,11 +146,21 @@ def test_a_missing_wait_is_noticed(deaf, config, rng):
         check(got, want, inputs.dout)
 
 
-def test_what_the_kernel_cannot_do_is_refused(rng):
-    case = dataclasses.replace(BASE, head_dim=32)
+@pytest.mark.parametrize(
+    ("change", "config", "named"),
+    [
+        ({"head_dim": 32}, CONFIGS[0], "head dimension"),
+        ({"block_m": 64}, CONFIGS[2], "block_m"),
+        ({"block_n": 32}, CONFIGS[0], "rows of a key block"),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_cannot_do_is_refused(change, config, named, rng):
+    case = dataclasses.replace(BASE, **change)
     inputs, settings = case.inputs(rng), settings_of(case)
-    with pytest.raises(ValueError, match="head dimension"):
-        gradients(inputs, expected(inputs, **settings), CONFIGS[0], **settings)
+    want = expected(inputs, **settings)
+    with pytest.raises(ValueError, match=named):
+        gradients(inputs, want, config, shortest=8, **settings)
 
 
 @pytest.mark.parametrize("g", range(3))

@@ -20,9 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from psa_torch.attention.triton.configs import HopperKeyGradConfig
 from psa_torch.attention.triton.copies_hopper import COPY_THREADS, COPY_WARPS, copy_async
+from psa_torch.attention.triton.products_hopper import start_with_tile
 from psa_torch.attention.triton.row_statistics import LOG2E, RowStatistics
 from psa_torch.attention.triton.rows import Rows, aligned_rows
-from psa_torch.attention.triton.units import LOG_ENTRY, MASKED, Units
+from psa_torch.attention.triton.units import LEAST_RUN, LOG_ENTRY, MASKED, Units
 from psa_torch.attention.triton.walk import level_start
 from psa_torch.kernels._launch import capability
 from shared_specs.pyramid import padded_length
@@ -40,7 +41,7 @@ def _place(units, kv_heads):
 
 
 @gluon.jit
-def _copy_items(
+def _copy_queries(
     pointer,
     numbers_pointer,
     stride_b,
@@ -91,20 +92,7 @@ def _copy_items(
 
 
 @gluon.jit
-def _start(rows, ring, full, x, SLOTS: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Starts rows y^T, y the tile `x` of a ring, as soon as that is in place."""
-    slot = x % SLOTS
-    mbarrier.wait(full.index(slot), (x // SLOTS) & 1)
-    # Gathered rows are ordinary writes; tensor cores read through another path.
-    fence_async_shared()
-    OWN: gl.constexpr = rows.shape[0]
-    ROWS: gl.constexpr = ring.shape[1]
-    zero = gl.zeros([OWN, ROWS], gl.float32, S_LAYOUT)
-    return warpgroup_mma(rows, ring.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _multiply_items(
+def _multiply_unit(
     part,
     k_pointer,
     v_pointer,
@@ -140,7 +128,7 @@ def _multiply_items(
     SLOTS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):
-    """One multiplying warpgroup: its half of each unit through every tile of queries."""
+    """One multiplying warpgroup: its half of the unit through every tile of queries."""
     OWN: gl.constexpr = k_tiles.shape[1]
     ROWS: gl.constexpr = q_ring.shape[1]
     PARTS: gl.constexpr = BLOCK_M // ROWS
@@ -200,8 +188,8 @@ def _multiply_items(
             x = multiplied + t
             slot = x % SLOTS
             if bits > 0:
-                s = _start(k, q_ring, q_full, x, SLOTS, s_layout)
-                dp = _start(v, dout_ring, dout_full, x, SLOTS, s_layout)
+                s = start_with_tile(k, q_ring, q_full, x, SLOTS, s_layout)
+                dp = start_with_tile(v, dout_ring, dout_full, x, SLOTS, s_layout)
                 shift = gl.expand_dims(G - lse2_ring.index(slot).load(s_column), 0)
                 s = warpgroup_mma_wait(1, deps=[s])
                 s = s * slope + shift
@@ -307,7 +295,7 @@ def key_gradient_hopper(
     gl.warp_specialize(
         [
             (
-                _multiply_items,
+                _multiply_unit,
                 (
                     0,
                     k_pointer,
@@ -346,7 +334,7 @@ def key_gradient_hopper(
                 ),
             ),
             (
-                _multiply_items,
+                _multiply_unit,
                 (
                     1,
                     k_pointer,
@@ -385,7 +373,7 @@ def key_gradient_hopper(
                 ),
             ),
             (
-                _copy_items,
+                _copy_queries,
                 (
                     q_pointer,
                     lse2_pointer,
@@ -409,7 +397,7 @@ def key_gradient_hopper(
                 ),
             ),
             (
-                _copy_items,
+                _copy_queries,
                 (
                     dout_pointer,
                     delta_pointer,
@@ -459,13 +447,16 @@ def launch_key_gradient_hopper(
     """As `key_gradient.launch_key_gradient`; `units` are those of the level.
 
     Raises:
-        ValueError: the kernel has no instance for this head dimension, dtype or GPU.
+        ValueError: the kernel has no instance for this head dimension, dtype, block or GPU.
     """
     heads, q_len, head_dim = q.shape[1:]
-    if head_dim not in HEAD_DIMS or q.dtype not in DTYPES or capability(q) != (9, 0):
+    accepted = head_dim in HEAD_DIMS and q.dtype in DTYPES and block_m % config.rows == 0
+    if not accepted or block_n >> g < LEAST_RUN or capability(q) != (9, 0):
         raise ValueError(
-            f"HopperKeyGradConfig needs head dimension in {HEAD_DIMS}, float16 or bfloat16 and "
-            f"compute capability 9.0, got {head_dim}, {q.dtype} and {capability(q)}"
+            f"HopperKeyGradConfig needs head dimension in {HEAD_DIMS}, float16 or bfloat16, "
+            f"block_m a multiple of its rows ({config.rows}), {LEAST_RUN} rows of a key block and "
+            f"compute capability 9.0, got {head_dim}, {q.dtype}, {block_m}, {block_n >> g} and "
+            f"{capability(q)}"
         )
     k, v, head_rows, skipped = rows.of_level(g)
     batch, kv_heads = k.shape[:2]

@@ -8,27 +8,14 @@ the tensor cores busier where a product is long (head dimension 128) and is slow
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from psa_torch.attention.triton.products_hopper import start_with_tile
 from psa_torch.attention.triton.softmax_hopper import operand
 from psa_torch.attention.triton.walk import tail_rows
-
-
-@gluon.jit
-def _start(rows, ring, full, t, SLOTS: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Starts rows x^T, x the tile `t` of a ring, as soon as that is in place."""
-    slot = t % SLOTS
-    mbarrier.wait(full.index(slot), (t // SLOTS) & 1)
-    # Gathered rows are ordinary writes; tensor cores read through another path.
-    fence_async_shared()
-    ROWS: gl.constexpr = rows.shape[0]
-    TILE: gl.constexpr = ring.shape[1]
-    zero = gl.zeros([ROWS, TILE], gl.float32, S_LAYOUT)
-    return warpgroup_mma(rows, ring.index(slot).permute([1, 0]), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -144,8 +131,8 @@ def gradient_in_turn(
     end0, end1, end2, end3 = ends
     for t in range(end3):
         x = first + t
-        s = _start(q, k_ring, k_full, x, SLOTS, S_LAYOUT)
-        dp = _start(dout, v_ring, v_full, x, SLOTS, S_LAYOUT)
+        s = start_with_tile(q, k_ring, k_full, x, SLOTS, S_LAYOUT)
+        dp = start_with_tile(dout, v_ring, v_full, x, SLOTS, S_LAYOUT)
         s = warpgroup_mma_wait(1, deps=[s])
         p = _full_weights(s, slope, lse2, t, ends)
         dp = warpgroup_mma_wait(0, deps=[dp])
@@ -155,7 +142,7 @@ def gradient_in_turn(
 
     for t in range(end3, tiles):
         x = first + t
-        s = _start(q, k_ring, k_full, x, SLOTS, S_LAYOUT)
+        s = start_with_tile(q, k_ring, k_full, x, SLOTS, S_LAYOUT)
         s = warpgroup_mma_wait(0, deps=[s])
         p = _tail_weights(
             s,
@@ -171,7 +158,7 @@ def gradient_in_turn(
             IS_CAUSAL,
         )
         # The mask took the registers that this product needs until here.
-        dp = _start(dout, v_ring, v_full, x, SLOTS, S_LAYOUT)
+        dp = start_with_tile(dout, v_ring, v_full, x, SLOTS, S_LAYOUT)
         dp = warpgroup_mma_wait(0, deps=[dp])
         ds = _gradient_of_logits(p, dp, delta, DTYPE, O_LAYOUT)
         adding = _start_gradient(dq, ds, k_ring, x, SLOTS)
@@ -213,7 +200,7 @@ def gradient_beside(
     O_LAYOUT: gl.constexpr = dq.type.layout
     end0, end1, end2, end3 = ends
     if tiles > 0:
-        s = _start(q, k_ring, k_full, first, SLOTS, S_LAYOUT)
+        s = start_with_tile(q, k_ring, k_full, first, SLOTS, S_LAYOUT)
         s = warpgroup_mma_wait(0, deps=[s])
         if end3 > 0:
             p = _full_weights(s, slope, lse2, 0, ends)
@@ -231,14 +218,14 @@ def gradient_beside(
                 LOG_BLOCK_N,
                 IS_CAUSAL,
             )
-        dp = _start(dout, v_ring, v_full, first, SLOTS, S_LAYOUT)
+        dp = start_with_tile(dout, v_ring, v_full, first, SLOTS, S_LAYOUT)
         dp = warpgroup_mma_wait(0, deps=[dp])
         ds = _gradient_of_logits(p, dp, delta, DTYPE, O_LAYOUT)
 
         for t in range(1, end3):
             x = first + t
-            s = _start(q, k_ring, k_full, x, SLOTS, S_LAYOUT)
-            dp = _start(dout, v_ring, v_full, x, SLOTS, S_LAYOUT)
+            s = start_with_tile(q, k_ring, k_full, x, SLOTS, S_LAYOUT)
+            dp = start_with_tile(dout, v_ring, v_full, x, SLOTS, S_LAYOUT)
             adding = _start_gradient(dq, ds, k_ring, x - 1, SLOTS)
             s = warpgroup_mma_wait(2, deps=[s])
             p = _full_weights(s, slope, lse2, t, ends)
@@ -249,7 +236,7 @@ def gradient_beside(
 
         for t in range(gl.maximum(end3, 1), tiles):
             x = first + t
-            s = _start(q, k_ring, k_full, x, SLOTS, S_LAYOUT)
+            s = start_with_tile(q, k_ring, k_full, x, SLOTS, S_LAYOUT)
             adding = _start_gradient(dq, ds, k_ring, x - 1, SLOTS)
             s = warpgroup_mma_wait(1, deps=[s])
             p = _tail_weights(
@@ -266,7 +253,7 @@ def gradient_beside(
                 IS_CAUSAL,
             )
             # The mask took the registers that this product needs until here.
-            dp = _start(dout, v_ring, v_full, x, SLOTS, S_LAYOUT)
+            dp = start_with_tile(dout, v_ring, v_full, x, SLOTS, S_LAYOUT)
             dq = _end_gradient(adding, ds, empty, x - 1, 1, SLOTS)
             dp = warpgroup_mma_wait(0, deps=[dp])
             ds = _gradient_of_logits(p, dp, delta, DTYPE, O_LAYOUT)

@@ -18,6 +18,9 @@ from psa_torch.kernels.table import plan_of_blocks, warps_for_row
 UNIT_ROWS = 128
 """Pyramid rows of a unit, half of them for each warpgroup that multiplies."""
 
+LEAST_RUN = 16
+"""Rows of a key block at the level: the blocks of a unit have eight bits."""
+
 MASKED = tl.constexpr(1 << 8)
 """Bit of an entry that says that causality hides a part; those below name the key blocks."""
 
@@ -51,7 +54,8 @@ def build_units(
     Args:
         levels: int32 `[B, H, Nq, Nk]`, any strides.
         q_len, kv_len: queries and keys.
-        block_m, block_n: queries and keys per block; at least 16 rows of a block at the level.
+        block_m, block_n: queries and keys per block, of which the latter has at least `LEAST_RUN`
+            rows at the level.
         is_causal: leave out query blocks of which no key is visible.
     """
     batch, heads, q_blocks, k_blocks = levels.shape
