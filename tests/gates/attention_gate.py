@@ -75,7 +75,7 @@ LOOP_BUDGETS = {
     ("query_gradient_hopper", 128): 328,
     ("key_gradient", 64): 575,
     ("key_gradient", 128): 720,
-    ("key_gradient_hopper", 64): 425,
+    ("key_gradient_hopper", 64): 466,
     ("key_gradient_hopper", 128): 525,
     ("pooled_partials", 64): 800,
     ("pooled_partials", 128): 1000,
@@ -85,7 +85,7 @@ LOOP_BUDGETS = {
 SPILLS = {
     "attention_forward_hopper": 294,
     "query_gradient": 64,
-    "query_gradient_hopper": 396,
+    "query_gradient_hopper": 364,
     "key_gradient": 700,
     "key_gradient_hopper": 244,
     "pooled_partials": 620,
