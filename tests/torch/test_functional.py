@@ -108,6 +108,15 @@ def test_overrides_replace_fields(rng):
     torch.testing.assert_close(psa_attention(q, k, v, mask_ratios=ratios), dense)
 
 
+@pytest.mark.parametrize(("name", "good", "bad"), [("causal", True, 1), ("sink_blocks", 1, True)])
+def test_an_override_is_not_taken_for_one_that_equals_it(name, good, bad, rng):
+    """Results are kept, and True == 1."""
+    q, k, v = tensors(rng)
+    psa_attention(q, k, v, **{name: good})
+    with pytest.raises(TypeError, match=name):
+        psa_attention(q, k, v, **{name: bad})
+
+
 @pytest.mark.parametrize("method", ["Gilbert", "STA", "SemanticAware", "Hybrid"])
 @pytest.mark.parametrize("position", ["start", "end"])
 def test_token_orders_are_applied_and_undone(method, position, rng):
