@@ -42,18 +42,13 @@ def hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
-def settings(case: Case) -> dict:
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    return {**case.settings(), "scale": scale}
-
-
 def check(case: Case, config, rng) -> None:
     """Within a few rounding steps of the dtype from the oracle."""
     inputs = case.inputs(rng, "cuda")
     q, k, v, levels = inputs[:4]
-    out, lse = forward(q, k, v, levels, config=config, **settings(case))
+    out, lse = forward(q, k, v, levels, config=config, **case.kernel_settings())
     arrays = (to_numpy(q), to_numpy(k), to_numpy(v), levels.cpu().numpy())
-    want, want_lse = oracle.sparse_attention(*arrays, return_lse=True, **settings(case))
+    want, want_lse = oracle.sparse_attention(*arrays, return_lse=True, **case.kernel_settings())
     blind = np.isneginf(want_lse)
     np.testing.assert_array_equal(np.isneginf(to_numpy(lse)), blind)
     assert (to_numpy(out)[blind] == 0).all()
@@ -83,8 +78,8 @@ class TestHopperForward:
         wide = torch.full((*q.shape[:3], q.shape[3] + gap), torch.nan, device="cuda").to(q.dtype)
         wide[..., :-gap] = q
         for x, y in zip(
-            forward(wide[..., :-gap], k, v, levels, config=HOPPER[128], **settings(case)),
-            forward(q, k, v, levels, config=HOPPER[128], **settings(case)),
+            forward(wide[..., :-gap], k, v, levels, config=HOPPER[128], **case.kernel_settings()),
+            forward(q, k, v, levels, config=HOPPER[128], **case.kernel_settings()),
             strict=True,
         ):
             assert torch.equal(x, y)
@@ -93,7 +88,7 @@ class TestHopperForward:
         case = dataclasses.replace(CASES[3], dtype=torch.bfloat16)
         q, k, v, levels = case.inputs(rng, "cuda")[:4]
         calls = [
-            forward(q, k, v, levels, config=HOPPER[case.head_dim], **settings(case))
+            forward(q, k, v, levels, config=HOPPER[case.head_dim], **case.kernel_settings())
             for _ in range(5)
         ]
         for out, lse in calls[1:]:
@@ -108,9 +103,9 @@ class TestHopperQueryGradient:
         q, k, v, levels, dout, dlse = inputs
         key = ((9, 0), case.head_dim, case.dtype, case.block_m, case.block_n)
         plain = configs.choose_plain_backward(*key)
-        out, lse = forward(q, k, v, levels, **settings(case))
+        out, lse = forward(q, k, v, levels, **case.kernel_settings())
         return tuple(
-            backward(dout, dlse, q, k, v, levels, out, lse, config=x, **settings(case))[0]
+            backward(dout, dlse, q, k, v, levels, out, lse, config=x, **case.kernel_settings())[0]
             for x in (dataclasses.replace(plain, query=config), plain)
         )
 
@@ -122,7 +117,7 @@ class TestHopperQueryGradient:
     ):
         case = dataclasses.replace(case, dtype=dtype)
         inputs = case.inputs(rng, "cuda")
-        want = expected(inputs, **settings(case))
+        want = expected(inputs, **case.kernel_settings())
         config = HopperQueryGradConfig(tile=tile, slots=slots, beside=beside)
         got, plain = self.gradients(case, config, inputs)
         error, plain_error = (np.linalg.norm(to_numpy(x) - want.dq) for x in (got, plain))
@@ -148,9 +143,9 @@ class TestHopperKeyGradient:
         key = ((9, 0), case.head_dim, case.dtype, case.block_m, case.block_n)
         plain = configs.choose_plain_backward(*key)
         by_key = (config if isinstance(x, configs.KeyGradConfig) else x for x in plain.key)
-        out, lse = forward(q, k, v, levels, **settings(case))
+        out, lse = forward(q, k, v, levels, **case.kernel_settings())
         return tuple(
-            backward(dout, dlse, q, k, v, levels, out, lse, config=x, **settings(case))[1:]
+            backward(dout, dlse, q, k, v, levels, out, lse, config=x, **case.kernel_settings())[1:]
             for x in (dataclasses.replace(plain, key=tuple(by_key)), plain)
         )
 
@@ -159,7 +154,7 @@ class TestHopperKeyGradient:
     def test_no_further_from_the_oracle_than_the_plain_kernel(self, case, dtype, slots, rng):
         case = dataclasses.replace(case, dtype=dtype)
         inputs = case.inputs(rng, "cuda")
-        want = expected(inputs, **settings(case))
+        want = expected(inputs, **case.kernel_settings())
         config = HopperKeyGradConfig(rows=64, slots=slots)
         for *both, right in zip(
             *self.gradients(case, config, inputs), (want.dk, want.dv), strict=True

@@ -64,6 +64,11 @@ class Case:
         names = ("block_m", "block_n", "scale", "is_causal")
         return {name: getattr(self, name) for name in names}
 
+    def kernel_settings(self) -> dict:
+        """`settings` with the scale that None stands for, as kernels take them."""
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return {**self.settings(), "scale": scale}
+
     def inputs(self, rng: np.random.Generator, device: str = "cpu") -> Inputs:
         q_shape = (self.batch, self.heads, self.q_len, self.head_dim)
         kv_shape = (self.batch, self.kv_heads, self.kv_len, self.head_dim)

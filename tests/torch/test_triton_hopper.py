@@ -49,8 +49,7 @@ CONFIGS = [HopperForwardConfig(tile=64, slots=2), HopperForwardConfig(tile=128, 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_the_oracle(case, config, rng):
     inputs = case.inputs(rng)
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    settings = {**case.settings(), "scale": scale}
+    settings = case.kernel_settings()
     out, lse = forward(*inputs[:4], config=config, **settings)
     want = expected(inputs, **settings)
     torch.testing.assert_close(out.double(), torch.from_numpy(want.out), rtol=1e-5, atol=2e-6)

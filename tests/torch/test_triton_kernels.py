@@ -36,20 +36,15 @@ def poisoned():
     torch.use_deterministic_algorithms(before)
 
 
-def settings(case: Case) -> dict:
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    return {**case.settings(), "scale": scale}
-
-
 def check(case: Case, rng, forward_config=None, backward_config=None) -> Results:
     inputs = case.inputs(rng)
     q, k, v, levels, dout, dlse = inputs
-    out, lse = forward(q, k, v, levels, config=forward_config, **settings(case))
+    out, lse = forward(q, k, v, levels, config=forward_config, **case.kernel_settings())
     grads = backward(
-        dout, dlse, q, k, v, levels, out, lse, config=backward_config, **settings(case)
+        dout, dlse, q, k, v, levels, out, lse, config=backward_config, **case.kernel_settings()
     )
     got = Results(*(to_numpy(x) for x in (out, lse, *grads)))
-    assert_close(got, expected(inputs, **settings(case)), TOLERANCE)
+    assert_close(got, expected(inputs, **case.kernel_settings()), TOLERANCE)
     return got
 
 
@@ -94,8 +89,8 @@ def test_rows_of_long_streams_run_in_full_tiles(rng):
 def test_any_scale(scale, rng):
     case = Case(batch=1, heads=1, kv_heads=1, block_n=32, scale=scale, head_dim=64)
     inputs = case.inputs(rng)
-    out, lse = forward(*inputs[:4], **settings(case))
-    want = expected(inputs, **settings(case))
+    out, lse = forward(*inputs[:4], **case.kernel_settings())
+    want = expected(inputs, **case.kernel_settings())
     # Rounding of the largest logits is what float32 leaves.
     tolerance = max(TOLERANCE, 2**-23 * np.abs(want.lse).max())
     assert np.abs(to_numpy(out) - want.out).max() <= tolerance * np.abs(to_numpy(inputs.v)).max()
@@ -108,7 +103,7 @@ def test_logits_below_every_finite_sentinel_keep_their_weight(rng):
     inputs = case.inputs(rng)
     q, k = torch.zeros_like(inputs.q), torch.zeros_like(inputs.k)
     q[..., 0], k[..., 0] = 1e18, -1e18
-    out, lse = forward(q, k, inputs.v, inputs.levels, **settings(case))
+    out, lse = forward(q, k, inputs.v, inputs.levels, **case.kernel_settings())
     mean = inputs.v.double().mean(2, keepdim=True).expand(out.shape)
     torch.testing.assert_close(out.double(), mean, atol=1e-6, rtol=0)
     logit = -1e36 * case.head_dim**-0.5
@@ -151,9 +146,9 @@ def test_gradient_of_lse_is_optional(rng):
     inputs = case.inputs(rng)
     inputs.dlse.zero_()
     q, k, v, levels, dout, dlse = inputs
-    out, lse = forward(q, k, v, levels, **settings(case))
-    given = backward(dout, dlse, q, k, v, levels, out, lse, **settings(case))
-    absent = backward(dout, None, q, k, v, levels, out, lse, **settings(case))
+    out, lse = forward(q, k, v, levels, **case.kernel_settings())
+    given = backward(dout, dlse, q, k, v, levels, out, lse, **case.kernel_settings())
+    absent = backward(dout, None, q, k, v, levels, out, lse, **case.kernel_settings())
     for x, y in zip(given, absent, strict=True):
         assert torch.equal(x, y)
 
@@ -161,8 +156,8 @@ def test_gradient_of_lse_is_optional(rng):
 def test_no_batch(rng):
     case = Case(batch=0)
     q, k, v, levels, dout, dlse = case.inputs(rng)
-    out, lse = forward(q, k, v, levels, **settings(case))
-    grads = backward(dout, dlse, q, k, v, levels, out, lse, **settings(case))
+    out, lse = forward(q, k, v, levels, **case.kernel_settings())
+    grads = backward(dout, dlse, q, k, v, levels, out, lse, **case.kernel_settings())
     assert out.shape == q.shape and [x.shape for x in grads] == [q.shape, k.shape, v.shape]
 
 

@@ -15,7 +15,7 @@ from psa_torch.attention.triton.configs import (
 )
 from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.attention.triton.row_statistics import launch_row_statistics
-from psa_torch.attention.triton.units import LOG_ENTRY, MASKED, UNIT_ROWS, build_units
+from psa_torch.attention.triton.units import LEAST_RUN, LOG_ENTRY, MASKED, UNIT_ROWS, build_units
 from shared_specs.constants import LEVELS
 from tests.torch import gluon_interpreter
 from tests.torch.attention_contract import Case, expected
@@ -58,7 +58,15 @@ def interpreted(poisoned_memory):
 
 
 def gradients(
-    inputs, want, config, *, block_n, coarsest=2, shortest=16, rows=rows_in_one_place, **settings
+    inputs,
+    want,
+    config,
+    *,
+    block_n,
+    coarsest=2,
+    shortest=LEAST_RUN,
+    rows=rows_in_one_place,
+    **settings,
 ):
     """dk and dv, by the kernel under test up to level `2**coarsest` where blocks have `shortest`
     rows; lse and out are the oracle's `want`."""
@@ -83,11 +91,6 @@ def gradients(
     )
 
 
-def settings_of(case: Case) -> dict:
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    return {**case.settings(), "scale": scale}
-
-
 def check(got, want, dout) -> None:
     for x, right in zip(got, (want.dk, want.dv), strict=True):
         # The second part is for rows of one key, where dp and delta cancel all but dlse.
@@ -100,22 +103,28 @@ def check(got, want, dout) -> None:
 def test_against_the_oracle(case, config, rng):
     if config.rows > case.block_m:
         pytest.skip("a tile of queries is a block of them at most")
-    inputs, settings = case.inputs(rng), settings_of(case)
+    inputs, settings = case.inputs(rng), case.kernel_settings()
     want = expected(inputs, **settings)
     check(gradients(inputs, want, config, **settings), want, inputs.dout)
 
 
 def test_strided_queries_and_gradients(rng):
     case = dataclasses.replace(BASE, batch=2, is_causal=True)
-    inputs, settings = case.inputs(rng), settings_of(case)
+    inputs, settings = case.inputs(rng), case.kernel_settings()
     want = expected(inputs, **settings)
     views = inputs._replace(q=strided(inputs.q), dout=strided(inputs.dout))
-    check(gradients(views, want, CONFIGS[1], **settings), want, inputs.dout)
+    launch = mock.Mock(wraps=hopper.launch_key_gradient_hopper)
+    with mock.patch.object(hopper, "launch_key_gradient_hopper", launch):
+        check(gradients(views, want, CONFIGS[1], **settings), want, inputs.dout)
+    # Copied where copies could not start at their rows, and once for all levels.
+    first, *others = [(call.args[0], call.args[2]) for call in launch.call_args_list]
+    assert all(step % 16 == 0 for x in first for step in x.stride()[:3])
+    assert len(others) == 2 and all(q is first[0] and dout is first[1] for q, dout in others)
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_level_1_copied_is_level_1_in_place(case, rng):
-    inputs, settings = case.inputs(rng), settings_of(case)
+    inputs, settings = case.inputs(rng), case.kernel_settings()
     want = expected(inputs, **settings)
     in_place = gradients(inputs, want, CONFIGS[1], **settings)
     copied = gradients(inputs, want, CONFIGS[1], **settings, rows=rows_copied)
@@ -124,7 +133,7 @@ def test_level_1_copied_is_level_1_in_place(case, rng):
 
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
 def test_plain_kernels_read_level_1_in_place_too(case, rng):
-    inputs, settings = case.inputs(rng), settings_of(case)
+    inputs, settings = case.inputs(rng), case.kernel_settings()
     want = expected(inputs, **settings)
     plain = KeyGradConfig(keys=16, rows=64, warps=4, stages=1)
     check(gradients(inputs, want, plain, **settings), want, inputs.dout)
@@ -135,7 +144,7 @@ def test_plain_kernels_read_level_1_in_place_too(case, rng):
 def test_a_missing_wait_is_noticed(deaf, config, rng):
     """Without one of its waits the kernel gives a wrong answer or never ends."""
     case = dataclasses.replace(BASE, heads=1, q_len=1000, kv_len=128, level=1)
-    inputs, settings = case.inputs(rng), settings_of(case)
+    inputs, settings = case.inputs(rng), case.kernel_settings()
     want = expected(inputs, **settings)
     place = ["q_full", "dout_full", "empty"].index(deaf)
     with (
@@ -157,7 +166,7 @@ def test_a_missing_wait_is_noticed(deaf, config, rng):
 )
 def test_what_the_kernel_cannot_do_is_refused(change, config, named, rng):
     case = dataclasses.replace(BASE, **change)
-    inputs, settings = case.inputs(rng), settings_of(case)
+    inputs, settings = case.inputs(rng), case.kernel_settings()
     want = expected(inputs, **settings)
     with pytest.raises(ValueError, match=named):
         gradients(inputs, want, config, shortest=8, **settings)
@@ -166,7 +175,7 @@ def test_what_the_kernel_cannot_do_is_refused(change, config, named, rng):
 @pytest.mark.parametrize("g", range(3))
 @pytest.mark.parametrize("case", [c for c in CASES if c.batch == 1], ids=str)
 def test_units_list_what_any_of_their_blocks_sees(case, g, rng):
-    if case.block_n >> g < 16:
+    if case.block_n >> g < LEAST_RUN:
         pytest.skip("such a level has no units")
     levels = case.levels(rng)
     lengths = dict(q_len=case.q_len, kv_len=case.kv_len)

@@ -41,22 +41,17 @@ def all_pooled(case: Case, workspace=2**30, tile=32, rows=None) -> BackwardConfi
     return dataclasses.replace(shipped, key=(key, pooled, pooled, pooled))
 
 
-def settings(case: Case) -> dict:
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    return {**case.settings(), "scale": scale}
-
-
 def gradients(case: Case, inputs, config: BackwardConfig) -> Results:
     q, k, v, levels, dout, dlse = inputs
-    out, lse = forward(q, k, v, levels, **settings(case))
-    grads = backward(dout, dlse, q, k, v, levels, out, lse, config=config, **settings(case))
+    out, lse = forward(q, k, v, levels, **case.kernel_settings())
+    grads = backward(dout, dlse, q, k, v, levels, out, lse, config=config, **case.kernel_settings())
     return Results(*(to_numpy(x) for x in (out, lse, *grads)))
 
 
 def check(case: Case, rng, **config) -> None:
     inputs = case.inputs(rng)
     got = gradients(case, inputs, all_pooled(case, **config))
-    errors = relative_errors(got, expected(inputs, **settings(case)))
+    errors = relative_errors(got, expected(inputs, **case.kernel_settings()))
     assert max(errors.values()) <= FLOAT32_TOLERANCE, errors
 
 
@@ -106,7 +101,7 @@ def test_any_scale(scale, rng):
     case = dataclasses.replace(ONE, scale=scale, level=8)
     inputs = case.inputs(rng)
     errors = relative_errors(
-        gradients(case, inputs, all_pooled(case)), expected(inputs, **settings(case))
+        gradients(case, inputs, all_pooled(case)), expected(inputs, **case.kernel_settings())
     )
     # Rounding of logits near 1000 is what float32 leaves of the largest scale.
     assert max(errors.values()) <= (2e-3 if scale > 1 else FLOAT32_TOLERANCE), errors
@@ -118,7 +113,7 @@ def test_rounded_slots_are_within_twice_the_plain_error(dtype, rng):
     case = dataclasses.replace(ONE, dtype=dtype, q_len=1000, kv_len=256)
     inputs = case.inputs(rng)
     inputs.levels[..., 0] = 1  # the yardstick has no rule for rows that see nothing
-    want = expected(inputs, **settings(case))
+    want = expected(inputs, **case.kernel_settings())
     errors = relative_errors(gradients(case, inputs, all_pooled(case)), want)
     plain = relative_errors(plain_attention(inputs, **case.settings()), want)
     assert all(errors[name] <= 2 * plain[name] for name in plain), (errors, plain)
@@ -142,14 +137,20 @@ def test_a_slot_that_nobody_wrote_shows(rng):
     too_many = key_plan(levels, **lengths, **geometry)
     levels[0, 0, 1, 2] = 0
     right = key_plan(levels, **lengths, **geometry)
-    out, lse = forward(q, k, v, levels, **settings(case))
+    out, lse = forward(q, k, v, levels, **case.kernel_settings())
 
     def dk(by_key):
         by_query = query_plan(levels, **lengths, **geometry)
         rows = rows_of_pyramid(build_pyramid(k, v, case.block_n))
         rest = (rows, levels, by_query, by_key, out, lse)
         return backward_planned(
-            dout, dlse, q, *rest, kv_len=case.kv_len, config=all_pooled(case), **settings(case)
+            dout,
+            dlse,
+            q,
+            *rest,
+            kv_len=case.kv_len,
+            config=all_pooled(case),
+            **case.kernel_settings(),
         )[1]
 
     assert dk(right).isfinite().all()

@@ -79,11 +79,6 @@ def query_gradient(
     )
 
 
-def settings_of(case: Case) -> dict:
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    return {**case.settings(), "scale": scale}
-
-
 def check(got: Tensor, want: Results, dout: Tensor) -> None:
     """As the contract does: a small error by norm, and exactly 0 where a row sees nothing."""
     assert not got[torch.isneginf(torch.from_numpy(want.lse))].any()
@@ -96,7 +91,7 @@ def check(got: Tensor, want: Results, dout: Tensor) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_the_oracle(case, config, rng):
-    inputs, settings = case.inputs(rng), settings_of(case)
+    inputs, settings = case.inputs(rng), case.kernel_settings()
     want = expected(inputs, **settings)
     got = query_gradient(inputs, want, config, **settings)
     check(got, want, inputs.dout)
@@ -104,7 +99,7 @@ def test_against_the_oracle(case, config, rng):
 
 def test_strided_queries_and_gradients(rng):
     case = dataclasses.replace(BASE, batch=2, is_causal=True)
-    inputs, settings = case.inputs(rng), settings_of(case)
+    inputs, settings = case.inputs(rng), case.kernel_settings()
     want = expected(inputs, **settings)
     views = inputs._replace(q=strided(inputs.q), dout=strided(inputs.dout))
     got = query_gradient(views, want, CONFIGS[0], **settings)
@@ -113,7 +108,7 @@ def test_strided_queries_and_gradients(rng):
 
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_level_1_copied_is_level_1_in_place(case, rng):
-    inputs, settings = case.inputs(rng), settings_of(case)
+    inputs, settings = case.inputs(rng), case.kernel_settings()
     want = expected(inputs, **settings)
     in_place = query_gradient(inputs, want, CONFIGS[0], **settings)
     copied = query_gradient(inputs, want, CONFIGS[0], **settings, rows=rows_copied)
@@ -125,7 +120,7 @@ def test_level_1_copied_is_level_1_in_place(case, rng):
 def test_a_missing_wait_is_noticed(deaf, config, rng):
     """Without one of its waits the kernel gives a wrong answer or never ends."""
     case = dataclasses.replace(BASE, heads=1, q_len=128, kv_len=2000, level=1)
-    inputs, settings = case.inputs(rng), settings_of(case)
+    inputs, settings = case.inputs(rng), case.kernel_settings()
     want = expected(inputs, **settings)
     place = ["k_full", "v_full", "empty"].index(deaf)
     with (
@@ -140,6 +135,6 @@ def test_what_the_kernel_cannot_do_is_refused(rng):
     with pytest.raises(ValueError, match="slots must be at least 2"):
         HopperQueryGradConfig(tile=64, slots=1, beside=True)
     case = dataclasses.replace(BASE, head_dim=32)
-    inputs, settings = case.inputs(rng), settings_of(case)
+    inputs, settings = case.inputs(rng), case.kernel_settings()
     with pytest.raises(ValueError, match="head dimension"):
         query_gradient(inputs, expected(inputs, **settings), CONFIGS[0], **settings)

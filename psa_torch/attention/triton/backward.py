@@ -22,7 +22,7 @@ from psa_torch.attention.triton.plan import Plan, key_plan, query_plan
 from psa_torch.attention.triton.pooled_gradient import launch_pooled_gradient
 from psa_torch.attention.triton.query_gradient import launch_query_gradient
 from psa_torch.attention.triton.row_statistics import RowStatistics, launch_row_statistics
-from psa_torch.attention.triton.rows import Rows, rows_in_place, rows_of_pyramid
+from psa_torch.attention.triton.rows import Rows, aligned_rows, rows_in_place, rows_of_pyramid
 from psa_torch.attention.triton.units import build_units
 from psa_torch.kernels._launch import on_device_of
 from psa_torch.pyramid import build_pyramid
@@ -142,6 +142,7 @@ def key_gradients(
     is_causal: bool,
     config: LevelConfigs,
 ) -> tuple[Tensor, Tensor]:
+    """dk and dv of `backward_planned`, level by level."""
     batch, kv_heads, _, head_dim = rows.k.shape
     padded_len = padded_length(kv_len, block_n)
     pooled = rows.k.new_empty(
@@ -149,6 +150,8 @@ def key_gradients(
     )
     dk = rows.k.new_empty(batch, kv_heads, kv_len, head_dim)
     dv = torch.empty_like(dk)
+    if any(isinstance(level, HopperKeyGradConfig) for level in config):
+        q, dout = aligned_rows(q), aligned_rows(dout)
     shared = (q, rows, dout, statistics)
     geometry = dict(kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal)
     # Coarsest first: each level adds what the level above owes to its rows.

@@ -22,7 +22,7 @@ from psa_torch.attention.triton.configs import HopperKeyGradConfig
 from psa_torch.attention.triton.copies_hopper import COPY_THREADS, COPY_WARPS, copy_async
 from psa_torch.attention.triton.products_hopper import start_with_tile
 from psa_torch.attention.triton.row_statistics import LOG2E, RowStatistics
-from psa_torch.attention.triton.rows import Rows, aligned_rows
+from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.units import LEAST_RUN, LOG_ENTRY, MASKED, Units
 from psa_torch.attention.triton.walk import level_start
 from psa_torch.kernels._launch import capability
@@ -444,7 +444,8 @@ def launch_key_gradient_hopper(
     is_causal: bool,
     config: HopperKeyGradConfig,
 ) -> None:
-    """As `key_gradient.launch_key_gradient`; `units` are those of the level.
+    """As `key_gradient.launch_key_gradient`; `units` are those of the level, and q and dout are as
+    `rows.aligned_rows` gives them.
 
     Raises:
         ValueError: the kernel has no instance for this head dimension, dtype, block or GPU.
@@ -460,7 +461,6 @@ def launch_key_gradient_hopper(
         )
     k, v, head_rows, skipped = rows.of_level(g)
     batch, kv_heads = k.shape[:2]
-    q, dout = aligned_rows(q), aligned_rows(dout)
     count, q_blocks = units.entries.shape[2:]
     # Lists differ in length, and the hardware gives out programs of one unit each better than a
     # fixed order does.
