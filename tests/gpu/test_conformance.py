@@ -1,5 +1,5 @@
 """The conformance suite and the parity workloads on a CUDA device, one test for each case, so that
-`pytest -m gpu -n 8` spreads them and a run that is cut short says what it did."""
+`pytest -m gpu -n 8 --maxschedchunk 1` spreads them and a run that is cut short says what it did."""
 
 import pytest
 
