@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import seconds
+from benchmarks.measure import host_seconds, seconds
 from benchmarks.session import DENSE, GIVEN, PART, WHOLE, Provider
 from benchmarks.workloads import BACKWARD, FORWARD, Workload
 from shared_specs.demo.baselines import chunked_dense
@@ -74,6 +74,11 @@ class JaxSession:
             self.wait(call())
 
         return [seconds(run) / chain for _ in range(repeats)]
+
+    def host_seconds(self, call, repeats):
+        if self.workload.device == "cpu":
+            return None
+        return host_seconds(call, self.wait, repeats)
 
     def peak_bytes(self, call):
         """From the compiled program's own account: temporaries and outputs."""

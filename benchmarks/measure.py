@@ -16,6 +16,25 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def host_seconds(call: Callable[[], Any], wait: Callable[[Any], None], repeats: int) -> list[float]:
+    """Time until `call()` returns, which may be before its result is there.
+
+    Args:
+        call: enqueues the work.
+        wait: returns when a result of `call` has been computed; called outside the timed part, so
+            that no call waits for a place in the device's queue.
+        repeats: timed calls, after one that is not.
+    """
+    times = []
+    wait(call())
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = call()
+        times.append(time.perf_counter() - start)
+        wait(result)
+    return times
+
+
 def peak_resident_bytes(call: Callable[[], Any]) -> int | None:
     """Highest resident memory during `call()` over what was resident before it.
 

@@ -95,6 +95,9 @@ def _table(workload: str, rows: list[Row]) -> str:
     for which in passes:
         header += [f"{which} ms", "speed-up"]
     header += ["TFLOP/s (forward)", "error against dense", "peak MiB"]
+    timed_host = any(row.get("host_ms") is not None for row in rows)
+    if timed_host:
+        header.append("host ms (forward)")
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name in _ordered(row["provider"] for row in rows if row.get("kind") != PART):
         timed = {which: _find(rows, name, which) for which in passes}
@@ -108,7 +111,11 @@ def _table(workload: str, rows: list[Row]) -> str:
         peak = "-" if last["peak_bytes"] is None else f"{last['peak_bytes'] / 2**20:,.0f}"
         compared = first["kind"] != DENSE and first["error_dense"] is not None
         error = f"{first['error_dense']:.3f}" if compared else "-"
-        lines.append([*cells, f"{first['tflops_per_s']:.3g}", error, peak])
+        cells += [f"{first['tflops_per_s']:.3g}", error, peak]
+        if timed_host:
+            host = first.get("host_ms")
+            cells.append("-" if host is None else f"{host:.3g}")
+        lines.append(cells)
     return title + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -160,8 +160,15 @@ def _measure(session: Session, call: Callable[[], Any], repeats: int) -> dict[st
         "ms_p20": round(float(low), 5),
         "ms_p80": round(float(high), 5),
         "repeats": repeats,
+        "host_ms": _host_ms(session, call, repeats),
         "peak_bytes": session.peak_bytes(call),
     }
+
+
+def _host_ms(session: Session, call: Callable[[], Any], repeats: int) -> float | None:
+    """Median time until the call returns, the device idle before it: the host's share."""
+    times = session.host_seconds(call, repeats)
+    return None if times is None else round(1e3 * statistics.median(times), 4)
 
 
 def _rates(row: dict, provider: Provider, workload: Workload, which: str) -> dict[str, Any]:

@@ -57,5 +57,9 @@ class Session(Protocol):
     def times(self, call: Callable[[], Any], repeats: int) -> list[float]:
         """Seconds of each of `repeats` runs, warmed up."""
 
+    def host_seconds(self, call: Callable[[], Any], repeats: int) -> list[float] | None:
+        """Seconds until each of `repeats` calls returns with nothing queued before it, while the
+        device still works; None where a call returns with its result."""
+
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
         """Most memory held during one run, over what was held before; None if unknown."""

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.measure import peak_resident_bytes, seconds
+from benchmarks.binary_masks import FLEX_BLOCK, binary_levels, block_mask
+from benchmarks.measure import host_seconds, peak_resident_bytes, seconds
 from benchmarks.session import BINARY, DENSE, GIVEN, PART, WHOLE, Provider
+from benchmarks.torch_peers import peers
 from benchmarks.workloads import BACKWARD, FORWARD, Workload
 
-# FlexAttention's own block; smaller blocks cost it speed.
-FLEX_BLOCK = 128
 # Written before each timed run, so that no provider finds its inputs in the L2 cache.
 CACHE_BYTES = 256 * 2**20
 
@@ -49,6 +49,7 @@ class TorchSession:
         found = [self._dense(backend) for backend in (["cudnn", "flash"] if gpu else ["default"])]
         if gpu:
             found.append(self._flex())
+            found += peers(self)
         # On a GPU `gather` is a reference, not a contender, and its runs take most of the time.
         names = [name for name in IMPLEMENTATIONS if not (gpu and name == "gather")]
         found += [self._given(name) for name in names]
@@ -79,6 +80,11 @@ class TorchSession:
             events.append((start, end))
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+    def host_seconds(self, call, repeats):
+        if self.device.type == "cpu":
+            return None
+        return host_seconds(call, self.wait, repeats)
 
     def peak_bytes(self, call):
         if self.device.type == "cpu":
@@ -225,59 +231,3 @@ class TorchSession:
             )
             for room, call in rooms.items()
         ]
-
-
-def binary_levels(scores: np.ndarray, levels: np.ndarray, workload: Workload) -> np.ndarray:
-    """Levels 0 and 1 on `FLEX_BLOCK`-wide blocks, each row at the cost of its pyramid row.
-
-    The best blocks by the same scores (the largest of the blocks merged) are kept; a row keeps
-    its cost in whole wide blocks, rounded to the nearest, at least one. Under a causal mask the
-    blocks on the diagonal are always kept.
-
-    Args:
-        scores: `[B, H, Nq, Nk]`.
-        levels: int `[B, H, Nq, Nk]`, the pyramid mask.
-        workload: gives the block sizes; `block_m` must be `FLEX_BLOCK`.
-    """
-    if workload.config.block_m != FLEX_BLOCK:
-        raise ValueError(f"block_m must be {FLEX_BLOCK}, got {workload.config.block_m}")
-    merged = FLEX_BLOCK // workload.config.block_n
-    wide = -(-scores.shape[-1] // merged)
-    padding = ((0, 0), (0, 0), (0, 0), (0, wide * merged - scores.shape[-1]))
-    best = np.pad(scores, padding).reshape(*scores.shape[:-1], wide, merged).max(-1)
-    cost = np.where(levels > 0, 1.0 / np.maximum(levels, 1), 0.0).sum(-1) / merged
-    if workload.config.causal:
-        rows, columns = np.arange(scores.shape[-2])[:, None], np.arange(wide)[None, :]
-        best = np.where(columns == rows, np.inf, np.where(columns > rows, -1.0, best))
-    kept = np.maximum(1, np.rint(cost)).astype(np.int64)
-    rank = np.argsort(np.argsort(-best, axis=-1, kind="stable"), axis=-1)
-    return ((rank < kept[..., None]) & (best >= 0)).astype(np.int32)
-
-
-def block_mask(levels: np.ndarray, workload: Workload, device: torch.device):
-    """FlexAttention's BlockMask of a binary mask; diagonal blocks partial under a causal mask."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    whole = torch.from_numpy(levels).to(device) > 0
-    partial = torch.zeros_like(whole)
-    mask_mod = None
-    if workload.config.causal:
-        diagonal = torch.eye(*whole.shape[-2:], dtype=torch.bool, device=device)
-        partial, whole = whole & diagonal, whole & ~diagonal
-
-        def mask_mod(batch, head, row, column):
-            return row >= column
-
-    return BlockMask.from_kv_blocks(
-        *_ordered(partial),
-        *_ordered(whole),
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=mask_mod,
-        seq_lengths=(workload.length, workload.length),
-    )
-
-
-def _ordered(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many blocks each row keeps, and all ids with the kept ones first."""
-    order = torch.argsort(kept.int(), dim=-1, descending=True, stable=True)
-    return kept.sum(-1).to(torch.int32), order.to(torch.int32)

@@ -97,6 +97,9 @@ def workloads(device: str) -> list[Workload]:
     # No token order here and below: what is timed is the mask, and the order is a gather.
     wan = dataclasses.replace(PSAConfig.preset("wan2.1-14b"), rearrange_method=None)
     return [
+        # Short ones, where the host's time decides whether a call pays.
+        _gpu("gpu-4k-h24-d128-default", 24, 4096, 128, default),
+        _gpu("gpu-8k-h24-d128-default", 24, 8192, 128, default),
         _gpu("gpu-17k-h24-d128-default", 24, 17_776, 128, default),
         _gpu("gpu-32k-h24-d128-default", 24, 32_768, 128, default),
         _gpu("gpu-69k-h24-d128-default", 24, 69_120, 128, default),

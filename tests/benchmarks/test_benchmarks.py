@@ -13,9 +13,11 @@ import torch
 
 from benchmarks import report, runner
 from benchmarks.accuracy import TOLERANCE, expected_spots, spot_error, spot_heads
+from benchmarks.binary_masks import FLEX_BLOCK, binary_levels, block_mask
 from benchmarks.inputs import make_inputs
+from benchmarks.measure import host_seconds
 from benchmarks.session import DENSE, GIVEN, PART, WHOLE
-from benchmarks.torch_session import FLEX_BLOCK, TorchSession, binary_levels, block_mask
+from benchmarks.torch_session import TorchSession
 from benchmarks.workloads import BACKWARD, BOTH, FORWARD, Workload, workloads
 from shared_specs import PSAConfig
 from shared_specs.attention import sparse_attention
@@ -66,7 +68,7 @@ def test_every_workload_of_the_plan_is_there():
     assert {"gpu-preset-wan2.1-14b", "gpu-preset-cogvideox-5b"} <= {
         w.name for w in workloads("gpu")
     }
-    assert len({work.name for work in workloads("gpu") + workloads("cpu")}) == 16
+    assert len({work.name for work in workloads("gpu") + workloads("cpu")}) == 18
     assert workloads("cpu")[0].length == 8192
 
 
@@ -189,6 +191,24 @@ def test_every_kind_is_timed_and_what_cannot_run_says_why(rows):
     skipped = {row["provider"]: row["reason"] for row in rows if row["status"] == "skipped"}
     assert "CUDA" in skipped["torch-psa-triton"] and skipped["jax-psa-mosaic"]
     assert not [row for row in rows if row["status"] in ("wrong", "failed")]
+
+
+def test_host_time_ends_when_the_call_returns():
+    order = []
+    times = host_seconds(lambda: order.append("call"), lambda _: order.append("wait"), 3)
+    assert len(times) == 3 and min(times) > 0
+    assert order == ["call", "wait"] * 4
+
+
+def test_host_time_is_shown_where_it_was_taken(rows, tmp_path, capsys):
+    assert row_of(rows, "torch-psa-gather")["host_ms"] is None
+    stored = tmp_path / "rows.jsonl"
+    stored.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "host ms" not in report.write([stored])
+    stored.write_text("".join(json.dumps({**row, "host_ms": 0.625}) + "\n" for row in rows))
+    assert (
+        "host ms (forward) |" in report.write([stored]) and "| 0.625 |" in capsys.readouterr().out
+    )
 
 
 def test_flops_of_dense_and_sparse_have_the_ratio_of_the_density(rows):
