@@ -1,25 +1,27 @@
-"""Heads split over two processes: equal outputs and gradients, with and without DTensor."""
+"""Heads, or the sequence, split over processes: equal levels, outputs and gradients."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("heads_over_processes.py")
-ROOT = SCRIPT.parents[2]
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
-def test_two_processes_each_take_half_of_the_heads(tmp_path):
+def run(script, world, store):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     members = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, str(rank), "2", str(tmp_path / "store")],
+            [sys.executable, HERE / script, str(rank), str(world), str(store)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]
     try:
         outputs = [member.communicate(timeout=200)[0] for member in members]
@@ -28,3 +30,12 @@ def test_two_processes_each_take_half_of_the_heads(tmp_path):
             member.kill()
     for member, output in zip(members, outputs, strict=True):
         assert member.returncode == 0, output
+
+
+def test_two_processes_each_take_half_of_the_heads(tmp_path):
+    run("heads_over_processes.py", 2, tmp_path / "store")
+
+
+@pytest.mark.parametrize("world", (2, 3))
+def test_a_sequence_over_processes_is_that_of_one(tmp_path, world):
+    run("sequence_over_processes.py", world, tmp_path / "store")

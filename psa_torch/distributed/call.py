@@ -1,0 +1,152 @@
+"""`psa_attention` of a sequence that is spread over several ranks."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from psa_torch._checks import describe
+from psa_torch._config import settings_of
+from psa_torch.attention import IMPLEMENTATIONS, choose
+from psa_torch.distributed.exchange import to_heads, to_sequence
+from psa_torch.functional import psa_attention as attention_of_whole_sequences
+from psa_torch.order import TokenOrder
+from shared_specs import checks
+from shared_specs.config import PSAConfig
+from shared_specs.head_plan import head_plan
+
+
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: dist.ProcessGroup | DeviceMesh,
+    lengths: Sequence[int] | None = None,
+    config: PSAConfig | None = None,
+    levels: Tensor | None = None,
+    return_lse: bool = False,
+    return_levels: bool = False,
+    implementation: str | None = None,
+    **overrides,
+) -> Tensor | tuple[Tensor, ...]:
+    """`psa_torch.psa_attention` of q, k and v whose tokens are spread over the ranks of `group`.
+
+    Every rank gets the whole sequence of some heads, computes those, and sends the output back
+    (DeepSpeed-Ulysses, arXiv 2309.14509): levels are those of one device bit for bit, for every
+    estimator, mode, token order and causal setting. Gradients are repeatable. All ranks must call
+    it with the same arguments but for q, k, v and levels. Tokens that every rank holds a copy of
+    (text in some models) would count once for every rank: spread them like the others.
+
+    Args:
+        q: `[B, H, L_r, D]`, this rank's tokens; ranks hold the sequence in their order.
+        k, v: `[B, Hk, L_r, D]`.
+        group: a process group or a one-dimensional `DeviceMesh`. In a group of one this is the
+            plain call.
+        lengths: tokens of every rank; None where all have as many as this one. They are host
+            integers: nothing is exchanged to learn them, and a wrong entry of another rank shows
+            as a hang or an error of the collective.
+        config, implementation, **overrides: as in `psa_torch.psa_attention`; `grid` and
+            `text_length` are those of the whole sequence.
+        levels: of the rows that this rank computes, `[1, n, Nq, Nk]` or segments (see
+            `shared_specs.head_plan.head_plan`).
+        return_lse: also return the log of the sum of exponentials, `[B, H, L_r]`.
+        return_levels: also return the levels of the rows that this rank computed.
+
+    Returns:
+        out `[B, H, L_r, D]`, then lse, then levels, each if asked for.
+
+    Raises:
+        TypeError, ValueError: before anything is sent: as `psa_torch.psa_attention`; `group` or
+            `lengths` does not fit; or the ranks cannot share the heads evenly. What follows from
+            one rank's own tensors is raised on that rank only.
+    """
+    group = _process_group(group)
+    checks.check_flag("return_lse", return_lse)
+    checks.check_flag("return_levels", return_levels)
+    batch, heads, kv_heads, length = _sizes(q, k, v)
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    lengths = _checked_lengths(lengths, length, world, rank)
+    plan = head_plan(batch, heads, kv_heads, world)
+    settings = settings_of(config, overrides)
+    TokenOrder.from_config(settings, sum(lengths), sum(lengths))  # grid and text make up the length
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    if implementation is not None:
+        choose(implementation, q, k, v, block_m=settings.block_m, block_n=settings.block_n)
+    options = {
+        "config": config,
+        "levels": levels,
+        "return_levels": return_levels,
+        "implementation": implementation,
+        **overrides,
+    }
+    if world == 1 and levels is None:
+        return attention_of_whole_sequences(q, k, v, return_lse=return_lse, **options)
+    found = attention_of_whole_sequences(
+        to_heads(q, plan.q_rows, lengths, group),
+        to_heads(k, plan.kv_rows, lengths, group),
+        to_heads(v, plan.kv_rows, lengths, group),
+        return_lse=return_lse,
+        **options,
+    )
+    found = found if isinstance(found, tuple) else (found,)
+    moved = found[: 1 + return_lse]
+    results = [to_sequence(x, batch, plan.q_rows, lengths, group) for x in moved]
+    results += found[len(moved) :]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group must be a mesh of one dimension, got {group.mesh_dim_names or group}; "
+                "name one: mesh['ulysses']"
+            )
+        return group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "group must be a torch.distributed ProcessGroup or a one-dimensional DeviceMesh, got "
+            f"{type(group).__name__}"
+        )
+    return group
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    from torch.distributed.tensor import DTensor
+
+    named = ("q", q), ("k", k), ("v", v)
+    for name, x in named:
+        if isinstance(x, DTensor):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor; pass {name}.to_local(), which must "
+                "be sharded along the sequence (dimension 2)"
+            )
+    checks.check_qkv(*(describe(name, x) for name, x in named))
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            "q and k must hold the same tokens of the sequence, got "
+            f"{q.shape[2]} queries and {k.shape[2]} keys on this rank"
+        )
+    return q.shape[0], q.shape[1], k.shape[1], q.shape[2]
+
+
+def _checked_lengths(
+    lengths: Sequence[int] | None, length: int, world: int, rank: int
+) -> tuple[int, ...]:
+    if lengths is None:
+        return (length,) * world
+    if isinstance(lengths, Tensor) or not isinstance(lengths, Sequence):
+        raise TypeError(
+            f"lengths must be a sequence of Python integers, got {type(lengths).__name__}"
+        )
+    for value in lengths:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"lengths must hold Python integers, got {value!r}")
+    if len(lengths) != world or min(lengths) < 1 or lengths[rank] != length:
+        raise ValueError(
+            f"lengths must have {world} entries of at least 1, that of rank {rank} being {length}, "
+            f"got {tuple(lengths)}"
+        )
+    return tuple(lengths)
