@@ -83,7 +83,7 @@ def psa_attention(
         return_levels=return_levels,
         implementation=choose(implementation, q, k, v, **blocks),
     )
-    results = per_shard(run, q, k, v, *given)
+    results = per_shard(run, q, k, v, *given, along_sequence=1 + return_lse)
     return results[0] if len(results) == 1 else results
 
 

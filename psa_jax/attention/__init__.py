@@ -76,7 +76,8 @@ def sparse_attention(
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     call = Call(name, block_m, block_n, scale, is_causal)
     run = functools.partial(_attend, call=call, form=form, return_lse=return_lse)
-    return per_shard(run, q, k, v, lax.stop_gradient(levels))
+    levels = lax.stop_gradient(levels)
+    return per_shard(run, q, k, v, levels, along_sequence=1 + return_lse)
 
 
 # Compiled as one program and kept, also for callers that do not use `jit` themselves: run

@@ -67,6 +67,32 @@ if sys.argv[1] == "shared keys":  # every shard of the heads has all key heads
         np.testing.assert_allclose(jax.device_get(x), y, rtol=1e-5, atol=1e-5)
     sys.exit()
 
+if sys.argv[1] == "sequence":
+    axes = "data", "heads", "tokens"
+    mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Explicit,) * 3)
+    want = jax.jit(lambda *x: both(attend, *x))(q, k, v)
+    folded = P(None, None, ("heads", "tokens"))
+    for spec in (P("data", None, "tokens"), P("data", "heads", "tokens"), folded):
+        arrays = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (q, k, v)]
+        forward = jax.jit(lambda *x: psa_attention(*x, config=config)).lower(*arrays).compile()
+        program = jax.jit(lambda *x: both(attend, *x)).lower(*arrays).compile()
+        for index, (x, y) in enumerate(zip(program(*arrays), want, strict=True)):
+            if index == 2:
+                np.testing.assert_array_equal(jax.device_get(x), y)  # levels, bit for bit
+                continue
+            assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), x.sharding
+            np.testing.assert_allclose(jax.device_get(x), y, rtol=1e-5, atol=1e-5)
+        kinds = {re.search("|".join(MOVES), line)[0] for line in moved(forward) + moved(program)}
+        print(len(moved(forward)), len(moved(program)), *kinds)
+    few = jax.device_put(k[:, :1], NamedSharding(mesh, P(None, None, "tokens")))
+    try:
+        psa_attention(jax.device_put(q, NamedSharding(mesh, P(None, None, "tokens"))), few, few)
+    except ValueError as error:
+        assert "divide over the 2 shards" in str(error), error
+    else:
+        raise AssertionError("one key head was spread over two devices")
+    sys.exit()
+
 want = jax.jit(lambda *x: both(attend, *x))(q, k, v)
 for kind in ("auto", "explicit", "shard_map"):
     mesh, arrays = sharded(AxisType.Explicit if kind == "explicit" else AxisType.Auto)
@@ -81,9 +107,9 @@ for kind in ("auto", "explicit", "shard_map"):
     print(kind, len(moved(program)))
 
 mesh, arrays = sharded(AxisType.Explicit)
-long = jax.device_put(q, NamedSharding(mesh, P("data", None, "heads")))
+long = jax.device_put(q, NamedSharding(mesh, P("data", None, None, "heads")))
 for message, call in (
-    ("sharded over batch and heads only", lambda: attend(long, *arrays[1:])),
+    ("sharded over batch, heads and sequence only", lambda: attend(long, *arrays[1:])),
     ("divide over the 4 shards", lambda: attend(arrays[0], k[:, :2], v[:, :2])),
 ):
     try:
@@ -111,6 +137,11 @@ def run(what):
 
 def test_nothing_but_scalars_moves():
     assert run("all") == ["auto", "0", "explicit", "0", "shard_map", "0"]
+
+
+def test_a_sequence_moves_to_heads_and_back_and_nothing_else_moves():
+    """q, k, v and out; then also lse (its gradient is none here), dout, dq, dk and dv."""
+    assert run("sequence") == ["4", "9", "all-to-all"] * 3
 
 
 def test_the_check_can_fail():
