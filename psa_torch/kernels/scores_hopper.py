@@ -17,18 +17,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from psa_torch.kernels.boxes_hopper import row_boxes
+from psa_torch._triton.boxes import row_boxes
+from psa_torch._triton.gluon import barrier, copy_async, load_async
 from psa_torch.kernels.configs import HopperScoreConfig
-
-# Renamed between Triton 3.6 and 3.9.
-load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 SCORE_WARPS = gl.constexpr(2)
 """Warps that make scores; the other two of their warpgroup copy."""

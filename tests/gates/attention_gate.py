@@ -24,9 +24,6 @@ from machine_code import MachineCode  # noqa: E402
 
 from psa_torch.attention.triton import (  # noqa: E402
     configs,
-    forward_hopper,
-    key_gradient_hopper,
-    query_gradient_hopper,
     units,
 )
 from psa_torch.attention.triton.configs import (  # noqa: E402
@@ -34,6 +31,9 @@ from psa_torch.attention.triton.configs import (  # noqa: E402
     ForwardConfig,
     HopperForwardConfig,
 )
+from psa_torch.attention.triton.hopper import forward as forward_hopper  # noqa: E402
+from psa_torch.attention.triton.hopper import key_gradient as key_gradient_hopper  # noqa: E402
+from psa_torch.attention.triton.hopper import query_gradient as query_gradient_hopper  # noqa: E402
 from psa_torch.attention.triton.plan import Plan  # noqa: E402
 from psa_torch.attention.triton.rows import rows_of_pyramid  # noqa: E402
 from psa_torch.pyramid import Pyramid  # noqa: E402

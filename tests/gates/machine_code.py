@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import hashlib
 import io
 import os
 import re
@@ -44,6 +45,8 @@ class MachineCode:
     shared_bytes: int
     warnings: list[str]
     loops: list[Loop] = field(repr=False)
+    digest: str
+    """Hash of the instructions, without addresses and without the names of functions."""
 
     def tensor_loops(self) -> list[Loop]:
         """Innermost loops that multiply on tensor cores, in the order of the code."""
@@ -124,6 +127,7 @@ def read(kernel, arch: int, warps: int, log: str) -> MachineCode:
     """Resources and loops of a compiled kernel with the output of its ptxas."""
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
+    code, labels = _instructions(_disassemble(kernel.asm["cubin"]))
     return MachineCode(
         arch=arch,
         warps=warps,
@@ -131,7 +135,8 @@ def read(kernel, arch: int, warps: int, log: str) -> MachineCode:
         spill_bytes=int(spills[1]) + int(spills[2]),
         shared_bytes=kernel.metadata.shared,
         warnings=[x for x in log.splitlines() if re.search(r"C75\d\d|serialized|warning", x, re.I)],
-        loops=_loops(_disassemble(kernel.asm["cubin"])),
+        loops=_loops(code, labels),
+        digest=_digest(code),
     )
 
 
@@ -143,14 +148,25 @@ def _disassemble(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _loops(sass: str) -> list[Loop]:
-    """Innermost loops: backward branches whose body holds no other backward branch."""
+def _instructions(sass: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions of a disassembly, and which of them each label stands before."""
     code, labels = [], {}
     for line in sass.splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line.strip()):
             labels[label[1]] = len(code)
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             code.append(instruction[1].strip())
+    return code, labels
+
+
+def _digest(code: list[str]) -> str:
+    # Functions are named after files and lines of the source.
+    nameless = (re.sub(r"`\((?!\.L_x_)[^)]*\)|\$\S+", "NAME", line) for line in code)
+    return hashlib.sha256("\n".join(nameless).encode()).hexdigest()[:16]
+
+
+def _loops(code: list[str], labels: dict[str, int]) -> list[Loop]:
+    """Innermost loops: backward branches whose body holds no other backward branch."""
     spans = []
     for end, instruction in enumerate(code):
         branch = re.search(r"\bBRA\S*\s.*?`\((\.L_x_\d+)\)", instruction)

@@ -116,6 +116,7 @@ class Barrier:
 
     def __init__(self, count: int):
         self.all = [self] if count == 1 else [Barrier(1) for _ in range(count)]
+        self.shape = (count, 1)
         self.changed = threading.Condition()
         self.expected = self.pending = self.phase = self.bytes = 0
 

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from psa_torch.attention.triton import rows
+from psa_torch.attention.triton import hopper, rows
 from psa_torch.attention.triton.configs import HopperForwardConfig
 from psa_torch.attention.triton.forward import forward
 from psa_torch.attention.triton.rows import rows_in_place
@@ -20,7 +20,7 @@ from tests.torch.memory_layouts import rows_copied, rows_in_one_place
 
 # The package has a function of the same name.
 forward_module = importlib.import_module("psa_torch.attention.triton.forward")
-forward_hopper = pytest.importorskip("psa_torch.attention.triton.forward_hopper")
+forward_hopper = pytest.importorskip("psa_torch.attention.triton.hopper.forward")
 
 BASE = Case(batch=1, kv_heads=1, block_m=128, head_dim=64, q_len=200, kv_len=700)
 CASES = [
@@ -38,7 +38,7 @@ CASES = [
 def interpreted(monkeypatch):
     kernel = gluon_interpreter.Interpreted(forward_hopper.attention_forward_hopper)
     monkeypatch.setattr(forward_hopper, "attention_forward_hopper", kernel)
-    monkeypatch.setattr(forward_hopper, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(hopper, "DTYPES", (torch.float32,))
     monkeypatch.setattr(forward_module, "rows_in_place", rows_in_one_place)
 
 

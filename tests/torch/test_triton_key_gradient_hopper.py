@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from psa_torch.attention.triton import hopper
 from psa_torch.attention.triton.backward import key_gradients
 from psa_torch.attention.triton.configs import (
     HopperKeyGradConfig,
@@ -21,7 +22,7 @@ from tests.torch import gluon_interpreter
 from tests.torch.attention_contract import Case, expected
 from tests.torch.memory_layouts import rows_copied, rows_in_one_place, strided
 
-hopper = pytest.importorskip("psa_torch.attention.triton.key_gradient_hopper")
+kernels = pytest.importorskip("psa_torch.attention.triton.hopper.key_gradient")
 
 BASE = Case(batch=1, heads=2, kv_heads=1, block_m=128, head_dim=64, q_len=300, kv_len=330)
 CASES = [
@@ -49,9 +50,9 @@ TOLERANCE = 4e-6
 
 @pytest.fixture(autouse=True)
 def interpreted(poisoned_memory):
-    kernel = gluon_interpreter.Interpreted(hopper.key_gradient_hopper)
+    kernel = gluon_interpreter.Interpreted(kernels.key_gradient_hopper)
     with (
-        mock.patch.object(hopper, "key_gradient_hopper", kernel),
+        mock.patch.object(kernels, "key_gradient_hopper", kernel),
         mock.patch.object(hopper, "DTYPES", (torch.float32,)),
     ):
         yield
@@ -113,8 +114,8 @@ def test_strided_queries_and_gradients(rng):
     inputs, settings = case.inputs(rng), case.kernel_settings()
     want = expected(inputs, **settings)
     views = inputs._replace(q=strided(inputs.q), dout=strided(inputs.dout))
-    launch = mock.Mock(wraps=hopper.launch_key_gradient_hopper)
-    with mock.patch.object(hopper, "launch_key_gradient_hopper", launch):
+    launch = mock.Mock(wraps=kernels.launch_key_gradient_hopper)
+    with mock.patch.object(kernels, "launch_key_gradient_hopper", launch):
         check(gradients(views, want, CONFIGS[1], **settings), want, inputs.dout)
     # Copied where copies could not start at their rows, and once for all levels.
     first, *others = [(call.args[0], call.args[2]) for call in launch.call_args_list]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from psa_torch.attention.triton import hopper
 from psa_torch.attention.triton.configs import HopperQueryGradConfig
 from psa_torch.attention.triton.plan import query_plan
 from psa_torch.attention.triton.query_gradient import launch_query_gradient
@@ -15,7 +16,7 @@ from tests.torch import gluon_interpreter
 from tests.torch.attention_contract import FLOAT32_TOLERANCE, Case, Results, expected
 from tests.torch.memory_layouts import rows_copied, rows_in_one_place, strided
 
-hopper = pytest.importorskip("psa_torch.attention.triton.query_gradient_hopper")
+kernels = pytest.importorskip("psa_torch.attention.triton.hopper.query_gradient")
 
 BASE = Case(batch=1, heads=2, kv_heads=1, block_m=128, head_dim=64, q_len=200, kv_len=700)
 CASES = [
@@ -41,9 +42,9 @@ CONFIGS = [
 
 @pytest.fixture(autouse=True)
 def interpreted(poisoned_memory):
-    kernel = gluon_interpreter.Interpreted(hopper.query_gradient_hopper)
+    kernel = gluon_interpreter.Interpreted(kernels.query_gradient_hopper)
     with (
-        mock.patch.object(hopper, "query_gradient_hopper", kernel),
+        mock.patch.object(kernels, "query_gradient_hopper", kernel),
         mock.patch.object(hopper, "DTYPES", (torch.float32,)),
     ):
         yield

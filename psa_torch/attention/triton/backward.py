@@ -161,7 +161,7 @@ def key_gradients(
             launch_pooled_gradient(*shared, by_query, by_key, pooled, **level)
         elif isinstance(config[g], HopperKeyGradConfig):
             # Gluon kernels cannot be interpreted: nothing else may import them.
-            from psa_torch.attention.triton.key_gradient_hopper import launch_key_gradient_hopper
+            from psa_torch.attention.triton.hopper.key_gradient import launch_key_gradient_hopper
 
             units = build_units(levels, g=g, q_len=q.shape[2], **geometry)
             launch_key_gradient_hopper(*shared, units, pooled, dk, dv, **level)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from psa_torch.attention.triton import hopper
 from psa_torch.kernels._launch import capability
 
 HEAD_DIMS = (32, 64, 128, 256)
 SMALL_HEAD_DIMS = (32, 64, 128)
 """What fits the 99 KiB of shared memory of compute capabilities 8.6, 8.9 and 12."""
 
-HOPPER = (9, 0)
+HOPPER = hopper.CAPABILITY
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -201,7 +202,7 @@ def choose_forward(
 
     Those of compute capability 9.0 were measured (`benchmarks/LOG.md`).
     """
-    if _warp_specialised(capability, head_dim, dtype, block_m):
+    if hopper.unsupported(head_dim, dtype, block_m, capability) is None:
         return HOPPER_FORWARD[head_dim]
     return choose_plain_forward(capability, head_dim, dtype, block_m, block_n)
 
@@ -233,7 +234,7 @@ def choose_backward(
     Those of compute capability 9.0 were measured (`benchmarks/LOG.md`).
     """
     config = choose_plain_backward(capability, head_dim, dtype, block_m, block_n)
-    if not _warp_specialised(capability, head_dim, dtype, block_m):
+    if hopper.unsupported(head_dim, dtype, block_m, capability):
         return config
     by_key = (
         HOPPER_KEY_GRADIENT[head_dim]
@@ -306,14 +307,6 @@ def _levels(
     """`by_key(run)` for runs of rows long enough to pay for reading queries, else `pooled`."""
     # Nothing is coarser than level 8, whose rows only the sums of slots can begin.
     return tuple(by_key(block_n >> g) if block_n >> g >= 16 and g < 3 else pooled for g in range(4))
-
-
-def _warp_specialised(
-    capability: tuple[int, int], head_dim: int, dtype: torch.dtype, block_m: int
-) -> bool:
-    """Whether there are kernels for this GPU's warpgroups."""
-    sizes = block_m == 128 and head_dim in (64, 128)
-    return capability == HOPPER and sizes and dtype != torch.float32
 
 
 def _has_large_shared_memory(capability: tuple[int, int]) -> bool:

@@ -121,18 +121,20 @@ def attention_forward(
         q = (-q.to(tl.float32)).to(q.dtype)
 
     table_row = batch_head * q_blocks + part * ROWS // BLOCK_M
-    n0, n1, n2, n3 = load4(counts, table_row)
-    u0, u1, u2, u3 = load4(full_counts, table_row)
+    n = load4(counts, table_row)
+    u = load4(full_counts, table_row)
+    n0, n1, n2, _ = n
     entries += table_row.to(tl.int64) * k_blocks
 
-    done0, done1, done2, done3 = in_full_tiles(u0, u1, u2, u3, LOG_BLOCK_N, TILE)
+    done = in_full_tiles(u, LOG_BLOCK_N, TILE)
+    done0, done1, done2, done3 = done
     acc = tl.zeros([ROWS, D], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
 
     if CONTIGUOUS:
         PARTS: tl.constexpr = (1 << LOG_BLOCK_N) // TILE
-        for t in tl.range(0, u0 * PARTS, num_stages=STAGES):
+        for t in tl.range(0, u[0] * PARTS, num_stages=STAGES):
             first = (tl.load(entries + t // PARTS) << LOG_BLOCK_N) + t % PARTS * TILE
             at = (first + tl.arange(0, TILE))[:, None] * D + d[None, :]
             k = tl.load(k_pointer + at)
@@ -155,22 +157,10 @@ def attention_forward(
         acc, top, total = _add_tile(q, k, v, acc, top, total, scale, g.to(tl.float32))
 
     # Branch-free: an `if` here makes ptxas serialise the tensor-core products of the loop above.
-    left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
+    left = tail_length(n, done, LOG_BLOCK_N)
     for first in tl.range(0, left, TAIL, num_stages=1):
         rows, last, bias = tail_rows(
-            entries,
-            first + tl.arange(0, TAIL),
-            n0,
-            n1,
-            n2,
-            n3,
-            done0,
-            done1,
-            done2,
-            done3,
-            padded_len,
-            kv_len,
-            LOG_BLOCK_N,
+            entries, first + tl.arange(0, TAIL), n, done, padded_len, kv_len, LOG_BLOCK_N
         )
         real = (bias > float("-inf"))[:, None]
         at = rows[:, None] * D + d[None, :]
@@ -285,9 +275,9 @@ def forward_planned(
     with on_device_of(q):
         if for_copies:
             # Gluon kernels cannot be interpreted: nothing else may import them.
-            from psa_torch.attention.triton import forward_hopper
+            from psa_torch.attention.triton.hopper import forward as hopper_forward
 
-            launch = forward_hopper.launch
+            launch = hopper_forward.launch
             pyramid = pyramid if isinstance(pyramid, Rows) else rows_of_pyramid(pyramid)
         else:
             launch = _launch

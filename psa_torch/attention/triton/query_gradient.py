@@ -79,13 +79,14 @@ def query_gradient(
     delta = tl.load(delta_pointer + padded_row)
 
     table_row = batch_head * q_blocks + part * ROWS // BLOCK_M
-    n0, n1, n2, n3 = load4(counts, table_row)
-    u0, u1, u2, u3 = load4(full_counts, table_row)
+    n = load4(counts, table_row)
+    u = load4(full_counts, table_row)
+    n0, n1, n2, _ = n
     entries += table_row.to(tl.int64) * k_blocks
     dq = tl.zeros([ROWS, D], tl.float32)
 
-    done0, done1, done2, done3 = in_full_tiles(u0, u1, u2, u3, LOG_BLOCK_N, TILE)
-    end0, end1, end2, end3 = tile_ends(done0, done1, done2, done3, TILE)
+    done = in_full_tiles(u, LOG_BLOCK_N, TILE)
+    end0, end1, end2, end3 = tile_ends(done, TILE)
     for t in tl.range(0, end3, num_stages=STAGES):
         g = (t >= end0).to(tl.int32) + (t >= end1).to(tl.int32) + (t >= end2).to(tl.int32)
         level_entry = select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
@@ -100,22 +101,10 @@ def query_gradient(
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
-    left = tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N)
+    left = tail_length(n, done, LOG_BLOCK_N)
     for first in tl.range(0, left, TAIL, num_stages=1):
         rows, last, bias = tail_rows(
-            entries,
-            first + tl.arange(0, TAIL),
-            n0,
-            n1,
-            n2,
-            n3,
-            done0,
-            done1,
-            done2,
-            done3,
-            padded_len,
-            kv_len,
-            LOG_BLOCK_N,
+            entries, first + tl.arange(0, TAIL), n, done, padded_len, kv_len, LOG_BLOCK_N
         )
         real = (bias > float("-inf"))[:, None]
         at = rows[:, None] * D + d[None, :]
@@ -177,9 +166,9 @@ def launch_query_gradient(
     )
     if isinstance(config, HopperQueryGradConfig):
         # Gluon kernels cannot be interpreted: nothing else may import them.
-        from psa_torch.attention.triton import query_gradient_hopper
+        from psa_torch.attention.triton.hopper import query_gradient as hopper_query_gradient
 
-        launch = query_gradient_hopper.launch
+        launch = hopper_query_gradient.launch
     else:
         launch = _launch
     launch(q, rows, arguments, config, block_m=block_m, block_n=block_n, IS_CAUSAL=is_causal)

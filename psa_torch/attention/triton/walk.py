@@ -8,6 +8,8 @@ remainders and masked blocks alike, is laid end to end and walked by tail tiles 
 positions, with the level, the count and the visibility of each position by arithmetic.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -47,9 +49,10 @@ def load4(pointer, row):
 
 
 @triton.jit
-def in_full_tiles(u0, u1, u2, u3, LOG_BLOCK_N: tl.constexpr, TILE: tl.constexpr):
+def in_full_tiles(unmasked, LOG_BLOCK_N: tl.constexpr, TILE: tl.constexpr):
     """Positions of each level that full tiles take: whole tiles of its unmasked blocks, of which
-    there are u0 .. u3."""
+    there are four numbers."""
+    u0, u1, u2, u3 = unmasked
     return (
         (u0 << LOG_BLOCK_N) // TILE * TILE,
         (u1 << (LOG_BLOCK_N - 1)) // TILE * TILE,
@@ -59,8 +62,9 @@ def in_full_tiles(u0, u1, u2, u3, LOG_BLOCK_N: tl.constexpr, TILE: tl.constexpr)
 
 
 @triton.jit
-def tile_ends(done0, done1, done2, done3, TILE: tl.constexpr):
+def tile_ends(done, TILE: tl.constexpr):
     """Running ends of the full tiles of each level, from the positions that they take."""
+    done0, done1, done2, done3 = done
     end0 = done0 // TILE
     end1 = end0 + done1 // TILE
     end2 = end1 + done2 // TILE
@@ -79,29 +83,17 @@ def gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N: tl.c
 
 
 @triton.jit
-def tail_rows(
-    entries,
-    x,
-    n0,
-    n1,
-    n2,
-    n3,
-    done0,
-    done1,
-    done2,
-    done3,
-    padded_len,
-    kv_len,
-    LOG_BLOCK_N: tl.constexpr,
-):
+def tail_rows(entries, x, counts, done, padded_len, kv_len, LOG_BLOCK_N: tl.constexpr):
     """Positions `x` of what full tiles left over, all levels end to end.
 
-    n0 .. n3 are the counts of the table row, done0 .. done3 the positions in full tiles.
+    counts, done: of each level, blocks of the table row and positions in full tiles.
 
     Returns:
         The pyramid row of each position, the last key it covers, and its log2 count; that is
         -inf where there is no row or the row covers no key.
     """
+    n0, n1, n2, n3 = counts
+    done0, done1, done2, done3 = done
     end0 = (n0 << LOG_BLOCK_N) - done0
     end1 = end0 + (n1 << (LOG_BLOCK_N - 1)) - done1
     end2 = end1 + (n2 << (LOG_BLOCK_N - 2)) - done2
@@ -120,8 +112,35 @@ def tail_rows(
 
 
 @triton.jit
-def tail_length(n0, n1, n2, n3, done0, done1, done2, done3, LOG_BLOCK_N: tl.constexpr):
+def tail_length(counts, done, LOG_BLOCK_N: tl.constexpr):
     """Positions that full tiles left over."""
+    n0, n1, n2, n3 = counts
+    done0, done1, done2, done3 = done
     stream = (n0 << LOG_BLOCK_N) + (n1 << (LOG_BLOCK_N - 1))
     stream += (n2 << (LOG_BLOCK_N - 2)) + (n3 << (LOG_BLOCK_N - 3))
     return stream - (done0 + done1 + done2 + done3)
+
+
+class RowStream(NamedTuple):
+    """What one table row says of its streams.
+
+    Attributes:
+        counts: blocks of each level.
+        done: positions of each level in full tiles.
+    """
+
+    counts: object
+    done: object
+
+
+@triton.jit
+def open_row(counts, full_counts, row, LOG_BLOCK_N: tl.constexpr, TILE: tl.constexpr):
+    """The `RowStream` of row `row` of a table."""
+    n = load4(counts, row)
+    return RowStream(n, in_full_tiles(load4(full_counts, row), LOG_BLOCK_N, TILE))
+
+
+@triton.jit
+def tail_tiles(stream, LOG_BLOCK_N: tl.constexpr, TILE: tl.constexpr):
+    """Tiles of what full tiles left over."""
+    return (tail_length(stream.counts, stream.done, LOG_BLOCK_N) + TILE - 1) // TILE

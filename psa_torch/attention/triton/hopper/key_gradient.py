@@ -3,10 +3,11 @@
 A program has a unit of pyramid rows, half of it for each multiplying warpgroup, in shared memory,
 and walks the query blocks that see any of it (see `units`). Two warps bring q and two dout, into
 rings of tiles from which both warpgroups multiply; one that a query block does not see passes
-its tiles by. Same arithmetic as `key_gradient`.
+its tiles by. Same arithmetic as the `key_gradient` of every GPU.
 """
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,9 +19,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from psa_torch._triton.gluon import copy_async
+from psa_torch._triton.products import start_when_full
+from psa_torch._triton.rings import (
+    new_barriers,
+    release,
+    slot_of,
+    wait_empty,
+    wait_full,
+)
+from psa_torch.attention.triton import hopper
 from psa_torch.attention.triton.configs import HopperKeyGradConfig
-from psa_torch.attention.triton.copies_hopper import COPY_THREADS, COPY_WARPS, copy_async
-from psa_torch.attention.triton.products_hopper import start_with_tile
+from psa_torch.attention.triton.hopper.copies import COPY_THREADS, COPY_WARPS
 from psa_torch.attention.triton.row_statistics import LOG2E, RowStatistics
 from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.units import LEAST_RUN, LOG_ENTRY, MASKED, Units
@@ -28,8 +38,51 @@ from psa_torch.attention.triton.walk import level_start
 from psa_torch.kernels._launch import capability
 from shared_specs.pyramid import padded_length
 
-HEAD_DIMS = (64, 128)
-DTYPES = (torch.float16, torch.bfloat16)
+
+class NumberedRing(NamedTuple):
+    """A `rings.Ring` whose tiles have a number for each of their rows, in `numbers`."""
+
+    tiles: object
+    numbers: object
+    full: object
+    empty: object
+
+
+class QuerySource(NamedTuple):
+    """Pointer to q or dout, its strides, and the pointer to what it has of numbers."""
+
+    pointer: object
+    stride_b: object
+    stride_h: object
+    stride_m: object
+    numbers: object
+
+
+class UnitSizes(NamedTuple):
+    """Numbers of one call, as the kernel has them."""
+
+    kv_heads: object
+    group: object
+    q_len: object
+    kv_len: object
+    padded_len: object
+    head_rows: object
+    skipped: object
+    q_blocks: object
+    units: object
+
+
+class OfKeys(NamedTuple):
+    """Pointers to keys and values and to what they are owed, and where a program keeps its own."""
+
+    k: object
+    v: object
+    dk_pooled: object
+    dv_pooled: object
+    dk: object
+    dv: object
+    k_tiles: object
+    v_tiles: object
 
 
 @gluon.jit
@@ -41,29 +94,12 @@ def _place(units, kv_heads):
 
 
 @gluon.jit
-def _copy_queries(
-    pointer,
-    numbers_pointer,
-    stride_b,
-    stride_h,
-    stride_m,
-    entries,
-    counts,
-    kv_heads,
-    group,
-    q_len,
-    q_blocks,
-    units,
-    ring,
-    numbers,
-    full,
-    empty,
-    D: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    SLOTS: gl.constexpr,
-):
+def _copy_queries(source, lists, sizes, ring, BLOCK_M: gl.constexpr):
     """Those who copy: the rows of q, or of dout, of each query block listed, and a number a row."""
-    ROWS: gl.constexpr = ring.shape[1]
+    entries, counts = lists
+    kv_heads, group, q_blocks, units = sizes.kv_heads, sizes.group, sizes.q_blocks, sizes.units
+    ROWS: gl.constexpr = ring.tiles.shape[1]
+    D: gl.constexpr = ring.tiles.shape[2]
     PARTS: gl.constexpr = BLOCK_M // ROWS
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [COPY_WARPS, 1], [1, 0])
     d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, layout)), 0)
@@ -74,63 +110,43 @@ def _copy_queries(
     for member in range(group):
         batch_head = batch_kv_head * group + member
         head = (kv_head * group + member).to(gl.int64)
-        rows = pointer + batch * stride_b + head * stride_h
-        of_rows = numbers_pointer + batch_head.to(gl.int64) * (q_blocks * BLOCK_M) + lane
+        rows = source.pointer + batch * source.stride_b + head * source.stride_h
+        of_rows = source.numbers + batch_head.to(gl.int64) * (q_blocks * BLOCK_M) + lane
         table_row = batch_head * units + unit
         listed = entries + table_row.to(gl.int64) * q_blocks
         for x in range(gl.load(counts + table_row) * PARTS):
             block = gl.load(listed + x // PARTS) >> LOG_ENTRY
             first = block * BLOCK_M + x % PARTS * ROWS
             # Past the last query any real one will do: its weights are 0.
-            m = gl.minimum(first + row, q_len - 1).to(gl.int64)
-            slot = copied % SLOTS
-            mbarrier.wait(empty.index(slot), (copied // SLOTS) & 1 ^ 1)
-            copy_async(ring.index(slot), rows + (gl.expand_dims(m * stride_m, 1) + d))
-            copy_async(numbers.index(slot), of_rows + first)
-            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+            m = gl.minimum(first + row, sizes.q_len - 1).to(gl.int64)
+            slot = slot_of(ring, copied)
+            wait_empty(ring, copied)
+            copy_async(ring.tiles.index(slot), rows + (gl.expand_dims(m * source.stride_m, 1) + d))
+            copy_async(ring.numbers.index(slot), of_rows + first)
+            async_copy.mbarrier_arrive(ring.full.index(slot), increment_count=False)
             copied += 1
 
 
 @gluon.jit
 def _multiply_unit(
     part,
-    k_pointer,
-    v_pointer,
-    entries,
-    counts,
-    dk_pooled,
-    dv_pooled,
-    dk_pointer,
-    dv_pointer,
+    own,
     scale,
-    kv_heads,
-    group,
-    q_len,
-    kv_len,
-    padded_len,
-    head_rows,
-    skipped,
-    q_blocks,
-    units,
-    k_tiles,
-    v_tiles,
-    q_ring,
-    dout_ring,
-    lse2_ring,
-    delta_ring,
-    q_full,
-    dout_full,
-    empty,
-    D: gl.constexpr,
+    lists,
+    sizes,
+    pair,
     BLOCK_M: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     G: gl.constexpr,
-    SLOTS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):
     """One multiplying warpgroup: its half of the unit through every tile of queries."""
-    OWN: gl.constexpr = k_tiles.shape[1]
-    ROWS: gl.constexpr = q_ring.shape[1]
+    entries, counts = lists
+    queries, gradients = pair
+    kv_heads, group, q_len, kv_len, padded_len, head_rows, skipped, q_blocks, units = sizes
+    OWN: gl.constexpr = own.k_tiles.shape[1]
+    ROWS: gl.constexpr = queries.tiles.shape[1]
+    D: gl.constexpr = queries.tiles.shape[2]
     PARTS: gl.constexpr = BLOCK_M // ROWS
     LOG_RUN: gl.constexpr = LOG_BLOCK_N - G
     # Key blocks that this half holds, or 1 where it is a part of one.
@@ -141,7 +157,7 @@ def _multiply_unit(
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    dtype: gl.constexpr = k_pointer.dtype.element_ty
+    dtype: gl.constexpr = own.k.dtype.element_ty
 
     unit, batch_kv_head, batch, kv_head = _place(units, kv_heads)
     first_run = unit * (2 * OWN) + part * OWN
@@ -152,8 +168,8 @@ def _multiply_unit(
     there = gl.expand_dims((run < runs) & (rows < head_rows), 1)
     d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0)
     at = gl.expand_dims((batch_kv_head.to(gl.int64) * head_rows + rows) * D, 1) + d
-    own_k = gl.load(k_pointer + at, mask=there, other=0.0)
-    own_v = gl.load(v_pointer + at, mask=there, other=0.0)
+    own_k = gl.load(own.k + at, mask=there, other=0.0)
+    own_v = gl.load(own.v + at, mask=there, other=0.0)
     # Sums are 2**G times what a key is owed. They start from what the level above owes.
     run = first_run + gl.arange(0, OWN, gl.SliceLayout(1, o_layout))
     real = gl.expand_dims(run < runs, 1)
@@ -161,10 +177,10 @@ def _multiply_unit(
     pooled = batch_kv_head.to(gl.int64) * (padded_len - padded_len // 8)
     above = pooled + (level_start(padded_len, G + 1) - padded_len + (run >> 1))
     above = gl.expand_dims(above * D, 1) + column
-    dk = gl.load(dk_pooled + above, mask=real, other=0.0) * (1 << G)
-    dv = gl.load(dv_pooled + above, mask=real, other=0.0) * (1 << G)
-    k = k_tiles.index(part)
-    v = v_tiles.index(part)
+    dk = gl.load(own.dk_pooled + above, mask=real, other=0.0) * (1 << G)
+    dv = gl.load(own.dv_pooled + above, mask=real, other=0.0) * (1 << G)
+    k = own.k_tiles.index(part)
+    v = own.v_tiles.index(part)
     k.store(own_k)
     v.store(own_v)
     fence_async_shared()
@@ -186,11 +202,11 @@ def _multiply_unit(
             following = gl.load(listed + gl.minimum(t + 1, steps - 1) // PARTS)
             bits = (entry >> first_bit) & ((1 << BLOCKS) - 1)
             x = multiplied + t
-            slot = x % SLOTS
+            slot = slot_of(queries, x)
             if bits > 0:
-                s = start_with_tile(k, q_ring, q_full, x, SLOTS, s_layout)
-                dp = start_with_tile(v, dout_ring, dout_full, x, SLOTS, s_layout)
-                shift = gl.expand_dims(G - lse2_ring.index(slot).load(s_column), 0)
+                s = start_when_full(k, queries, x, s_layout)
+                dp = start_when_full(v, gradients, x, s_layout)
+                shift = gl.expand_dims(G - queries.numbers.index(slot).load(s_column), 0)
                 s = warpgroup_mma_wait(1, deps=[s])
                 s = s * slope + shift
                 if BLOCKS > 1:
@@ -201,29 +217,29 @@ def _multiply_unit(
                         m = gl.arange(0, ROWS, s_column) + (first + kv_len - q_len)
                         s = gl.where(last <= gl.expand_dims(m, 0), s, float("-inf"))
                 p = gl.exp2(s)
-                delta = gl.expand_dims(delta_ring.index(slot).load(s_column), 0)
+                delta = gl.expand_dims(gradients.numbers.index(slot).load(s_column), 0)
                 dp = warpgroup_mma_wait(0, deps=[dp])
                 weights = gl.convert_layout(p.to(dtype), p_layout)
-                dv = warpgroup_mma(weights, dout_ring.index(slot), dv, is_async=True)
+                dv = warpgroup_mma(weights, gradients.tiles.index(slot), dv, is_async=True)
                 ds = gl.convert_layout((p * (dp - delta)).to(dtype), p_layout)
-                dk = warpgroup_mma(ds, q_ring.index(slot), dk, is_async=True)
+                dk = warpgroup_mma(ds, queries.tiles.index(slot), dk, is_async=True)
                 dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
             else:
-                mbarrier.wait(q_full.index(slot), (x // SLOTS) & 1)
-                mbarrier.wait(dout_full.index(slot), (x // SLOTS) & 1)
-            mbarrier.arrive(empty.index(slot), count=1)
+                wait_full(queries, x)
+                wait_full(gradients, x)
+            release(queries, x)
         multiplied += steps
 
     if G > 0:
         here = pooled + (level_start(padded_len, G) - padded_len + run)
         here = gl.expand_dims(here * D, 1) + column
-        gl.store(dk_pooled + here, dk * (1.0 / (1 << G)), mask=real)
-        gl.store(dv_pooled + here, dv * (1.0 / (1 << G)), mask=real)
+        gl.store(own.dk_pooled + here, dk * (1.0 / (1 << G)), mask=real)
+        gl.store(own.dv_pooled + here, dv * (1.0 / (1 << G)), mask=real)
     else:
         here = gl.expand_dims((batch_kv_head.to(gl.int64) * kv_len + run) * D, 1) + column
         live = gl.expand_dims(run < kv_len, 1)
-        gl.store(dk_pointer + here, (dk * scale).to(dtype), mask=live)
-        gl.store(dv_pointer + here, dv.to(dtype), mask=live)
+        gl.store(own.dk + here, (dk * scale).to(dtype), mask=live)
+        gl.store(own.dv + here, dv.to(dtype), mask=live)
 
 
 @gluon.jit
@@ -266,7 +282,8 @@ def key_gradient_hopper(
     COPY_REGISTERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
 ):
-    """Grid: units over all key heads. Arguments as in `key_gradient.key_gradient`, but
+    """Grid: units over all key heads. Arguments as in the `key_gradient` of every
+    GPU, but
 
     entries, counts: `Units` of the level.
     q_pointer, dout_pointer and their strides: multiples of 16 bytes, as copies need them.
@@ -282,144 +299,40 @@ def key_gradient_hopper(
     dout_ring = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, D], ring_layout)
     lse2_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], plain)
     delta_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], plain)
-    q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    dout_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    q_full = new_barriers(SLOTS)
+    dout_full = new_barriers(SLOTS)
     # q and dout are needed equally long: the places of both are given back at once.
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = new_barriers(SLOTS)
     for slot in gl.static_range(SLOTS):
         # All threads that copy arrive as their copies land; each multiplying warpgroup once.
         mbarrier.init(q_full.index(slot), count=COPY_THREADS)
         mbarrier.init(dout_full.index(slot), count=COPY_THREADS)
         mbarrier.init(empty.index(slot), count=2)
 
+    own = OfKeys(
+        k_pointer, v_pointer, dk_pooled, dv_pooled, dk_pointer, dv_pointer, k_tiles, v_tiles
+    )
+    lists = (entries, counts)
+    sizes = UnitSizes(
+        kv_heads, group, q_len, kv_len, padded_len, head_rows, skipped, q_blocks, units
+    )
+    of_q = QuerySource(q_pointer, q_stride_b, q_stride_h, q_stride_m, lse2_pointer)
+    of_dout = QuerySource(dout_pointer, dout_stride_b, dout_stride_h, dout_stride_m, delta_pointer)
+    queries = NumberedRing(q_ring, lse2_ring, q_full, empty)
+    gradients = NumberedRing(dout_ring, delta_ring, dout_full, empty)
+    pair = (queries, gradients)
     gl.warp_specialize(
         [
             (
                 _multiply_unit,
-                (
-                    0,
-                    k_pointer,
-                    v_pointer,
-                    entries,
-                    counts,
-                    dk_pooled,
-                    dv_pooled,
-                    dk_pointer,
-                    dv_pointer,
-                    scale,
-                    kv_heads,
-                    group,
-                    q_len,
-                    kv_len,
-                    padded_len,
-                    head_rows,
-                    skipped,
-                    q_blocks,
-                    units,
-                    k_tiles,
-                    v_tiles,
-                    q_ring,
-                    dout_ring,
-                    lse2_ring,
-                    delta_ring,
-                    q_full,
-                    dout_full,
-                    empty,
-                    D,
-                    BLOCK_M,
-                    LOG_BLOCK_N,
-                    G,
-                    SLOTS,
-                    IS_CAUSAL,
-                ),
+                (0, own, scale, lists, sizes, pair, BLOCK_M, LOG_BLOCK_N, G, IS_CAUSAL),
             ),
             (
                 _multiply_unit,
-                (
-                    1,
-                    k_pointer,
-                    v_pointer,
-                    entries,
-                    counts,
-                    dk_pooled,
-                    dv_pooled,
-                    dk_pointer,
-                    dv_pointer,
-                    scale,
-                    kv_heads,
-                    group,
-                    q_len,
-                    kv_len,
-                    padded_len,
-                    head_rows,
-                    skipped,
-                    q_blocks,
-                    units,
-                    k_tiles,
-                    v_tiles,
-                    q_ring,
-                    dout_ring,
-                    lse2_ring,
-                    delta_ring,
-                    q_full,
-                    dout_full,
-                    empty,
-                    D,
-                    BLOCK_M,
-                    LOG_BLOCK_N,
-                    G,
-                    SLOTS,
-                    IS_CAUSAL,
-                ),
+                (1, own, scale, lists, sizes, pair, BLOCK_M, LOG_BLOCK_N, G, IS_CAUSAL),
             ),
-            (
-                _copy_queries,
-                (
-                    q_pointer,
-                    lse2_pointer,
-                    q_stride_b,
-                    q_stride_h,
-                    q_stride_m,
-                    entries,
-                    counts,
-                    kv_heads,
-                    group,
-                    q_len,
-                    q_blocks,
-                    units,
-                    q_ring,
-                    lse2_ring,
-                    q_full,
-                    empty,
-                    D,
-                    BLOCK_M,
-                    SLOTS,
-                ),
-            ),
-            (
-                _copy_queries,
-                (
-                    dout_pointer,
-                    delta_pointer,
-                    dout_stride_b,
-                    dout_stride_h,
-                    dout_stride_m,
-                    entries,
-                    counts,
-                    kv_heads,
-                    group,
-                    q_len,
-                    q_blocks,
-                    units,
-                    dout_ring,
-                    delta_ring,
-                    dout_full,
-                    empty,
-                    D,
-                    BLOCK_M,
-                    SLOTS,
-                ),
-            ),
+            (_copy_queries, (of_q, lists, sizes, queries, BLOCK_M)),
+            (_copy_queries, (of_dout, lists, sizes, gradients, BLOCK_M)),
         ],
         [4, COPY_WARPS, COPY_WARPS],
         [MULTIPLY_REGISTERS, COPY_REGISTERS, COPY_REGISTERS],
@@ -451,13 +364,12 @@ def launch_key_gradient_hopper(
         ValueError: the kernel has no instance for this head dimension, dtype, block or GPU.
     """
     heads, q_len, head_dim = q.shape[1:]
-    accepted = head_dim in HEAD_DIMS and q.dtype in DTYPES and block_m % config.rows == 0
-    if not accepted or block_n >> g < LEAST_RUN or capability(q) != (9, 0):
+    call = (head_dim, q.dtype, block_m, capability(q))
+    hopper.require_supported(config, *call, rows=config.rows)
+    if block_n >> g < LEAST_RUN:
         raise ValueError(
-            f"HopperKeyGradConfig needs head dimension in {HEAD_DIMS}, float16 or bfloat16, "
-            f"block_m a multiple of its rows ({config.rows}), {LEAST_RUN} rows of a key block and "
-            f"compute capability 9.0, got {head_dim}, {q.dtype}, {block_m}, {block_n >> g} and "
-            f"{capability(q)}"
+            f"{type(config).__name__} needs {LEAST_RUN} rows of a key block at level {1 << g}, "
+            f"got {block_n >> g}"
         )
     k, v, head_rows, skipped = rows.of_level(g)
     batch, kv_heads = k.shape[:2]
