@@ -1,0 +1,21 @@
+"""Estimated defects against the float64 rule."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from psa_jax import defect
+from shared_specs.defect import defect_scores
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rest_mean", [False, True])
+def test_against_the_rule(causal, rest_mean, rng):
+    q = rng.standard_normal((2, 4, 299, 16), np.float32)
+    k = rng.standard_normal((2, 2, 333, 16), np.float32)
+    settings = {"block_m": 64, "block_n": 32, "sample_m": 4, "scale": 0.7}
+    settings |= {"causal": causal, "rest_mean": rest_mean}
+    expected = defect_scores(q, k, **settings)
+    found = defect.defect_scores(jnp.asarray(q), jnp.asarray(k), **settings)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-9)
