@@ -190,7 +190,13 @@ def _draw_curve(rows: list[Row]) -> Any:
             ax.set_title(machine)
         panels[0, 0].set_ylabel("speed-up over the fastest dense")
         panels[0, 0].set_ylim(bottom=0)
-        panels[0, 0].legend(frameon=False)
+        # One legend for all panels: a provider may have run on one of the machines only.
+        lines = {
+            label: line
+            for ax in panels[0]
+            for line, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False)
     return figure
 
 
