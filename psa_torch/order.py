@@ -50,12 +50,17 @@ class TokenOrder(TokenOrderBase):
     def _clustered(
         self, tokens: Tensor, count: int, warm: Tensor | None
     ) -> tuple[Permutation, Tensor]:
-        labels, centroids = kmeans(tokens[..., self.video, :], count, centroids=warm)
+        labels, centroids = self._labels(tokens[..., self.video, :], count, warm)
         start, stop = self.video.start, self.video.stop
         by_cluster = torch.argsort(labels, dim=-1, stable=True) + start
         place = torch.arange(self.length, device=tokens.device).expand(tokens.shape[:-1])
         order = torch.cat([place[..., :start], by_cluster, place[..., stop:]], -1)
         return Permutation(order.int(), order.argsort(-1).int()), centroids
+
+    def _labels(
+        self, tokens: Tensor, count: int, warm: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return kmeans(tokens, count, centroids=warm)
 
     def _take(self, x: Tensor, permutation: Permutation) -> Tensor:
         return permute(x, permutation.order, permutation.inverse)
