@@ -9,6 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
+from psa_torch._transforms import is_transformed
 from psa_torch._vmap import _fold, register_batch_rule
 from shared_specs.order import (
     Centroids,
@@ -43,7 +44,7 @@ class TokenOrder(TokenOrderBase):
         method, grid, tile = self.method, list(self.grid), list(self.tile)
         return Permutation(
             *_fixed_order(
-                like, method, self.length, grid, tile, self.text_length, self.text_position
+                like.detach(), method, self.length, grid, tile, self.text_length, self.text_position
             )
         )
 
@@ -66,19 +67,28 @@ class TokenOrder(TokenOrderBase):
         return permute(x, permutation.order, permutation.inverse)
 
 
-@torch.library.custom_op("psa::permute", mutates_args=())
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Tokens of `x [B,H,L]` or `[B,H,L,D]` in the order int32 `[L]` or `[B,H,L]`: one gather.
 
     `inverse` undoes `order`; the gradient is one gather by it.
     """
+    # PyTorch's own gather has every derivative, but adds up gradients that meet nowhere.
+    return _gather(x, order) if is_transformed() else _permute(x, order, inverse)
+
+
+@torch.library.custom_op("psa::permute", mutates_args=())
+def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return _gather(x, order)
+
+
+def _gather(x: Tensor, order: Tensor) -> Tensor:
     if order.ndim == 1:
         return x.index_select(2, order)
     index = order.long()
     return x.gather(2, index if x.ndim == 3 else index[..., None].expand(x.shape))
 
 
-@permute.register_fake
+@_permute.register_fake
 def _(x, order, inverse):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -93,16 +103,16 @@ def _permute_backward(ctx, grad):
     return permute(grad, inverse, order), None, None
 
 
-permute.register_autograd(_permute_backward, setup_context=_save_permutation)
+_permute.register_autograd(_permute_backward, setup_context=_save_permutation)
 
 
-@permute.register_vmap
+@_permute.register_vmap
 def _(info, in_dims, x, order, inverse):
     size = info.batch_size
     x = _fold(x, in_dims[0], size)
     if order.ndim > 1:  # an order per head; one for all heads is never mapped
         order, inverse = _fold(order, in_dims[1], size), _fold(inverse, in_dims[2], size)
-    return permute(x, order, inverse).unflatten(0, (size, -1)), 0
+    return _permute(x, order, inverse).unflatten(0, (size, -1)), 0
 
 
 @functools.lru_cache(maxsize=64)

@@ -26,8 +26,9 @@ def sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every query over the pooled keys that its block's levels select.
 
-    Differentiable in q, k and v, through out and lse; levels get no gradient, and there are no
-    second derivatives. Inside `torch.autocast` q, k and v are cast as
+    Differentiable in q, k and v, through out and lse, in reverse mode (autograd, `torch.func.grad`,
+    `vjp`, `jacrev`) and, on `gather`, in forward mode (`jvp`, `jacfwd`, dual tensors); levels get
+    no gradient, and there are no second derivatives. Inside `torch.autocast` q, k and v are cast as
     `scaled_dot_product_attention` casts them.
 
     Args:
