@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch._checks import checked_inputs, describe
+from psa_torch._checks import absorb_scale, checked_inputs, describe
 from psa_torch._config import Settings, settings_of
 from psa_torch.attention import IMPLEMENTATIONS, attend, choose
 from psa_torch.importance import block_scores
@@ -48,7 +48,8 @@ def psa_attention(
         return_levels: also return the levels, in the serial form that `config.attn_impl` names:
             segments for 'new_mask_type', dense for 'old_mask_type'.
         implementation: a key of `psa_torch.attention.IMPLEMENTATIONS`, or None for the best one.
-        **overrides: fields of `PSAConfig` that replace those of `config`.
+        **overrides: fields of `PSAConfig` that replace those of `config`. `scale` may be a tensor,
+            0-d or `[H]`: it is multiplied into q and gets a gradient.
 
     Returns:
         out `[B, H, Lq, D]` in the dtype of q (of autocast inside it), then lse, then levels,
@@ -58,11 +59,15 @@ def psa_attention(
         TypeError: an argument has a type or dtype that is not accepted, or is unknown.
         ValueError: a value, a shape or a combination is not accepted; the message says what is.
     """
+    scale = overrides.get("scale")
+    if isinstance(scale, Tensor):
+        overrides["scale"] = 1.0
     settings = settings_of(config, overrides)
     checks.check_flag("return_lse", return_lse)
     checks.check_flag("return_levels", return_levels)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     (q, k, v), sizes = checked_inputs(q, k, v)
+    q, _ = absorb_scale(q, scale)
     blocks = {"block_m": settings.block_m, "block_n": settings.block_n}
     if levels is not None:
         form = checks.check_levels_shape(describe("levels", levels), *sizes[:2], **blocks)

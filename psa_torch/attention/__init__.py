@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from psa_torch._checks import checked_inputs, describe, require_tensor
+from psa_torch._checks import absorb_scale, checked_inputs, describe, require_tensor
 from psa_torch.attention.functorch import attention
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
 from psa_torch.masks import from_segments
@@ -19,7 +19,7 @@ def sparse_attention(
     *,
     block_m: int,
     block_n: int,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     implementation: str | None = None,
     return_lse: bool = False,
@@ -39,7 +39,8 @@ def sparse_attention(
             host wait, and a block with a value outside the set is undefined.
         block_m: queries per block, 64 or 128.
         block_n: keys per block, 32, 64 or 128.
-        scale: factor on q.k; None means `D ** -0.5`.
+        scale: factor on q.k; None means `D ** -0.5`. A tensor, 0-d or `[H]`, is multiplied into q
+            and gets a gradient.
         is_causal: a pooled key is visible iff its last covered key is at or before
             `row + Lk - Lq`.
         implementation: a key of `IMPLEMENTATIONS`, or None for the best one that supports the
@@ -56,12 +57,14 @@ def sparse_attention(
             implementation asked for cannot run on this input.
     """
     checks.check_blocks(block_m, block_n)
-    checks.check_scale(scale)
+    if not isinstance(scale, Tensor):
+        checks.check_scale(scale)
     checks.check_flag("is_causal", is_causal)
     checks.check_flag("return_lse", return_lse)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     require_tensor("levels", levels)
     (q, k, v), sizes = checked_inputs(q, k, v)
+    q, scale = absorb_scale(q, scale)
     form = checks.check_levels_shape(
         describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
     )
