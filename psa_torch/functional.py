@@ -27,6 +27,9 @@ def psa_attention(
     return_lse: bool = False,
     return_levels: bool = False,
     implementation: str | None = None,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     **overrides,
 ) -> Tensor | tuple[Tensor, ...]:
     """Pyramid sparse attention: choose a level for every block, attend over pooled keys.
@@ -48,6 +51,8 @@ def psa_attention(
         return_levels: also return the levels, in the serial form that `config.attn_impl` names:
             segments for 'new_mask_type', dense for 'old_mask_type'.
         implementation: a key of `psa_torch.attention.IMPLEMENTATIONS`, or None for the best one.
+        attn_mask, dropout_p, is_causal: what callers of `scaled_dot_product_attention` pass
+            along; only None, 0 and False, which change nothing, are accepted.
         **overrides: fields of `PSAConfig` that replace those of `config`. `scale` may be a tensor,
             0-d or `[H]`: it is multiplied into q and gets a gradient.
 
@@ -59,6 +64,7 @@ def psa_attention(
         TypeError: an argument has a type or dtype that is not accepted, or is unknown.
         ValueError: a value, a shape or a combination is not accepted; the message says what is.
     """
+    _refuse_dense_arguments(attn_mask, dropout_p, is_causal)
     scale = overrides.get("scale")
     if isinstance(scale, Tensor):
         overrides["scale"] = 1.0
@@ -96,6 +102,27 @@ def psa_attention(
     if return_levels:
         results.append(serial_levels(chosen, settings))
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _refuse_dense_arguments(attn_mask, dropout_p, is_causal) -> None:
+    """Arguments of dense attention that would change the result.
+
+    Raises:
+        TypeError, ValueError: one does, or is of another type.
+    """
+    if attn_mask is not None:
+        raise ValueError(
+            "attn_mask must be None: which keys are seen is chosen, or given as levels=, got "
+            f"{type(attn_mask).__name__}"
+        )
+    if isinstance(dropout_p, Tensor) or dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0: there is no dropout, got {dropout_p!r}")
+    checks.check_flag("is_causal", is_causal)
+    if is_causal:
+        raise ValueError(
+            "is_causal must be False, got True: causal attention is the field causal of the "
+            "configuration (causal=True)"
+        )
 
 
 class Chosen(NamedTuple):
