@@ -43,7 +43,9 @@ def checked_inputs(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         require_tensor(name, x)
     tensors = autocast(q, k, v)
     sizes = tuple(describe(name, x) for (name, _), x in zip(named, tensors, strict=True))
-    check_qkv(*sizes)
+    # A batch of nothing is as good as any other if the rest fits.
+    empty = all(len(x.shape) == 4 and x.shape[0] == 0 for x in sizes)
+    check_qkv(*(x._replace(shape=(1, *x.shape[1:])) if empty else x for x in sizes))
     return Inputs(tensors, sizes)
 
 

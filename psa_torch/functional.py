@@ -142,6 +142,10 @@ def choose_levels(q: Tensor, k: Tensor, config: PSAConfig | Settings) -> Chosen:
 
     Every room detaches what it gets, so no gradient flows through the choice.
     """
+    if not q.shape[0]:  # an empty batch: no room has to know
+        rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+        scores = q.new_empty(0, q.shape[1], rows, columns, dtype=torch.float32)
+        return Chosen(scores.int(), scores)
     scores = block_scores(q, k, config)
     cap = similarity_cap(k, config) if config.use_sim_mask else None
     levels = select_levels(scores, config, q_len=q.shape[2], kv_len=k.shape[2], cap=cap)

@@ -207,7 +207,7 @@ def _lloyd_step(tokens: Tensor, centroids: Tensor, *, move: bool) -> tuple[Tenso
     half_norm = shifted.square().sum(-1)[:, None] / 2
     columns = shifted.mT
     most = DISTANCE_ELEMENTS.get(tokens.device.type, DISTANCE_ELEMENTS["cuda"])
-    chunk = max(1, most // (b * h * count))
+    chunk = max(1, most // max(1, b * h * count))
     ids = torch.arange(count, device=tokens.device)
     labels = []
     sums, sizes = torch.zeros_like(shifted), torch.zeros_like(shifted[..., :1])

@@ -56,6 +56,12 @@ def check_qkv(
         raise ValueError(
             f"q, k and v must be on one device, got q {q.device}, k {k.device}, v {v.device}"
         )
+    if tuple(k.shape[:3]) == tuple(v.shape[:3]) and k.shape[3] != v.shape[3]:
+        raise ValueError(
+            f"v must have the head dimension of k, {k.shape[3]}, got {v.shape[3]}: values of "
+            "another dimension than keys are not supported; pad the smaller one with zeros "
+            "(and give scale=)"
+        )
     if tuple(k.shape) != tuple(v.shape):
         raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
     for axis, what in ((0, "batch"), (3, "head dimension")):

@@ -38,6 +38,8 @@ def attention_forward(
     """
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     check_level_values(levels)
+    if not q.shape[0]:  # an empty batch: no implementation has to know
+        return _like_forward(q)
     with without_autocast(q):
         return IMPLEMENTATIONS[name].forward(
             q,
@@ -53,6 +55,10 @@ def attention_forward(
 
 @attention_forward.register_fake
 def _(q, k, v, levels, implementation, block_m, block_n, scale, is_causal):
+    return _like_forward(q)
+
+
+def _like_forward(q: Tensor) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
@@ -75,6 +81,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, from the gradients of out and lse (None for 0) and what forward returned."""
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
+    if not q.shape[0]:
+        return tuple(x.new_empty(x.shape) for x in (q, k, v))
     with without_autocast(q):
         return IMPLEMENTATIONS[name].backward(
             dout,
@@ -127,6 +135,8 @@ def attention_tangent(
             "jacfwd, dual tensors); implementation='gather' has, and reverse mode (grad, vjp, "
             "jacrev) runs on every one"
         )
+    if not q.shape[0]:
+        return _like_forward(q)
     sizes = {"block_m": block_m, "block_n": block_n}
     with without_autocast(q):
         return walk(
