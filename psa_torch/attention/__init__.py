@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from psa_torch._checks import absorb_scale, checked_inputs, describe, require_tensor
+from psa_torch.attention import flops  # noqa: F401  registers the formulas
 from psa_torch.attention.functorch import attention
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
 from psa_torch.masks import from_segments
