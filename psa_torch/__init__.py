@@ -10,6 +10,7 @@ except ModuleNotFoundError as error:
 from psa_torch.attention import sparse_attention
 from psa_torch.functional import psa_attention
 from psa_torch.module import PSAAttention
+from psa_torch.sdpa import scaled_dot_product_attention
 from psa_torch.video import PSAVideoAttention, VideoState
 from shared_specs.config import PSAConfig
 
@@ -19,5 +20,6 @@ __all__ = [
     "PSAVideoAttention",
     "VideoState",
     "psa_attention",
+    "scaled_dot_product_attention",
     "sparse_attention",
 ]

@@ -1,7 +1,7 @@
 """How torch tensors meet the checks of `shared_specs.checks`, and autocast."""
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,9 @@ def checked_inputs(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         require_tensor(name, x)
     tensors = autocast(q, k, v)
     sizes = tuple(describe(name, x) for (name, _), x in zip(named, tensors, strict=True))
-    check_qkv(*sizes)
+    # A batch of nothing is as good as any other if the rest fits.
+    empty = all(len(x.shape) == 4 and x.shape[0] == 0 for x in sizes)
+    check_qkv(*(x._replace(shape=(1, *x.shape[1:])) if empty else x for x in sizes))
     return Inputs(tensors, sizes)
 
 
@@ -58,6 +60,35 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float16, torch.bfloat16, torch.float32)
     return tuple(x.to(dtype) if x.dtype in eligible else x for x in tensors)
+
+
+def absorb_scale(q: Tensor, scale: Any) -> tuple[Tensor, Any]:
+    """q and the number that is left of `scale`: a tensor is multiplied into q, which keeps its
+    gradient; anything else is for the checks of numbers to judge.
+
+    Args:
+        q: `[B, H, Lq, D]`.
+        scale: a floating tensor, 0-d or `[H]`, on the device of q; or anything else.
+
+    Raises:
+        TypeError: a tensor that is not floating.
+        ValueError: a tensor of another shape or device.
+    """
+    if not isinstance(scale, Tensor):
+        return q, scale
+    if not scale.is_floating_point():
+        raise TypeError(f"scale must be a number or a floating tensor, got {scale.dtype}")
+    heads = q.shape[1]
+    if scale.ndim > 1 or (scale.ndim == 1 and scale.shape[0] != heads):
+        raise ValueError(
+            f"scale must be a number, or a tensor of shape () or [H] = ({heads},), "
+            f"got shape {tuple(scale.shape)}"
+        )
+    if scale.device != q.device and scale.ndim:
+        raise ValueError(f"scale must be on the device of q, {q.device}, got {scale.device}")
+    # At the precision of scale, rounded once to that of q.
+    factor = scale[:, None, None] if scale.ndim else scale
+    return (q.to(torch.promote_types(q.dtype, scale.dtype)) * factor).to(q.dtype), 1.0
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch._checks import checked_inputs, describe
+from psa_torch._checks import absorb_scale, checked_inputs, describe
 from psa_torch._config import Settings, settings_of
 from psa_torch.attention import IMPLEMENTATIONS, attend, choose
 from psa_torch.importance import block_scores
@@ -27,6 +27,9 @@ def psa_attention(
     return_lse: bool = False,
     return_levels: bool = False,
     implementation: str | None = None,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     **overrides,
 ) -> Tensor | tuple[Tensor, ...]:
     """Pyramid sparse attention: choose a level for every block, attend over pooled keys.
@@ -48,7 +51,10 @@ def psa_attention(
         return_levels: also return the levels, in the serial form that `config.attn_impl` names:
             segments for 'new_mask_type', dense for 'old_mask_type'.
         implementation: a key of `psa_torch.attention.IMPLEMENTATIONS`, or None for the best one.
-        **overrides: fields of `PSAConfig` that replace those of `config`.
+        attn_mask, dropout_p, is_causal: what callers of `scaled_dot_product_attention` pass
+            along; only None, 0 and False, which change nothing, are accepted.
+        **overrides: fields of `PSAConfig` that replace those of `config`. `scale` may be a tensor,
+            0-d or `[H]`: it is multiplied into q and gets a gradient.
 
     Returns:
         out `[B, H, Lq, D]` in the dtype of q (of autocast inside it), then lse, then levels,
@@ -58,11 +64,16 @@ def psa_attention(
         TypeError: an argument has a type or dtype that is not accepted, or is unknown.
         ValueError: a value, a shape or a combination is not accepted; the message says what is.
     """
+    _refuse_dense_arguments(attn_mask, dropout_p, is_causal)
+    scale = overrides.get("scale")
+    if isinstance(scale, Tensor):
+        overrides["scale"] = 1.0
     settings = settings_of(config, overrides)
     checks.check_flag("return_lse", return_lse)
     checks.check_flag("return_levels", return_levels)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     (q, k, v), sizes = checked_inputs(q, k, v)
+    q, _ = absorb_scale(q, scale)
     blocks = {"block_m": settings.block_m, "block_n": settings.block_n}
     if levels is not None:
         form = checks.check_levels_shape(describe("levels", levels), *sizes[:2], **blocks)
@@ -93,6 +104,27 @@ def psa_attention(
     return results[0] if len(results) == 1 else tuple(results)
 
 
+def _refuse_dense_arguments(attn_mask, dropout_p, is_causal) -> None:
+    """Arguments of dense attention that would change the result.
+
+    Raises:
+        TypeError, ValueError: one does, or is of another type.
+    """
+    if attn_mask is not None:
+        raise ValueError(
+            "attn_mask must be None: which keys are seen is chosen, or given as levels=, got "
+            f"{type(attn_mask).__name__}"
+        )
+    if isinstance(dropout_p, Tensor) or dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0: there is no dropout, got {dropout_p!r}")
+    checks.check_flag("is_causal", is_causal)
+    if is_causal:
+        raise ValueError(
+            "is_causal must be False, got True: causal attention is the field causal of the "
+            "configuration (causal=True)"
+        )
+
+
 class Chosen(NamedTuple):
     """Levels and, where they were chosen here, the scores they were chosen by.
 
@@ -110,6 +142,10 @@ def choose_levels(q: Tensor, k: Tensor, config: PSAConfig | Settings) -> Chosen:
 
     Every room detaches what it gets, so no gradient flows through the choice.
     """
+    if not q.shape[0]:  # an empty batch: no room has to know
+        rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+        scores = q.new_empty(0, q.shape[1], rows, columns, dtype=torch.float32)
+        return Chosen(scores.int(), scores)
     scores = block_scores(q, k, config)
     cap = similarity_cap(k, config) if config.use_sim_mask else None
     levels = select_levels(scores, config, q_len=q.shape[2], kv_len=k.shape[2], cap=cap)

@@ -9,6 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
+from psa_torch._transforms import is_transformed
 from psa_torch._vmap import _fold, register_batch_rule
 from shared_specs.order import (
     Centroids,
@@ -43,37 +44,51 @@ class TokenOrder(TokenOrderBase):
         method, grid, tile = self.method, list(self.grid), list(self.tile)
         return Permutation(
             *_fixed_order(
-                like, method, self.length, grid, tile, self.text_length, self.text_position
+                like.detach(), method, self.length, grid, tile, self.text_length, self.text_position
             )
         )
 
     def _clustered(
         self, tokens: Tensor, count: int, warm: Tensor | None
     ) -> tuple[Permutation, Tensor]:
-        labels, centroids = kmeans(tokens[..., self.video, :], count, centroids=warm)
+        labels, centroids = self._labels(tokens[..., self.video, :], count, warm)
         start, stop = self.video.start, self.video.stop
         by_cluster = torch.argsort(labels, dim=-1, stable=True) + start
         place = torch.arange(self.length, device=tokens.device).expand(tokens.shape[:-1])
         order = torch.cat([place[..., :start], by_cluster, place[..., stop:]], -1)
         return Permutation(order.int(), order.argsort(-1).int()), centroids
 
+    def _labels(
+        self, tokens: Tensor, count: int, warm: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return kmeans(tokens, count, centroids=warm)
+
     def _take(self, x: Tensor, permutation: Permutation) -> Tensor:
         return permute(x, permutation.order, permutation.inverse)
 
 
-@torch.library.custom_op("psa::permute", mutates_args=())
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Tokens of `x [B,H,L]` or `[B,H,L,D]` in the order int32 `[L]` or `[B,H,L]`: one gather.
 
     `inverse` undoes `order`; the gradient is one gather by it.
     """
+    # PyTorch's own gather has every derivative, but adds up gradients that meet nowhere.
+    return _gather(x, order) if is_transformed() else _permute(x, order, inverse)
+
+
+@torch.library.custom_op("psa::permute", mutates_args=())
+def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return _gather(x, order)
+
+
+def _gather(x: Tensor, order: Tensor) -> Tensor:
     if order.ndim == 1:
         return x.index_select(2, order)
     index = order.long()
     return x.gather(2, index if x.ndim == 3 else index[..., None].expand(x.shape))
 
 
-@permute.register_fake
+@_permute.register_fake
 def _(x, order, inverse):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -88,16 +103,16 @@ def _permute_backward(ctx, grad):
     return permute(grad, inverse, order), None, None
 
 
-permute.register_autograd(_permute_backward, setup_context=_save_permutation)
+_permute.register_autograd(_permute_backward, setup_context=_save_permutation)
 
 
-@permute.register_vmap
+@_permute.register_vmap
 def _(info, in_dims, x, order, inverse):
     size = info.batch_size
     x = _fold(x, in_dims[0], size)
     if order.ndim > 1:  # an order per head; one for all heads is never mapped
         order, inverse = _fold(order, in_dims[1], size), _fold(inverse, in_dims[2], size)
-    return permute(x, order, inverse).unflatten(0, (size, -1)), 0
+    return _permute(x, order, inverse).unflatten(0, (size, -1)), 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -192,7 +207,7 @@ def _lloyd_step(tokens: Tensor, centroids: Tensor, *, move: bool) -> tuple[Tenso
     half_norm = shifted.square().sum(-1)[:, None] / 2
     columns = shifted.mT
     most = DISTANCE_ELEMENTS.get(tokens.device.type, DISTANCE_ELEMENTS["cuda"])
-    chunk = max(1, most // (b * h * count))
+    chunk = max(1, most // max(1, b * h * count))
     ids = torch.arange(count, device=tokens.device)
     labels = []
     sums, sizes = torch.zeros_like(shifted), torch.zeros_like(shifted[..., :1])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._dispatch import use_kernels
+from psa_torch._transforms import is_transformed
 from psa_torch._vmap import register_batch_rule
 from shared_specs.constants import LEVELS
 from shared_specs.pyramid import level_start, padded_length, pyramid_rows
@@ -31,6 +32,8 @@ def build_pyramid(k: Tensor, v: Tensor, block_n: int) -> Pyramid:
         Differentiable: the gradient of a key is the sum over the rows that cover it of the
         row's gradient divided by the row's count.
     """
+    if is_transformed():
+        return Pyramid(_pool_traced(k, block_n), _pool_traced(v, block_n))
     return Pyramid(*_build_pyramid(k, v, block_n))
 
 
@@ -127,6 +130,18 @@ def _pool(x: Tensor, block_n: int) -> Tensor:
     for sums, counts in pooled:
         sums /= counts[:, None]
     return rows.to(x.dtype)
+
+
+def _pool_traced(x: Tensor, block_n: int) -> Tensor:
+    """`_pool` with the same additions, none of them in place: it has every derivative."""
+    length, dtype = x.shape[-2], accumulator(x)
+    padded = padded_length(length, block_n)
+    sums = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, padded - length))
+    rows = [sums]
+    for level in LEVELS[1:]:
+        sums = sums[..., ::2, :] + sums[..., 1::2, :]
+        rows.append(sums / _counts(length, padded // level, level, dtype, x.device)[:, None])
+    return torch.cat(rows, -2).to(x.dtype)
 
 
 def unpool(rows: Tensor, kv_len: int, block_n: int) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from psa_torch._checks import checked_inputs
 from psa_torch._config import parse_config, settings_of
+from psa_torch._video_memory import (
+    RememberingOrder,
+    Run,
+    new_handle,
+    places,
+    record_density,
+)
 from psa_torch.attention import IMPLEMENTATIONS, attend, sparse_attention
 from psa_torch.functional import choose_levels
 from psa_torch.order import Centroids, TokenOrder
@@ -46,17 +51,68 @@ class DensityLog:
         )
 
 
-@dataclasses.dataclass
 class VideoState:
     """What the layers of a video model share during one run.
 
     Attributes:
         step: the denoising step, from 0; the sampling loop sets it.
+        branch: which branch of guidance the calls belong to; the sampling loop sets it where the
+            branches are calls of their own, for instance to 'positive' and 'negative'.
         records: densities of every layer, head and step.
     """
 
-    step: int = 0
-    records: DensityLog = dataclasses.field(default_factory=DensityLog)
+    def __init__(
+        self, step: int = 0, records: DensityLog | None = None, *, branch: str = ""
+    ) -> None:
+        self.records = DensityLog() if records is None else records
+        self.branch = branch
+        self._dense: dict[int, bool] = {}
+        self.step = step
+
+    @property
+    def step(self) -> int:
+        """The denoising step."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        check_count("step", step)
+        self._step = step
+        for warmup_steps in self._dense:
+            self._dense[warmup_steps] = step < warmup_steps
+
+    @property
+    def branch(self) -> str:
+        """The branch of guidance."""
+        return self._branch
+
+    @branch.setter
+    def branch(self, branch: str) -> None:
+        check_branch(branch)
+        self._branch = branch
+
+    def is_warmup(self, warmup_steps: int) -> bool:
+        """Whether the step is one of the first `warmup_steps`.
+
+        Decided when the step is set: a compiled call that compared the step itself would be
+        compiled for every step.
+        """
+        if warmup_steps not in self._dense:
+            self._dense[warmup_steps] = self._step < warmup_steps
+        return self._dense[warmup_steps]
+
+    def __repr__(self) -> str:
+        return f"VideoState(step={self.step}, branch={self.branch!r}, {len(self.records)} records)"
+
+
+def check_branch(branch: str) -> None:
+    """A branch is a string.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(branch, str):
+        raise TypeError(f"branch must be a string, got {branch!r}")
 
 
 class PSAVideoAttention(nn.Module):
@@ -70,9 +126,9 @@ class PSAVideoAttention(nn.Module):
         layer: name of this layer in the records.
         state: the step and the records, shared by all layers of a model; None: the step comes with
             every call, and nothing is recorded.
-        centroids: k-means centroids of the latest sparse call, from which the next one starts if
-            its step is the same or later.
-        centroids_step: the step that left them.
+
+    The calls of one step start k-means from what the step before left, so they do not depend on
+    each other, and a checkpoint that runs one again in the backward pass gets what it got before.
     """
 
     def __init__(
@@ -91,7 +147,10 @@ class PSAVideoAttention(nn.Module):
         self.warmup_steps = warmup_steps
         self.layer = layer
         self.state = state
+        if state is not None:
+            state.is_warmup(warmup_steps)  # known from now on, so that no compiled call adds it
         self.reset()
+        self._handle = new_handle(self)
 
     @classmethod
     def from_preset(
@@ -110,8 +169,24 @@ class PSAVideoAttention(nn.Module):
 
     def reset(self) -> None:
         """Forget the centroids: before another video, or when shapes change."""
-        self.centroids: Centroids | None = None
-        self.centroids_step = -1
+        self._runs: dict[str, Run] = {}
+
+    @property
+    def centroids(self) -> Centroids | None:
+        """k-means centroids of the latest sparse call of the branch ''; None before one."""
+        run = self._runs.get("")
+        return None if run is None else run.centroids()
+
+    @property
+    def centroids_step(self) -> int:
+        """The step that left them, -1 before one."""
+        run = self._runs.get("")
+        return -1 if run is None else run.step
+
+    def __setstate__(self, state: dict) -> None:
+        # A copy has a memory of its own.
+        super().__setstate__(state)
+        self._handle = new_handle(self)
 
     def forward(
         self,
@@ -120,6 +195,7 @@ class PSAVideoAttention(nn.Module):
         v: Tensor,
         *,
         step: int | None = None,
+        branch: str | None = None,
         cross_attention: bool = False,
         return_lse: bool = False,
         implementation: str | None = None,
@@ -134,6 +210,9 @@ class PSAVideoAttention(nn.Module):
             q: `[B, H, Lq, D]`.
             k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`.
             step: the denoising step, from 0; None means `self.state.step`.
+            branch: which branch of guidance this is, where the branches of a step are calls of
+                their own: each then has its own centroids. None means `self.state.branch`, or
+                one branch for all without a state.
             cross_attention: keys and values come from somewhere else, of whatever length.
             return_lse: also return the log of the sum of exponentials, `[B, H, Lq]`.
             implementation: of the sparse calls, as in `psa_attention`.
@@ -152,32 +231,34 @@ class PSAVideoAttention(nn.Module):
         (q, k, v), _ = checked_inputs(q, k, v)
         if is_cross_attention(q.shape[2], k.shape[2], self.config, cross_attention):
             return self._dense(q, k, v, False, return_lse)
-        step = self._step(step)
-        if step is not None and step < self.warmup_steps:
+        if branch is not None:
+            check_branch(branch)
+        if self._is_warmup(step):
             self.reset()
             self._record(step, q.new_ones(q.shape[1], dtype=torch.float32))
             return self._dense(q, k, v, self.config.causal, return_lse)
-        return self._sparse(q, k, v, step, return_lse, implementation)
+        return self._sparse(q, k, v, step, branch, return_lse, implementation)
 
-    def _step(self, step: int | None) -> int | None:
+    def _is_warmup(self, step: int | None) -> bool:
         if step is None and self.state is not None:
-            step = self.state.step
+            return self.state.is_warmup(self.warmup_steps)
         if step is None:
             require_step(self.warmup_steps)
-            return None
+            return False
         check_count("step", step)
-        return step
+        return step < self.warmup_steps
 
-    def _sparse(self, q, k, v, step, return_lse, implementation):
+    def _sparse(self, q, k, v, step, branch, return_lse, implementation):
         settings = settings_of(self.config, {})
-        order = TokenOrder.from_config(settings, q.shape[2], k.shape[2])
-        # Centroids of a later step are those of an earlier run.
-        warm = step is not None and 0 <= self.centroids_step <= step
-        q, k, v, order_state = order.apply(q, k, v, centroids=self.centroids if warm else None)
-        if step is not None:
-            self.centroids, self.centroids_step = order_state.centroids, step
+        if step is None and self.state is None:
+            kind, centroids = TokenOrder, None
+        else:
+            kind, centroids = RememberingOrder, places(self._handle, step, branch)
+        order = kind.from_config(settings, q.shape[2], k.shape[2])
+        q, k, v, order_state = order.apply(q, k, v, centroids=centroids)
         levels = choose_levels(q, k, settings).levels
-        self._record(step, head_density(levels, q.shape[2], k.shape[2], self.config))
+        if self.state is not None:
+            self._record(step, head_density(levels, q.shape[2], k.shape[2], self.config))
         out, lse = attend(
             q,
             k,
@@ -215,7 +296,7 @@ class PSAVideoAttention(nn.Module):
 
     def _record(self, step: int | None, density: Tensor) -> None:
         if self.state is not None:
-            self.state.records.append(self.layer, step, density)
+            record_density(density, self._handle, step)
 
     def extra_repr(self) -> str:
         return f"layer={self.layer!r}, warmup_steps={self.warmup_steps}, config={self.config}"
@@ -246,3 +327,9 @@ def _mean_cost(levels: Tensor, candidates: int) -> Tensor:
 @_head_density.register_fake
 def _(levels, q_len, kv_len, config):
     return levels.new_empty(levels.shape[1], dtype=torch.float32)
+
+
+@_head_density.register_vmap
+def _(info, in_dims, levels, *arguments):
+    heads = levels.movedim(in_dims[0], 1).flatten(1, 2)  # heads do not interact
+    return _head_density(heads, *arguments).unflatten(0, (info.batch_size, -1)), 0

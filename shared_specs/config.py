@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from shared_specs.checks import check_scale
 from shared_specs.constants import BLOCK_M, BLOCK_N, MASK_LEVELS
 
 MASK_MODES = ("topk", "thresholdbound")
@@ -129,6 +132,7 @@ class PSAConfig:
         self._set("min_full_ratio", _number("min_full_ratio", self.min_full_ratio))
         if self.scale is not None:
             self._set("scale", _number("scale", self.scale))
+            check_scale(self.scale)
         for name in ("use_sim_mask", "causal"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -302,8 +306,10 @@ def _integer(name: str, value: Any, least: int) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+    # An array of a framework has __float__ too, but a number made of it loses its gradient.
+    array = hasattr(value, "shape") and not isinstance(value, np.generic)
+    if isinstance(value, (bool, str, bytes)) or array or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, not an array, got {value!r}")
     try:
         value = float(value)
     except OverflowError as error:

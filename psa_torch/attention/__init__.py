@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from psa_torch._checks import checked_inputs, describe, require_tensor
+from psa_torch._checks import absorb_scale, checked_inputs, describe, require_tensor
+from psa_torch.attention import flops  # noqa: F401  registers the formulas
 from psa_torch.attention.functorch import attention
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
 from psa_torch.masks import from_segments
@@ -19,15 +20,16 @@ def sparse_attention(
     *,
     block_m: int,
     block_n: int,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every query over the pooled keys that its block's levels select.
 
-    Differentiable in q, k and v, through out and lse; levels get no gradient, and there are no
-    second derivatives. Inside `torch.autocast` q, k and v are cast as
+    Differentiable in q, k and v, through out and lse, in reverse mode (autograd, `torch.func.grad`,
+    `vjp`, `jacrev`) and, on `gather`, in forward mode (`jvp`, `jacfwd`, dual tensors); levels get
+    no gradient, and there are no second derivatives. Inside `torch.autocast` q, k and v are cast as
     `scaled_dot_product_attention` casts them.
 
     Args:
@@ -38,7 +40,8 @@ def sparse_attention(
             host wait, and a block with a value outside the set is undefined.
         block_m: queries per block, 64 or 128.
         block_n: keys per block, 32, 64 or 128.
-        scale: factor on q.k; None means `D ** -0.5`.
+        scale: factor on q.k; None means `D ** -0.5`. A tensor, 0-d or `[H]`, is multiplied into q
+            and gets a gradient.
         is_causal: a pooled key is visible iff its last covered key is at or before
             `row + Lk - Lq`.
         implementation: a key of `IMPLEMENTATIONS`, or None for the best one that supports the
@@ -55,12 +58,14 @@ def sparse_attention(
             implementation asked for cannot run on this input.
     """
     checks.check_blocks(block_m, block_n)
-    checks.check_scale(scale)
+    if not isinstance(scale, Tensor):
+        checks.check_scale(scale)
     checks.check_flag("is_causal", is_causal)
     checks.check_flag("return_lse", return_lse)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     require_tensor("levels", levels)
     (q, k, v), sizes = checked_inputs(q, k, v)
+    q, scale = absorb_scale(q, scale)
     form = checks.check_levels_shape(
         describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
     )

@@ -38,6 +38,8 @@ def attention_forward(
     """
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     check_level_values(levels)
+    if not q.shape[0]:  # an empty batch: no implementation has to know
+        return _like_forward(q)
     with without_autocast(q):
         return IMPLEMENTATIONS[name].forward(
             q,
@@ -53,6 +55,10 @@ def attention_forward(
 
 @attention_forward.register_fake
 def _(q, k, v, levels, implementation, block_m, block_n, scale, is_causal):
+    return _like_forward(q)
+
+
+def _like_forward(q: Tensor) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
@@ -75,6 +81,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, from the gradients of out and lse (None for 0) and what forward returned."""
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
+    if not q.shape[0]:
+        return tuple(x.new_empty(x.shape) for x in (q, k, v))
     with without_autocast(q):
         return IMPLEMENTATIONS[name].backward(
             dout,
@@ -95,6 +103,50 @@ def attention_backward(
 @attention_backward.register_fake
 def _(dout, dlse, q, k, v, levels, out, lse, implementation, block_m, block_n, scale, is_causal):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.custom_op("psa::attention_tangent", mutates_args=())
+def attention_tangent(
+    tq: Tensor,
+    tk: Tensor,
+    tv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    implementation: str | None,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Tangents of out and lse, from those of q, k and v and what forward returned.
+
+    Raises:
+        NotImplementedError: the implementation that runs has no forward-mode derivatives.
+    """
+    name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
+    walk = getattr(IMPLEMENTATIONS[name], "tangent", None)
+    if walk is None:
+        raise NotImplementedError(
+            f"psa_torch attention: implementation {name!r} has no forward-mode derivatives (jvp, "
+            "jacfwd, dual tensors); implementation='gather' has, and reverse mode (grad, vjp, "
+            "jacrev) runs on every one"
+        )
+    if not q.shape[0]:
+        return _like_forward(q)
+    sizes = {"block_m": block_m, "block_n": block_n}
+    with without_autocast(q):
+        return walk(
+            tq, tk, tv, q, k, v, levels.int(), out, lse, **sizes, scale=scale, is_causal=is_causal
+        )
+
+
+@attention_tangent.register_fake
+def _(tq, tk, tv, q, k, v, levels, out, lse, implementation, block_m, block_n, scale, is_causal):
+    return q.new_empty(q.shape), lse.new_empty(lse.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -120,5 +172,7 @@ def _no_second_derivative(ctx, *grads):
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
 attention_backward.register_autograd(_no_second_derivative)
+attention_tangent.register_autograd(_no_second_derivative)
+register_batch_rule(attention_tangent)
 register_batch_rule(attention_forward)
 register_batch_rule(attention_backward)

@@ -68,7 +68,7 @@ BAD = [
     ("block_m", lambda i: {"block_m": 32}, ValueError, "block_m must be one of.*32"),
     ("block_n", lambda i: {"block_n": 256}, ValueError, "block_n must be one of.*256"),
     ("scale", lambda i: {"scale": float("nan")}, ValueError, "scale must be finite"),
-    ("scale tensor", lambda i: {"scale": torch.tensor(1.0)}, TypeError, "scale must be"),
+    ("scale tensor", lambda i: {"scale": torch.tensor(1)}, TypeError, "scale must be"),
     ("is_causal", lambda i: {"is_causal": 1}, TypeError, "is_causal must be True or False"),
     ("return_lse", lambda i: {"return_lse": None}, TypeError, "return_lse must be True or False"),
     ("implementation", lambda i: {"implementation": "cuda"}, ValueError, "'gather', 'triton'"),

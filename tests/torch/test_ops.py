@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import forward_ad
 
 from psa_torch import sparse_attention
 from psa_torch.attention.ops import attention_backward, attention_forward
@@ -111,15 +110,6 @@ class TestGradients:
         (dq,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
         with pytest.raises(NotImplementedError, match="no second derivatives"):
             dq.sum().backward()
-
-    def test_forward_mode_is_refused(self, rng):
-        case = CASES[0]
-        inputs = case.inputs(rng)
-        rest = inputs[1:4]
-        with pytest.raises(NotImplementedError, match="no forward-mode"):
-            torch.func.jvp(lambda q: attend(case, q, *rest), (inputs.q,), (inputs.q,))
-        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode"):
-            attend(case, forward_ad.make_dual(inputs.q, inputs.q), *rest)
 
 
 def _loss(case):

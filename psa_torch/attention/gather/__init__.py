@@ -12,9 +12,10 @@ from torch import Tensor
 
 from psa_torch.attention.gather.backward import backward
 from psa_torch.attention.gather.forward import forward
+from psa_torch.attention.gather.tangent import tangent
 from shared_specs.constants import BLOCK_M, BLOCK_N, MAX_HEAD_DIM
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["backward", "forward", "tangent", "unsupported"]
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
