@@ -13,6 +13,7 @@ VENV ?= .venv
 PINS ?= requirements/ci-py31$(shell $(PYTHON) -c 'import sys; print(1 if sys.version_info < (3, 12) else 2)').txt
 JAX_VENV ?= .venv-jax
 JAX_PYTHON ?= python3.12
+INTEGRATIONS_VENV ?= .venv-integrations
 PYTEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ JAX_BIN := $(JAX_VENV)/bin
 # One thread per test worker: with two the Triton interpreter is slower, not faster.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help venv test test-jax-newest lint format demo bench clean
+.PHONY: help venv test test-jax-newest test-integrations lint format demo bench clean
 
 help:
 	@echo "make test   lint, then all tests (minutes)"
@@ -71,6 +72,17 @@ test-jax-newest: $(JAX_VENV)/.installed
 	$(ONE_THREAD) $(JAX_BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --durations 5 \
 		tests/specs tests/jax
 
+# Model libraries have an environment of their own: their dependencies are not ours.
+$(INTEGRATIONS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(INTEGRATIONS_VENV)
+	$(INTEGRATIONS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(PINS) torch
+	$(INTEGRATIONS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-e '.[torch,integrations]' accelerate pytest pytest-timeout
+	@touch $@
+
+test-integrations: $(INTEGRATIONS_VENV)/.installed
+	$(ONE_THREAD) $(INTEGRATIONS_VENV)/bin/python -m pytest --durations 5 tests/integrations
+
 clean:
-	rm -rf $(VENV) $(JAX_VENV) build dist outputs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(JAX_VENV) $(INTEGRATIONS_VENV) build dist outputs *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

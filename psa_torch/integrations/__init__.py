@@ -1,0 +1,1 @@
+"""Pyramid sparse attention inside other libraries' models; each module imports its library late."""

@@ -1,0 +1,115 @@
+"""What `psa_torch.integrations.diffusers` must know of a model class, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+Arguments = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Where a video transformer attends over its video, and how its tokens lie.
+
+    Attributes:
+        classes: names of the transformer classes.
+        sparse: whether the attention module of this name (`named_modules`) attends over the video.
+        grid: from the model and its forward's arguments by name: tokens (frames, height, width).
+        text: likewise the number of text tokens joined to the video; None: what a mask leaves, so
+            it is only known at the call.
+        text_position: 'start' or 'end', where the joined text lies.
+    """
+
+    classes: tuple[str, ...]
+    sparse: Callable[[str], bool]
+    grid: Callable[[nn.Module, Arguments], tuple[int, int, int]]
+    text: Callable[[nn.Module, Arguments], int | None] = lambda model, arguments: 0
+    text_position: str = "end"
+
+
+def _patches(model: nn.Module, arguments: Arguments) -> tuple[int, int, int]:
+    """Grid of `hidden_states [B, C, T, H, W]` under the patch size of the configuration."""
+    size = model.config.patch_size
+    if isinstance(size, int):
+        size = (getattr(model.config, "patch_size_t", None) or 1, size, size)
+    return tuple(n // p for n, p in zip(arguments["hidden_states"].shape[2:], size, strict=True))
+
+
+def _cogvideox_grid(model: nn.Module, arguments: Arguments) -> tuple[int, int, int]:
+    frames, _, height, width = arguments["hidden_states"].shape[1:]
+    patch, patch_t = model.config.patch_size, model.config.patch_size_t or 1
+    return -(-frames // patch_t), height // patch, width // patch
+
+
+def _ltx_grid(model: nn.Module, arguments: Arguments) -> tuple[int, int, int]:
+    return tuple(arguments[name] for name in ("num_frames", "height", "width"))
+
+
+def _prompt(model: nn.Module, arguments: Arguments) -> int:
+    return arguments["encoder_hidden_states"].shape[1]
+
+
+def _of_mask(model: nn.Module, arguments: Arguments) -> None:
+    return None
+
+
+def _starts(*prefixes: str) -> Callable[[str], bool]:
+    return lambda name: name.startswith(prefixes)
+
+
+def _named_attn1(name: str) -> bool:
+    return name.endswith("attn1")
+
+
+FAMILIES = {
+    "wan": Family(
+        ("WanTransformer3DModel", "WanVACETransformer3DModel", "SkyReelsV2Transformer3DModel"),
+        _named_attn1,
+        _patches,
+    ),
+    "cogvideox": Family(
+        ("CogVideoXTransformer3DModel",), _named_attn1, _cogvideox_grid, _prompt, "start"
+    ),
+    "hunyuanvideo": Family(
+        ("HunyuanVideoTransformer3DModel",),
+        _starts("transformer_blocks.", "single_transformer_blocks."),
+        _patches,
+        _of_mask,
+    ),
+    "hunyuanvideo1.5": Family(
+        ("HunyuanVideo15Transformer3DModel",), _starts("transformer_blocks."), _patches, _of_mask
+    ),
+    "ltx": Family(("LTXVideoTransformer3DModel",), _named_attn1, _ltx_grid),
+    "mochi": Family(
+        ("MochiTransformer3DModel",), _starts("transformer_blocks."), _patches, _of_mask
+    ),
+}
+
+
+def family_of(model: nn.Module, family: Family | str | None) -> Family:
+    """The family named or given, or the one that lists the class of `model`.
+
+    Raises:
+        TypeError: `family` is something else.
+        ValueError: no family has this name, or lists this class.
+    """
+    known = ", ".join(f"{key!r} ({', '.join(f.classes)})" for key, f in FAMILIES.items())
+    if isinstance(family, Family):
+        return family
+    if isinstance(family, str):
+        if family not in FAMILIES:
+            raise ValueError(f"family must be one of {known}, or a Family; got {family!r}")
+        return FAMILIES[family]
+    if family is not None:
+        raise TypeError(f"family must be a Family, a name or None, got {type(family).__name__}")
+    for found in FAMILIES.values():
+        if type(model).__name__ in found.classes:
+            return found
+    raise ValueError(
+        f"no family lists {type(model).__name__}; known: {known}. "
+        "Describe another with family=Family(classes, sparse, grid, text, text_position)"
+    )
