@@ -6,9 +6,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from shared_specs.checks import check_rest
 from shared_specs.constants import LEVELS
 from shared_specs.masks import check_levels, from_segments
-from shared_specs.pyramid import build_pyramid, level_start, pooled_counts
+from shared_specs.pyramid import (
+    Pyramid,
+    block_counts,
+    build_pyramid,
+    group_means,
+    level_start,
+    pooled_counts,
+    pyramid_rows,
+)
 
 
 def sparse_attention(
@@ -21,6 +30,7 @@ def sparse_attention(
     block_n: int,
     scale: float | None = None,
     is_causal: bool = False,
+    rest: str = "skip",
     return_lse: bool = False,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Attention of every query over the pooled tokens that its block's levels select.
@@ -33,6 +43,7 @@ def sparse_attention(
         scale: factor on q.k; None means `D ** -0.5`.
         is_causal: a pooled token is visible iff its last covered key is at or before
             `row + Lk - Lq`.
+        rest: 'skip', or 'mean': a block of level 0 is one token, the mean of all its keys.
         return_lse: also return the natural log of the sum of exponentials.
 
     Returns:
@@ -42,7 +53,7 @@ def sparse_attention(
     q, k, v = (_wide(x) for x in (q, k, v))
     out = np.zeros_like(q)
     lse = np.full(q.shape[:3], -np.inf, q.dtype)
-    for at in _visits(q, k, v, levels, block_m, block_n, scale, is_causal):
+    for at in _visits(q, k, v, levels, block_m, block_n, scale, is_causal, rest):
         out[at.head][at.rows] = at.weights @ at.values
         lse[at.head][at.rows] = at.lse
     return (out, lse) if return_lse else out
@@ -59,12 +70,14 @@ def sparse_attention_grad(
     block_n: int,
     scale: float | None = None,
     is_causal: bool = False,
+    rest: str = "skip",
     dlse: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients of `sum(out * dout) + sum(lse * dlse)` with the levels held fixed.
 
     Args:
         dout: `[B, H, Lq, D]`.
+        rest: as in `sparse_attention`.
         dlse: `[B, H, Lq]` or None for 0; ignored on rows that see nothing.
 
     Returns:
@@ -73,8 +86,8 @@ def sparse_attention_grad(
     q, k, v, dout = (_wide(x) for x in (q, k, v, dout))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     dq = np.zeros_like(q)
-    dk_rows, dv_rows = (np.zeros_like(x) for x in build_pyramid(k, v, block_n))
-    for at in _visits(q, k, v, levels, block_m, block_n, scale, is_causal):
+    dk_rows, dv_rows = (np.zeros_like(x) for x in _rows(k, v, block_n))
+    for at in _visits(q, k, v, levels, block_m, block_n, scale, is_causal, rest):
         grad = dout[at.head][at.rows]
         d_weights = grad @ at.values.T
         d_logits = at.weights * (d_weights - (at.weights * d_weights).sum(-1, keepdims=True))
@@ -101,7 +114,8 @@ class _Visit:
             self.lse = (top + np.log(total))[:, 0]
 
 
-def _visits(q, k, v, levels, block_m, block_n, scale, is_causal) -> Iterator[_Visit]:
+def _visits(q, k, v, levels, block_m, block_n, scale, is_causal, rest) -> Iterator[_Visit]:
+    check_rest(rest)
     q_len, kv_len = q.shape[2], k.shape[2]
     n_k = -(-kv_len // block_n)
     if levels.shape[-1] == n_k + 5:
@@ -111,12 +125,12 @@ def _visits(q, k, v, levels, block_m, block_n, scale, is_causal) -> Iterator[_Vi
     if levels.shape != expected:
         raise ValueError(f"levels must be {expected}, got {levels.shape}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    pyramid = build_pyramid(k, v, block_n)
-    counts = pooled_counts(kv_len, block_n)
+    pyramid = _rows(k, v, block_n)
+    counts = _counts(kv_len, block_n)
     last_key = _last_covered_key(kv_len, block_n)
     for b, h, i in np.ndindex(levels.shape[:3]):
         rows = slice(i * block_m, min((i + 1) * block_m, q_len))
-        tokens = _tokens(levels[b, h, i], kv_len, block_n)
+        tokens = _tokens(levels[b, h, i], kv_len, block_n, rest)
         tokens = tokens[counts[tokens] > 0]
         kv_head = (b, _kv_head(h, q.shape[1], k.shape[1]))
         keys, values = pyramid.k[kv_head][tokens], pyramid.v[kv_head][tokens]
@@ -142,7 +156,18 @@ def _bias(counts: np.ndarray) -> np.ndarray:
     return np.log(counts.astype(np.longdouble))
 
 
-def _tokens(row_levels: np.ndarray, kv_len: int, block_n: int) -> np.ndarray:
+def _rows(k: np.ndarray, v: np.ndarray, block_n: int) -> Pyramid:
+    """The pyramid with its row R below: one mean for each block."""
+    means = (group_means(x, block_n) for x in (k, v))
+    parts = zip(build_pyramid(k, v, block_n), means, strict=True)
+    return Pyramid(*(np.concatenate(pair, axis=2) for pair in parts))
+
+
+def _counts(kv_len: int, block_n: int) -> np.ndarray:
+    return np.concatenate([pooled_counts(kv_len, block_n), block_counts(kv_len, block_n)])
+
+
+def _tokens(row_levels: np.ndarray, kv_len: int, block_n: int, rest: str) -> np.ndarray:
     """Pyramid rows of the blocks that one row of the mask selects."""
     parts = []
     for level in LEVELS:
@@ -150,21 +175,24 @@ def _tokens(row_levels: np.ndarray, kv_len: int, block_n: int) -> np.ndarray:
         blocks = np.flatnonzero(row_levels == level)
         start = level_start(kv_len, block_n, level)
         parts.append((start + blocks[:, None] * size + np.arange(size)).ravel())
+    if rest == "mean":
+        parts.append(pyramid_rows(kv_len, block_n) + np.flatnonzero(row_levels == 0))
     return np.concatenate(parts)
 
 
 def _last_covered_key(kv_len: int, block_n: int) -> np.ndarray:
-    """Last real key under each pyramid row, `[P]`."""
+    """Last real key under each row of `_rows`, `[P + Nk]`."""
     padded = -(-kv_len // block_n) * block_n
-    ends = [(np.arange(padded // level) + 1) * level for level in LEVELS]
+    ends = [(np.arange(padded // size) + 1) * size for size in (*LEVELS, block_n)]
     return np.minimum(np.concatenate(ends), kv_len) - 1
 
 
 def _unpool(rows: np.ndarray, kv_len: int, block_n: int) -> np.ndarray:
     """Transpose of the pooling means: every key gets its share of each row that covers it."""
-    counts = np.maximum(pooled_counts(kv_len, block_n), 1)
+    counts = np.maximum(_counts(kv_len, block_n), 1)
     grad = np.zeros((*rows.shape[:2], kv_len, rows.shape[3]), rows.dtype)
-    for level in LEVELS:
-        covering = level_start(kv_len, block_n, level) + np.arange(kv_len) // level
+    starts = [(level_start(kv_len, block_n, level), level) for level in LEVELS]
+    for start, size in (*starts, (pyramid_rows(kv_len, block_n), block_n)):
+        covering = start + np.arange(kv_len) // size
         grad += rows[:, :, covering] / counts[covering][:, None]
     return grad

@@ -1,10 +1,13 @@
 """Names and limits that every implementation shares (specification, sections 1 and 4)."""
 
 LEVELS = (1, 2, 4, 8)
-"""Pooling factors of the pyramid, finest first. Level 0 in a mask means: skip the block."""
+"""Pooling factors of the pyramid, finest first. Level 0 in a mask means: the rest (`RESTS`)."""
 
 MASK_LEVELS = (1, 2, 4, 8, 0)
 """The order in which levels are ranked, tie-broken and serialised."""
+
+RESTS = ("skip", "mean")
+"""What level 0 of a block means: not seen at all, or seen through one mean of all its keys."""
 
 BLOCK_M = (64, 128)
 """Accepted queries per block."""

@@ -8,10 +8,23 @@ from shared_specs.constants import LEVELS
 from shared_specs.pyramid import level_start, pooled_counts
 
 
-def visited_tokens(levels: np.ndarray, kv_len: int, block_n: int) -> np.ndarray:
+def visited_tokens(
+    levels: np.ndarray,
+    kv_len: int,
+    block_n: int,
+    *,
+    rest: str = "skip",
+    candidates: np.ndarray | None = None,
+) -> np.ndarray:
     """Pooled tokens that each query block visits, int64 `[B, H, Nq]`.
 
     Tokens that cover at least one key; a ragged last block has fewer.
+
+    Args:
+        levels: int `[B, H, Nq, Nk]`.
+        kv_len, block_n: keys, and keys per block.
+        rest: with 'mean' every candidate block of level 0 is one token.
+        candidates: int `[Nq]`, as for `masks.density`; None means all blocks.
     """
     counts = pooled_counts(kv_len, block_n)
     n_k = levels.shape[-1]
@@ -20,6 +33,11 @@ def visited_tokens(levels: np.ndarray, kv_len: int, block_n: int) -> np.ndarray:
         start = level_start(kv_len, block_n, level)
         rows = counts[start : start + n_k * block_n // level].reshape(n_k, -1)
         visited += ((levels == level) * (rows > 0).sum(-1)).sum(-1)
+    if rest == "mean":
+        left = levels == 0
+        if candidates is not None:
+            left = left & (np.arange(n_k) < np.asarray(candidates)[:, None])
+        visited += left.sum(-1)
     return visited
 
 
@@ -30,11 +48,15 @@ def attention_flops(
     head_dim: int,
     block_m: int,
     block_n: int,
+    *,
+    rest: str = "skip",
+    candidates: np.ndarray | None = None,
 ) -> int:
     """Multiplications and additions of the two products of the forward pass.
 
     4 * head_dim for each (query, visited pooled token) pair; causal hiding inside a visited
-    block is not subtracted.
+    block is not subtracted. `rest` and `candidates` as in `visited_tokens`.
     """
     rows = np.minimum(q_len - np.arange(levels.shape[-2]) * block_m, block_m)
-    return int(4 * head_dim * (visited_tokens(levels, kv_len, block_n) * rows).sum())
+    visited = visited_tokens(levels, kv_len, block_n, rest=rest, candidates=candidates)
+    return int(4 * head_dim * (visited * rows).sum())

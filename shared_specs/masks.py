@@ -80,16 +80,19 @@ def check_levels(levels: np.ndarray) -> None:
         )
 
 
-def density(levels: np.ndarray, *, candidates: np.ndarray | None = None) -> float:
-    """Mean of 1/level (0 where skipped) over the candidate blocks (section 9).
+def density(
+    levels: np.ndarray, *, candidates: np.ndarray | None = None, rest_cost: float = 0.0
+) -> float:
+    """Mean of 1/level (`rest_cost` at level 0) over the candidate blocks (section 9).
 
     Args:
         levels: int `[..., Nq, Nk]`.
         candidates: int `[Nq]`, the leading blocks of each row that can be seen at all (see
             `selection.candidate_blocks`); None means all of them.
+        rest_cost: `PSAConfig.rest_cost`, 0 for rest='skip' and 1/block_n for rest='mean'.
     """
     check_levels(levels)
-    cost = np.where(levels > 0, 1.0 / np.maximum(levels, 1), 0.0)
+    cost = np.where(levels > 0, 1.0 / np.maximum(levels, 1), rest_cost)
     if candidates is None:
         return float(cost.mean())
     seen = np.arange(levels.shape[-1]) < np.asarray(candidates)[:, None]

@@ -45,6 +45,12 @@ def pooled_counts(kv_len: int, block_n: int) -> np.ndarray:
     return np.concatenate(counts).astype(np.int32)
 
 
+def block_counts(kv_len: int, block_n: int) -> np.ndarray:
+    """Keys under the mean of each block, int32 `[Nk]`."""
+    starts = np.arange(-(-kv_len // block_n)) * block_n
+    return np.minimum(kv_len - starts, block_n).astype(np.int32)
+
+
 def group_means(x: np.ndarray, size: int) -> np.ndarray:
     """Means over groups of `size` adjacent tokens of `[..., L, D]`, real tokens only.
 

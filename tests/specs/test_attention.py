@@ -16,7 +16,7 @@ def draw(
     return q, k, v, rng.choice([0, 1, 2, 4, 8], shape).astype(np.int32)
 
 
-def brute_force(q, k, v, levels, block_m, block_n, scale, is_causal):
+def brute_force(q, k, v, levels, block_m, block_n, scale, is_causal, rest="skip"):
     """Every row on its own, token by token, straight from the formula."""
     out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
     q_len, kv_len = q.shape[2], k.shape[2]
@@ -25,7 +25,9 @@ def brute_force(q, k, v, levels, block_m, block_n, scale, is_causal):
         logits, values = [], []
         for j, level in enumerate(levels[b, h, r // block_m]):
             if level == 0:
-                continue
+                if rest == "skip":
+                    continue
+                level = block_n
             for start in range(j * block_n, min((j + 1) * block_n, kv_len), level):
                 stop = min(start + level, kv_len)
                 if is_causal and stop - 1 > r + kv_len - q_len:
@@ -42,20 +44,27 @@ def brute_force(q, k, v, levels, block_m, block_n, scale, is_causal):
     return out, lse
 
 
+@pytest.mark.parametrize("rest", ["skip", "mean"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("block_m, block_n", [(64, 32), (128, 64), (64, 128)])
-def test_matches_brute_force(block_m, block_n, is_causal):
+def test_matches_brute_force(block_m, block_n, is_causal, rest):
     rng = np.random.default_rng([block_m, block_n, is_causal])
     q, k, v, levels = draw(
         rng, batch=2, heads=4, kv_heads=2, q_len=130, kv_len=197, block_m=block_m, block_n=block_n
     )
     levels[0, 0, 0] = 0
     kwargs = {"block_m": block_m, "block_n": block_n, "scale": 0.3, "is_causal": is_causal}
+    kwargs["rest"] = rest
     out, lse = sparse_attention(q, k, v, levels, **kwargs, return_lse=True)
-    expected_out, expected_lse = brute_force(q, k, v, levels, block_m, block_n, 0.3, is_causal)
+    expected_out, expected_lse = brute_force(
+        q, k, v, levels, block_m, block_n, 0.3, is_causal, rest
+    )
     np.testing.assert_allclose(out, expected_out, atol=1e-12)
     np.testing.assert_allclose(lse, expected_lse, atol=1e-12)
-    assert np.isneginf(lse[0, 0, :block_m]).all() and not out[0, 0, :block_m].any()
+    if rest == "skip":
+        assert np.isneginf(lse[0, 0, :block_m]).all() and not out[0, 0, :block_m].any()
+    elif not is_causal:
+        assert np.isfinite(lse).all()
 
 
 def test_level_one_everywhere_is_dense_attention():
@@ -92,14 +101,15 @@ def test_constant_keys_make_pooling_exact():
     np.testing.assert_allclose(lse, dense_lse, atol=1e-13)
 
 
+@pytest.mark.parametrize("rest", ["skip", "mean"])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_gradients_by_finite_differences(is_causal):
+def test_gradients_by_finite_differences(is_causal, rest):
     rng = np.random.default_rng([4, is_causal])
     q, k, v, levels = draw(rng, heads=4, kv_heads=2, q_len=70, kv_len=75, dim=8)
     levels[0, 1, 0] = 0
     dout = rng.standard_normal(q.shape)
     dlse = rng.standard_normal(q.shape[:3])
-    kwargs = {"block_m": 64, "block_n": 32, "is_causal": is_causal}
+    kwargs = {"block_m": 64, "block_n": 32, "is_causal": is_causal, "rest": rest}
 
     def loss(q, k, v):
         out, lse = sparse_attention(q, k, v, levels, **kwargs, return_lse=True)
@@ -119,6 +129,18 @@ def test_gradients_by_finite_differences(is_causal):
             np.testing.assert_allclose((grad * direction).sum(), slope, rtol=1e-6, atol=1e-7)
 
 
+def test_equal_keys_in_a_block_make_the_rest_exact():
+    """A block seen through its mean is then the block itself, ragged last one included."""
+    rng = np.random.default_rng(7)
+    q, k, v, levels = draw(rng, kv_len=150)
+    k, v = (np.repeat(x[:, :, ::32], 32, axis=2)[:, :, :150] for x in (k, v))
+    kwargs = {"block_m": 64, "block_n": 32, "return_lse": True}
+    seen = sparse_attention(q, k, v, levels, **kwargs, rest="mean")
+    dense = sparse_attention(q, k, v, levels * 0 + 1, **kwargs)
+    for got, want in zip(seen, dense, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-13)
+
+
 def test_empty_rows_have_no_gradient():
     rng = np.random.default_rng(5)
     q, k, v, levels = draw(rng)
@@ -135,6 +157,8 @@ def test_wrong_levels_are_refused():
     q, k, v, levels = draw(rng)
     with pytest.raises(ValueError, match="levels must be"):
         sparse_attention(q, k, v, levels[:, :1], block_m=64, block_n=32)
+    with pytest.raises(ValueError, match="rest must be one of 'skip', 'mean', got 'none'"):
+        sparse_attention(q, k, v, levels, block_m=64, block_n=32, rest="none")
     levels[0, 0, 0, 0] = 3
     with pytest.raises(ValueError, match="got 3"):
         sparse_attention(q, k, v, levels, block_m=64, block_n=32)

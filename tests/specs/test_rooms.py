@@ -180,6 +180,8 @@ def test_density_counts_candidates_only():
     assert density(levels) == pytest.approx((1 + 0.5 + 0.125 + 1) / 8)
     assert density(levels, candidates=np.array([1, 3])) == pytest.approx((1 + 1.625) / 4)
     assert density(levels, candidates=np.array([0, 0])) == 0.0
+    got = density(levels, candidates=np.array([2, 4]), rest_cost=1 / 64)
+    assert got == pytest.approx((1 + 1.625 + 2 / 64) / 6)
 
 
 def test_similarity_of_hand_made_groups():
@@ -204,3 +206,15 @@ def test_flops_count_real_pooled_tokens():
     levels = np.array([[1, 8, 2]], np.int32)[None, None]  # kv_len 130: the last block has 2 keys
     np.testing.assert_array_equal(visited_tokens(levels, 130, 64), [[[64 + 8 + 1]]])
     assert attention_flops(levels, 100, 130, 32, 128, 64) == 4 * 32 * 73 * 100
+
+
+def test_flops_of_the_rest():
+    levels = np.array([[8, 0, 0], [0, 0, 1]], np.int32)[None, None]
+    tokens = {"kv_len": 130, "block_n": 64, "rest": "mean"}
+    np.testing.assert_array_equal(visited_tokens(levels, **tokens), [[[8 + 2, 2 + 2]]])
+    candidates = np.array([2, 3])
+    np.testing.assert_array_equal(
+        visited_tokens(levels, **tokens, candidates=candidates), [[[8 + 1, 2 + 2]]]
+    )
+    flops = attention_flops(levels, 100, 130, 32, 64, 64, rest="mean", candidates=candidates)
+    assert flops == 4 * 32 * (9 * 64 + 4 * 36)
