@@ -10,4 +10,9 @@ from torch.autograd import forward_ad
 
 def is_transformed() -> bool:
     """Inside a `torch.func` transform, or a level of forward-mode differentiation."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Inside a level of forward-mode differentiation."""
+    return forward_ad._current_level >= 0

@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from psa_torch._checks import checked_inputs
 from psa_torch._config import parse_config, settings_of
+from psa_torch._transforms import is_forward_mode
 from psa_torch._video_memory import (
     RememberingOrder,
     Run,
@@ -275,12 +276,14 @@ class PSAVideoAttention(nn.Module):
 
     def _dense(self, q, k, v, causal, return_lse):
         settings = settings_of(self.config, {})
-        if not return_lse and not (causal and q.shape[2] != k.shape[2]):
+        aligned = not causal or q.shape[2] == k.shape[2]
+        if not return_lse and aligned and not is_forward_mode():
             grouped = q.shape[1] != k.shape[1]
             return scaled_dot_product_attention(
                 q, k, v, is_causal=causal, scale=settings.scale, enable_gqa=grouped
             )
-        # PyTorch's dense attention returns no lse, and aligns causal rows at the first key.
+        # PyTorch's dense attention returns no lse, has no forward mode on a CPU, and aligns
+        # causal rows at the first key.
         rows, columns = -(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n)
         return sparse_attention(
             q,

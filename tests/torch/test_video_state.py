@@ -165,3 +165,11 @@ def test_vmap_leaves_plain_tensors_in_the_layer(rng):
     layer.reset()
     torch.testing.assert_close(found[:, 0], layer(q[:, 0], k[:, 0], v[:, 0]))
     assert [r.density for r in records] == pytest.approx([r.density for r in wanted.read()])
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_forward_mode_of_dense_and_sparse_steps(rng, step):
+    q, k, v = make_qkv(rng)
+    layer = PSAVideoAttention(config_of("Hybrid"), warmup_steps=1)
+    out, moved = torch.func.jvp(lambda v: layer(q, k, v, step=step), (v,), (2 * v,))
+    torch.testing.assert_close(moved, 2 * out)  # linear in v
