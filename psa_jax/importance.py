@@ -103,8 +103,7 @@ def sampled_scores(q: Array, k: Array, config: PSAConfig) -> Array:
         at = np.minimum((starts[:, None] + plan.offsets).ravel(), x.shape[2] - 1)
         return _Side(x[:, :, at].astype(accumulator(x.dtype)), at, at)
 
-    rows = side(q, SamplePlan(config.block_m, config.resolved_sample_m, config.sample_seed))
-    cols = side(k, SamplePlan(config.block_n, config.resolved_sample_n, config.sample_seed + 1))
+    rows, cols = side(q, config.query_samples), side(k, config.key_samples)
     return _scores(rows, cols, q, k, config, _largest_ratio)
 
 
@@ -150,7 +149,7 @@ def _scores(
 ) -> Array:
     """Block scores from rows and columns, a few query blocks at a time."""
     (b, h, q_len, d), (_, h_kv, kv_len, _) = q.shape, k.shape
-    scale = d**-0.5 if config.scale is None else config.scale
+    scale = config.resolved_scale(d)
     n_q, n_k, group = -(-q_len // config.block_m), -(-kv_len // config.block_n), h // h_kv
     m, n, width = rows.tokens.shape[2] // n_q, cols.tokens.shape[2] // n_k, rows.tokens.shape[3]
     most = CHUNK_ELEMENTS["gpu" if platform_of(q) == "gpu" else "cpu"]

@@ -22,11 +22,7 @@ def similarity_cap(k: Array, config: PSAConfig) -> Array:
     """
     k = lax.stop_gradient(k)
     cap = jnp.int32(1)
-    for level, threshold in (
-        (2, config.sim_2x_threshold),
-        (4, config.sim_4x_threshold),
-        (8, config.sim_8x_threshold),
-    ):
+    for level, threshold in config.similarity_thresholds.items():
         alike = block_similarity(k, config.block_n, level) > np.float32(threshold)
         cap = jnp.where(alike, jnp.int32(level), cap)
     return cap

@@ -83,9 +83,7 @@ def sampled_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     Offsets past the end of the sequence are clamped to its last token. Under a causal mask a key
     is visible when it is at or before the query.
     """
-    seed = config.sample_seed
-    rows = _sample(q, SamplePlan(config.block_m, config.resolved_sample_m, seed))
-    cols = _sample(k, SamplePlan(config.block_n, config.resolved_sample_n, seed + 1))
+    rows, cols = _sample(q, config.query_samples), _sample(k, config.key_samples)
     return _scores(rows, cols, q, k, config, _largest_ratio)
 
 
@@ -162,7 +160,7 @@ def _scores(
     block_m, block_n, is_causal = config.block_m, config.block_n, config.causal
     n_q, n_k, group = -(-q_len // block_m), -(-kv_len // block_n), h // h_kv
     m, n, d = rows.tokens.shape[2] // n_q, cols.tokens.shape[2] // n_k, rows.tokens.shape[3]
-    scale = head_dim**-0.5 if config.scale is None else config.scale
+    scale = config.resolved_scale(head_dim)
     query = (rows.tokens * scale).reshape(b * h_kv, group, n_q, m, d)
     # Columns of one place in their block lie together, so that reductions over a block run
     # along an outer axis.

@@ -31,14 +31,9 @@ def _similarity_cap(k: Tensor, config: str) -> Tensor:
         from psa_torch.kernels import similarity
 
         return similarity.similarity_cap(k, settings)
-    thresholds = {
-        2: settings.sim_2x_threshold,
-        4: settings.sim_4x_threshold,
-        8: settings.sim_8x_threshold,
-    }
     blocks = -(-k.shape[2] // settings.block_n)
     cap = torch.ones(*k.shape[:2], blocks, dtype=torch.int32, device=k.device)
-    for level, threshold in thresholds.items():
+    for level, threshold in settings.similarity_thresholds.items():
         # The threshold as float32, which is what the similarity is.
         bound = torch.tensor(threshold, dtype=torch.float32).item()
         cap.masked_fill_(block_similarity(k, settings.block_n, level) > bound, level)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from shared_specs.checks import check_rest
+from shared_specs.config import resolve_scale
 from shared_specs.constants import LEVELS
 from shared_specs.masks import check_levels, from_segments
 from shared_specs.pyramid import (
@@ -84,7 +85,7 @@ def sparse_attention_grad(
         dq `[B, H, Lq, D]`, dk and dv `[B, Hk, Lk, D]`, float64.
     """
     q, k, v, dout = (_wide(x) for x in (q, k, v, dout))
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = resolve_scale(scale, q.shape[-1])
     dq = np.zeros_like(q)
     dk_rows, dv_rows = (np.zeros_like(x) for x in _rows(k, v, block_n))
     for at in _visits(q, k, v, levels, block_m, block_n, scale, is_causal, rest):
@@ -124,7 +125,7 @@ def _visits(q, k, v, levels, block_m, block_n, scale, is_causal, rest) -> Iterat
     expected = (*q.shape[:2], -(-q_len // block_m), n_k)
     if levels.shape != expected:
         raise ValueError(f"levels must be {expected}, got {levels.shape}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = resolve_scale(scale, q.shape[-1])
     pyramid = _rows(k, v, block_n)
     counts = _counts(kv_len, block_n)
     last_key = _last_covered_key(kv_len, block_n)

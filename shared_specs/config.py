@@ -14,6 +14,7 @@ import numpy as np
 
 from shared_specs.checks import check_scale
 from shared_specs.constants import BLOCK_M, BLOCK_N, MASK_LEVELS
+from shared_specs.sampling import SamplePlan
 
 MASK_MODES = ("topk", "thresholdbound")
 ATTN_IMPLS = ("new_mask_type", "old_mask_type")
@@ -208,6 +209,25 @@ class PSAConfig:
         """Sampled keys per block, with the default filled in."""
         return self.block_n // 4 if self.sample_n is None else self.sample_n
 
+    @property
+    def query_samples(self) -> SamplePlan:
+        """Which queries of a block the 'sampled' estimator looks at (section 5)."""
+        return SamplePlan(self.block_m, self.resolved_sample_m, self.sample_seed)
+
+    @property
+    def key_samples(self) -> SamplePlan:
+        """Which keys of a block the 'sampled' estimator looks at: another seed (section 5)."""
+        return SamplePlan(self.block_n, self.resolved_sample_n, self.sample_seed + 1)
+
+    @property
+    def similarity_thresholds(self) -> dict[int, float]:
+        """Level -> cosine above which a key block may be pooled by it, ascending (section 7)."""
+        return {2: self.sim_2x_threshold, 4: self.sim_4x_threshold, 8: self.sim_8x_threshold}
+
+    def resolved_scale(self, head_dim: int) -> float:
+        """Factor on q.k, with the default filled in."""
+        return resolve_scale(self.scale, head_dim)
+
     def merge(self, level: int) -> int:
         """Blocks of `level` that fill one tile (section 6)."""
         return max(1, math.ceil(level / (self.block_n // self.tile_n)))
@@ -294,6 +314,11 @@ class PSAConfig:
         from shared_specs.presets import load_preset
 
         return load_preset(name, video_size)
+
+
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """Factor on q.k: `scale`, or `head_dim ** -0.5` where it is None (section 4)."""
+    return head_dim**-0.5 if scale is None else float(scale)
 
 
 def _integer(name: str, value: Any, least: int) -> int:

@@ -57,10 +57,8 @@ def sampled_scores(q: np.ndarray, k: np.ndarray, config: PSAConfig) -> np.ndarra
     is visible when it is at or before the query.
     """
     q_len, kv_len = q.shape[2], k.shape[2]
-    plan_m = SamplePlan(config.block_m, config.resolved_sample_m, config.sample_seed)
-    plan_n = SamplePlan(config.block_n, config.resolved_sample_n, config.sample_seed + 1)
-    row_at, row_block = _sampled_positions(plan_m, q_len)
-    col_at, col_block = _sampled_positions(plan_n, kv_len)
+    row_at, row_block = _sampled_positions(config.query_samples, q_len)
+    col_at, col_block = _sampled_positions(config.key_samples, kv_len)
     visible = _visible(row_at, col_at, q_len, kv_len, config)
     rows, cols = q[:, :, row_at].astype(np.float64), k[:, :, col_at].astype(np.float64)
     return _ratio_to_row_maximum(rows, cols, visible, row_block, col_block, config)
@@ -81,7 +79,7 @@ def antidiagonal_scores(q: np.ndarray, k: np.ndarray, config: PSAConfig) -> np.n
     col_first = np.arange(cols.shape[2]) * g
     visible = _visible(row_last, col_first, q_len, kv_len, config)
     row_block, col_block = row_last // config.block_m, col_first // config.block_n
-    scale = _scale(config, q.shape[-1])
+    scale = config.resolved_scale(q.shape[-1])
     scores = np.zeros((*q.shape[:2], row_block[-1] + 1, col_block[-1] + 1))
     for b, h in np.ndindex(q.shape[:2]):
         logits = np.where(visible, scale * rows[b, h] @ cols[b, _kv_head(h, q, k)].T, -np.inf)
@@ -95,7 +93,7 @@ def antidiagonal_scores(q: np.ndarray, k: np.ndarray, config: PSAConfig) -> np.n
 
 def _ratio_to_row_maximum(rows, cols, visible, row_block, col_block, config) -> np.ndarray:
     """exp(logit - row maximum), its largest value over each (query block, key block)."""
-    scale = _scale(config, rows.shape[-1])
+    scale = config.resolved_scale(rows.shape[-1])
     scores = np.zeros((*rows.shape[:2], row_block[-1] + 1, col_block[-1] + 1))
     for b, h in np.ndindex(rows.shape[:2]):
         logits = np.where(visible, scale * rows[b, h] @ cols[b, _kv_head(h, rows, cols)].T, -np.inf)
@@ -107,10 +105,6 @@ def _ratio_to_row_maximum(rows, cols, visible, row_block, col_block, config) -> 
 
 def _kv_head(h: int, q: np.ndarray, k: np.ndarray) -> int:
     return h // (q.shape[1] // k.shape[1])
-
-
-def _scale(config: PSAConfig, head_dim: int) -> float:
-    return head_dim**-0.5 if config.scale is None else config.scale
 
 
 def _visible(row_at, col_at, q_len: int, kv_len: int, config: PSAConfig) -> np.ndarray:

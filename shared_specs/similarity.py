@@ -19,14 +19,9 @@ def similarity_cap(k: np.ndarray, config: PSAConfig) -> np.ndarray:
     Returns:
         int32 `[B, Hk, Nk]` in {1, 2, 4, 8}.
     """
-    thresholds = {
-        2: config.sim_2x_threshold,
-        4: config.sim_4x_threshold,
-        8: config.sim_8x_threshold,
-    }
     similarities = block_similarity(k, config.block_n)
     cap = np.ones(similarities[2].shape, np.int32)
-    for level, threshold in thresholds.items():
+    for level, threshold in config.similarity_thresholds.items():
         cap[similarities[level] > np.float32(threshold)] = level
     return cap
 

@@ -12,6 +12,7 @@ from psa_jax.attention.differentiable import Call, attention, attention_with_lse
 from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
 from psa_jax.masks import check_levels_of_form, from_segments
 from shared_specs import checks
+from shared_specs.config import resolve_scale
 
 __all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
 
@@ -71,7 +72,7 @@ def sparse_attention(
         describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
     )
     check_levels_of_form(levels, form)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = resolve_scale(scale, q.shape[-1])
 
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     call = Call(name, block_m, block_n, scale, is_causal)

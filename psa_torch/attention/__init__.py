@@ -8,6 +8,7 @@ from psa_torch.attention.functorch import attention
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
 from psa_torch.masks import from_segments
 from shared_specs import checks
+from shared_specs.config import resolve_scale
 
 __all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
 
@@ -102,5 +103,5 @@ def attend(
         q, k, v: as autocast has them.
         levels: dense, without a graph.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = resolve_scale(scale, q.shape[-1])
     return attention(q, k, v, levels, implementation, block_m, block_n, scale, is_causal)

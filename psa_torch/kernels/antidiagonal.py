@@ -48,7 +48,7 @@ def antidiagonal_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     """
     batch, heads, q_len, head_dim = q.shape
     kv_len, size = k.shape[2], config.antidiagonal_stride
-    scale = head_dim**-0.5 if config.scale is None else config.scale
+    scale = config.resolved_scale(head_dim)
     nq, nk = cdiv(q_len, config.block_m), cdiv(kv_len, config.block_n)
     scores = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
     tile = choose_antidiagonal(capability(q), q.dtype)

@@ -100,9 +100,7 @@ def pooled_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
 
 def sampled_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     """Rows and columns are tokens at fixed offsets of each block; see `block_scores`."""
-    seed = config.sample_seed
-    q_plan = SamplePlan(config.block_m, config.resolved_sample_m, seed)
-    k_plan = SamplePlan(config.block_n, config.resolved_sample_n, seed + 1)
+    q_plan, k_plan = config.query_samples, config.key_samples
 
     def tokens(x, plan):
         offsets = _offsets(plan, x.device)
@@ -196,7 +194,7 @@ def _peak_scores(
     q: _Samples, k: _Samples, tile: ScoreConfig | HopperScoreConfig, config: PSAConfig
 ) -> Tensor:
     batch, heads, q_rows, head_dim = q.values.shape
-    scale = head_dim**-0.5 if config.scale is None else config.scale
+    scale = config.resolved_scale(head_dim)
     nq, nk = cdiv(q.length, q.block), cdiv(k.length, k.block)
     rows = max(tile.rows, q.count)
     # A tensor-core product has at least 16 columns.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from shared_specs.attention import sparse_attention, sparse_attention_grad
-from shared_specs.config import PSAConfig
+from shared_specs.config import PSAConfig, resolve_scale
 from shared_specs.importance import block_scores
 from shared_specs.selection import select_levels
 
@@ -225,7 +225,7 @@ def _ask(adapter, workload: Workload, x: dict, dtype: str) -> dict[str, np.ndarr
 def _yardstick(adapter, workload: Workload, truth: _Exact, dtype: str) -> dict[str, float]:
     """Relative error of the framework's own dense attention on the same q, k, v."""
     w = workload
-    scale = w.head_dim**-0.5 if w.scale is None else w.scale
+    scale = resolve_scale(w.scale, w.head_dim)
     got = adapter.dense(*truth.dense_inputs, scale=scale, is_causal=w.is_causal, dtype=dtype)
     # No dtype does better than the rounding of its own result, however dense the sum.
     least = {"float32": 2.0**-20, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]

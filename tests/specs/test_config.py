@@ -7,6 +7,7 @@ import pickle
 import pytest
 
 from shared_specs import PSAConfig
+from shared_specs.sampling import SamplePlan
 
 OLD = {"attn_impl": "old_mask_type", "block_m": 128, "block_n": 128}
 
@@ -48,6 +49,16 @@ def test_ratio_ends_ignore_the_order_of_the_mapping():
     assert PSAConfig(mask_ratios=shuffled).ratio_ends == PSAConfig().ratio_ends
     assert PSAConfig().ratio_ends == ((1, 0.1), (2, 0.15), (4, 0.15), (8, 0.35), (0, 1.0))
     assert PSAConfig(mask_ratios=shuffled) == PSAConfig()
+
+
+def test_what_follows_from_the_fields():
+    config = PSAConfig(block_m=64, block_n=128, sample_m=3, sample_seed=7)
+    assert config.query_samples == SamplePlan(64, 3, 7)
+    assert config.key_samples == SamplePlan(128, 32, 8)
+    assert config.resolved_scale(64) == 0.125
+    assert PSAConfig(scale=0.0).resolved_scale(64) == 0.0  # given, though it is falsy
+    config = PSAConfig(sim_2x_threshold=0.7, sim_4x_threshold=0.65, sim_8x_threshold=0.6)
+    assert list(config.similarity_thresholds.items()) == [(2, 0.7), (4, 0.65), (8, 0.6)]
 
 
 @pytest.mark.parametrize(

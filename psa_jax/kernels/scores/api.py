@@ -60,7 +60,7 @@ def peak_scores(
 
 @functools.partial(jax.jit, static_argnames=("config", "sizes", "interpret"))
 def _peak_scores(q: Array, k: Array, *, config: PSAConfig, sizes: PeakConfig | None, interpret):
-    scale = q.shape[-1] ** -0.5 if config.scale is None else config.scale
+    scale = config.resolved_scale(q.shape[-1])
     q, k = pad_channels(q), pad_channels(k)
     (batch, heads, q_len, dim), (_, key_heads, kv_len, _) = q.shape, k.shape
     query_blocks, key_blocks = -(-q_len // config.block_m), -(-kv_len // config.block_n)

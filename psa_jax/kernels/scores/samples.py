@@ -50,11 +50,7 @@ def samples(x: Array, config: PSAConfig, *, keys: bool, multiple: int = 1) -> Sa
     blocks = -(-blocks // multiple) * multiple
     if config.importance == "pooled":
         return _means(x, block, config.importance_pool, blocks)
-    if keys:
-        plan = SamplePlan(block, config.resolved_sample_n, config.sample_seed + 1)
-    else:
-        plan = SamplePlan(block, config.resolved_sample_m, config.sample_seed)
-    return _tokens(x, plan, blocks)
+    return _tokens(x, config.key_samples if keys else config.query_samples, blocks)
 
 
 def _means(x: Array, block: int, size: int, blocks: int) -> Samples:
