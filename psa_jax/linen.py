@@ -1,5 +1,6 @@
 """Pyramid sparse attention in Flax: a module, and a function for Flax's own attention layer."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax import Array
 
 from psa_jax._arrays import describe
 from psa_jax.functional import psa_attention, resolve_config
+from shared_specs.checks import check_flag
 from shared_specs.config import PSAConfig
 
 
@@ -51,11 +53,15 @@ class PSAAttention(nn.Module):
 def attention_fn(
     config: PSAConfig | None = None, *, implementation: str | None = None, **overrides
 ) -> Callable[..., Array]:
-    """A function for `flax.linen.MultiHeadDotProductAttention(attention_fn=...)`.
+    """A function for the `attention_fn` of Flax's own layers, linen and nnx.
+
+    These are `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
 
     It takes query `[..., Lq, H, D]` and key, value `[..., Lk, H, D]`, as Flax lays them out, and
     what it cannot honour it refuses: masks other than the causal one of the configuration, a
-    bias, dropout of attention weights, and the weights themselves (`sow_weights`).
+    bias, dropout of attention weights, and the weights themselves (`sow_weights`). The layer's
+    `is_causal=True` makes a call causal as `PSAConfig(causal=True)` does; it is refused against a
+    token order, and where queries and keys differ in number.
 
     Args:
         config: a `PSAConfig`; None means the default one.
@@ -85,6 +91,7 @@ def attention_fn(
         einsum_dot_general: Callable | None = None,
         qk_attn_weights_einsum: Callable | None = None,
         attn_weights_value_einsum: Callable | None = None,
+        is_causal: bool = False,
     ) -> Array:
         # The softmax is in float32 and float32 products are exact whatever is asked for, so
         # precision and force_fp32_for_softmax are honoured; broadcast_dropout and dropout_rng
@@ -110,13 +117,22 @@ def attention_fn(
         ):
             if einsum is not None:
                 raise ValueError(f"{name} must be None: the products are not einsums here")
+        check_flag("is_causal", is_causal)
         tensors = []
         for name, x in (("query", query), ("key", key), ("value", value)):
             if len(describe(name, x).shape) < 3:
                 raise ValueError(f"{name} must be [..., L, H, D], got shape {tuple(x.shape)}")
             x = x.reshape(-1, *x.shape[-3:]).swapaxes(1, 2)
             tensors.append(x if dtype is None else x.astype(jnp.dtype(dtype)))
-        out = psa_attention(*tensors, config=config, implementation=implementation)
+        q_len, kv_len = tensors[0].shape[2], tensors[1].shape[2]
+        if is_causal and q_len != kv_len:
+            # Flax's first query sees the first key; here the last query sees the last key.
+            raise ValueError(
+                f"is_causal=True needs as many keys as queries, got {q_len} queries and {kv_len} "
+                "keys; to let the last query see the last key use PSAConfig(causal=True)"
+            )
+        called = dataclasses.replace(config, causal=True) if is_causal else config
+        out = psa_attention(*tensors, config=called, implementation=implementation)
         return out.swapaxes(1, 2).reshape(*query.shape[:-1], value.shape[-1])
 
     return attend
