@@ -1,5 +1,6 @@
 """psa_attention end to end: the rooms in their order, JAX's transformations, messages."""
 
+import dataclasses
 import functools
 import logging
 import subprocess
@@ -67,6 +68,23 @@ def test_the_whole_call_is_the_specification(config, rng):
     )  # fmt: skip
     np.testing.assert_allclose(out, want_out, rtol=0, atol=3e-6)
     np.testing.assert_allclose(lse, want_lse, rtol=0, atol=3e-6)
+
+
+def test_the_similarity_cap_reaches_the_levels(rng):
+    """Thresholds that bind, on keys that drift: at the defaults every group of 8 passes."""
+    q, k, v = qkv(rng, length=700)
+    k = jnp.asarray(rng.standard_normal(k.shape).cumsum(2), jnp.float32)
+    ratios = {1: (0, 0.1), 8: (0.1, 1)}
+    config = PSAConfig(block_n=128, attn_impl="old_mask_type", mask_ratios=ratios)
+    thresholds = {"sim_2x_threshold": 0.9, "sim_4x_threshold": 0.9, "sim_8x_threshold": 0.9}
+    capped = dataclasses.replace(config, use_sim_mask=True, **thresholds)
+    _, plain = psa_attention(q, k, v, config=config, return_levels=True)
+    _, levels = psa_attention(q, k, v, config=capped, return_levels=True)
+    scores = np_importance.block_scores(np.asarray(q), np.asarray(k), capped)
+    cap = np_similarity.similarity_cap(np.asarray(k), capped)
+    want = np_selection.select_levels(scores, capped, q_len=700, kv_len=700, cap=cap)
+    np.testing.assert_array_equal(levels, want)
+    assert (levels < plain).any() and len(np.unique(cap)) > 1
 
 
 def test_what_is_returned_and_in_which_order(rng):

@@ -70,6 +70,22 @@ def test_equals_the_specification_end_to_end(case, lengths, rng):
     np.testing.assert_allclose(lse.numpy(), want_lse, rtol=2e-6, atol=5e-6)
 
 
+def test_the_similarity_cap_reaches_the_levels(rng):
+    """Thresholds that bind, on keys that drift: at the defaults every group of 8 passes."""
+    q, k, v = tensors(rng, 700, 700)
+    k = torch.from_numpy(rng.standard_normal(k.shape)).float().cumsum(2)
+    config = PSAConfig(**OLD, mask_ratios={1: (0, 0.1), 8: (0.1, 1)})
+    thresholds = {"sim_2x_threshold": 0.9, "sim_4x_threshold": 0.9, "sim_8x_threshold": 0.9}
+    capped = dataclasses.replace(config, use_sim_mask=True, **thresholds)
+    _, plain = psa_attention(q, k, v, config=config, return_levels=True)
+    _, levels = psa_attention(q, k, v, config=capped, return_levels=True)
+    scores = spec_scores(q.numpy(), k.numpy(), capped)
+    cap = spec_cap(k.numpy(), capped)
+    want = spec_levels(scores, capped, q_len=700, kv_len=700, cap=cap)
+    assert np.array_equal(levels.numpy(), want)
+    assert (levels < plain).any() and len(np.unique(cap)) > 1
+
+
 def test_returned_segments_stand_by_score(rng):
     q, k, v = tensors(rng)
     _, levels = psa_attention(q, k, v, return_levels=True)
