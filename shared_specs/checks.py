@@ -10,6 +10,8 @@ import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from shared_specs.constants import (
     BLOCK_M,
     BLOCK_N,
@@ -18,6 +20,8 @@ from shared_specs.constants import (
     MAX_HEAD_DIM,
     RESTS,
 )
+
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 INTEGER_DTYPES = ("int8", "uint8", "int16", "int32", "int64")
 
@@ -59,6 +63,12 @@ def check_qkv(
         raise ValueError(
             f"q, k and v must be on one device, got q {q.device}, k {k.device}, v {v.device}"
         )
+    if tuple(k.shape[:3]) == tuple(v.shape[:3]) and k.shape[3] != v.shape[3]:
+        raise ValueError(
+            f"v must have the head dimension of k, {k.shape[3]}, got {v.shape[3]}: values of "
+            "another dimension than keys are not supported; pad the smaller one with zeros "
+            "(and give scale=)"
+        )
     if tuple(k.shape) != tuple(v.shape):
         raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
     for axis, what in ((0, "batch"), (3, "head dimension")):
@@ -89,13 +99,14 @@ def check_blocks(block_m: Any, block_n: Any) -> None:
 
 
 def check_scale(scale: Any) -> None:
-    """`scale` is None or a finite Python number."""
+    """`scale` is None or a number, Python's or NumPy's, that is finite in float32."""
     if scale is None:
         return
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    numbers = (int, float, np.integer, np.floating)
+    if isinstance(scale, bool) or not isinstance(scale, numbers):
         raise TypeError(f"scale must be None or a Python number, got {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not math.isfinite(scale) or abs(float(scale)) > MAX_FLOAT32:
+        raise ValueError(f"scale must be finite in float32, got {scale}")
 
 
 def check_flag(name: str, value: Any) -> None:
