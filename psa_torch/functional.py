@@ -28,7 +28,7 @@ def psa_attention(
     return_levels: bool = False,
     implementation: str | None = None,
     attn_mask: None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,  # a float would be a symbol, and analysed twice, under dynamic shapes
     is_causal: bool = False,
     **overrides,
 ) -> Tensor | tuple[Tensor, ...]:
