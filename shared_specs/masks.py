@@ -89,7 +89,7 @@ def density(
         levels: int `[..., Nq, Nk]`.
         candidates: int `[Nq]`, the leading blocks of each row that can be seen at all (see
             `selection.candidate_blocks`); None means all of them.
-        rest_cost: `PSAConfig.rest_cost`, 0 for rest='skip' and 1/block_n for rest='mean'.
+        rest_cost: of a block of level 0: 0 for rest='skip', `1 / block_n` for rest='mean'.
     """
     check_levels(levels)
     cost = np.where(levels > 0, 1.0 / np.maximum(levels, 1), rest_cost)
