@@ -17,6 +17,7 @@ from psa_jax.order import TokenOrder
 from psa_jax.selection import select_levels
 from psa_jax.similarity import similarity_cap
 from shared_specs import checks
+from shared_specs.budget import check_costs
 from shared_specs.config import PSAConfig
 
 
@@ -133,7 +134,7 @@ class Chosen(NamedTuple):
 
     Attributes:
         levels: int32 `[B, H, Nq, Nk]`.
-        scores: float32 `[B, H, Nq, Nk]` or None.
+        scores: float32 `[B, H, Nq, Nk]` (defects at rest where a budget chose) or None.
     """
 
     levels: Array
@@ -142,10 +143,14 @@ class Chosen(NamedTuple):
 
 def choose_levels(q: Array, k: Array, config: PSAConfig) -> Chosen:
     """Scores and levels of q and k as they stand, in whatever order their tokens are."""
+    is_budget = config.mask_mode == "budget"
+    if is_budget:  # refuses before any work
+        rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+        check_costs(rows, columns, config.block_n)
     scores = block_scores(q, k, config)
     cap = similarity_cap(k, config) if config.use_sim_mask else None
     levels = select_levels(scores, config, q_len=q.shape[2], kv_len=k.shape[2], cap=cap)
-    return Chosen(levels, scores)
+    return Chosen(levels, scores[..., 3] if is_budget else scores)
 
 
 def serial_levels(chosen: Chosen, config: PSAConfig) -> Array:

@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from psa_jax._arrays import platform_of
 from psa_jax._sharding import per_shard
+from psa_jax.defect import defect_scores
 from psa_jax.kernels.device import interpreter
 from psa_jax.pyramid import accumulator, group_means, split_tokens
 from shared_specs.config import PSAConfig
@@ -37,7 +38,8 @@ def block_scores(q: Array, k: Array, config: PSAConfig) -> Array:
 
     Returns:
         float32 `[B, H, Nq, Nk]`, at least 0, comparable inside a row only; 0 where no sampled
-        key is visible. No gradient flows from it to q and k.
+        key is visible. For 'defect' `[B, H, Nq, Nk, 4]`: what the block loses at level 2, 4, 8
+        and at rest. No gradient flows from it to q and k.
 
     `pooled` and `sampled` scores of 16-bit inputs are made by a kernel on a Hopper GPU, all
     others by XLA; which, and why, is logged once through the logger `psa_jax`.
@@ -50,6 +52,17 @@ def block_scores(q: Array, k: Array, config: PSAConfig) -> Array:
 
         run = functools.partial(peak_scores, config=config, interpret=interpreter())
         return per_shard(run, q, k)
+    if config.importance == "defect":
+        return defect_scores(
+            q,
+            k,
+            block_m=config.block_m,
+            block_n=config.block_n,
+            sample_m=config.resolved_sample_m,
+            scale=config.resolved_scale(q.shape[-1]),
+            causal=config.causal,
+            rest_mean=config.is_rest_mean,
+        )
     estimators = {
         "pooled": pooled_scores,
         "sampled": sampled_scores,

@@ -11,9 +11,11 @@ import numpy as np
 from jax import Array, lax
 
 from psa_jax._arrays import is_known
+from psa_jax.budget import budget_levels
 from psa_jax.masks import put_along_last
+from shared_specs.budget import cost_limits
 from shared_specs.config import PSAConfig
-from shared_specs.selection import candidate_blocks, text_blocks, topk_ends
+from shared_specs.selection import candidate_blocks, check_scores, text_blocks, topk_ends
 
 NAN_BITS = 0x7F800000
 """Bit patterns above that of infinity are NaN."""
@@ -33,10 +35,12 @@ def select_levels(
     """Levels of every (query block, key block) pair, on the device.
 
     Args:
-        scores: float32 `[B, H, Nq, Nk]`, at least 0. NaN ranks last.
-        config: ratios, mode, and the text, sink and causal rules.
+        scores: float32 `[B, H, Nq, Nk]`, at least 0. NaN ranks last. In the mode 'budget' defects,
+            `[B, H, Nq, Nk, 4]`, which are finite or NaN.
+        config: ratios or budget, mode, and the text, sink and causal rules.
         q_len, kv_len: tokens; `Nq = ceil(q_len / block_m)`, `Nk = ceil(kv_len / block_n)`.
-        cap: int32 `[B, Hk, Nk]` from `similarity.similarity_cap`, `H % Hk == 0`, or None.
+        cap: int32 `[B, Hk, Nk]` from `similarity.similarity_cap`, `H % Hk == 0`, or None;
+            None in the mode 'budget'.
 
     Returns:
         int32 `[B, H, Nq, Nk]`, values in {0, 1, 2, 4, 8}, at least one above 0 in every row.
@@ -44,11 +48,14 @@ def select_levels(
 
     Raises:
         TypeError: scores are not float32.
-        ValueError: shapes do not fit the lengths, or scores are known to be negative.
+        ValueError: shapes do not fit the lengths, scores are known to be negative or defects to be
+            infinite, or a budget has costs that do not fit int32 or a cap.
     """
     _check(scores, config, q_len, kv_len, cap)
     scores = lax.stop_gradient(scores)
     candidates = candidate_blocks(q_len, kv_len, config)
+    if config.mask_mode == "budget":
+        return _budget_levels(scores, candidates, config, q_len, kv_len)
     ranked, ranked_bits = _rank(scores, candidates)
     if config.mask_mode == "topk":
         ends = _topk_ends(candidates, scores.shape[-1], config)
@@ -64,20 +71,38 @@ def select_levels(
     if cap is not None:
         per_head = jnp.repeat(cap.astype(jnp.int32), scores.shape[1] // cap.shape[1], axis=1)
         levels = jnp.minimum(levels, per_head[:, :, None])
-    return _fixed_rules(levels, ranked[..., :1], config, q_len, kv_len)
+    levels = jnp.where(_forced_blocks(config, q_len, kv_len), 1, levels)
+    levels = jnp.where(rank < candidates.astype(np.int32)[:, None], levels, 0)
+    return _fill_empty_rows(levels, ranked[..., :1])
+
+
+def _budget_levels(
+    defects: Array, candidates: np.ndarray, config: PSAConfig, q_len: int, kv_len: int
+) -> Array:
+    n_k, per_row = defects.shape[3], config.budget_scope == "row"
+    limit = cost_limits(candidates, n_k, config.block_n, config.budget, per_row=per_row)
+    levels = budget_levels(
+        defects,
+        jnp.arange(n_k, dtype=jnp.int32) < candidates.astype(np.int32)[:, None],
+        _forced_blocks(config, q_len, kv_len),
+        jnp.asarray(limit, jnp.int32),
+        block_n=config.block_n,
+        levels=config.budget_levels,
+        rest_cost=int(config.is_rest_mean),
+    )
+    ranked, _ = _rank(defects[..., 3], candidates)
+    return _fill_empty_rows(levels, ranked[..., :1])
 
 
 def _check(scores, config: PSAConfig, q_len: int, kv_len: int, cap) -> None:
-    n_q, n_k = -(-q_len // config.block_m), -(-kv_len // config.block_n)
-    if scores.ndim != 4 or scores.shape[2:] != (n_q, n_k):
-        raise ValueError(
-            f"scores must be [B, H, {n_q}, {n_k}] for q_len={q_len}, kv_len={kv_len}, "
-            f"got {tuple(scores.shape)}"
-        )
+    check_scores(scores.shape, cap is not None, config, q_len, kv_len)
+    n_k = scores.shape[3]
     if scores.dtype != jnp.float32:
         raise TypeError(f"scores must be float32, got {scores.dtype}")
     if is_known(scores) and (np.asarray(scores) < 0).any():
         raise ValueError(f"scores must be at least 0, got {np.nanmin(np.asarray(scores))}")
+    if config.mask_mode == "budget" and is_known(scores) and np.isinf(np.asarray(scores)).any():
+        raise ValueError("scores must be finite or NaN with mask_mode='budget', got inf")
     if cap is not None:
         heads = cap.shape[1] if cap.ndim == 3 else 0
         if heads < 1 or scores.shape[1] % heads or cap.shape != (scores.shape[0], heads, n_k):
@@ -169,22 +194,25 @@ def _whole_tiles(count: Array, last: Array, n: np.ndarray, merge: int) -> Array:
     return jnp.where(end == n, last + (n - last) // merge * merge, end)
 
 
-def _fixed_rules(levels: Array, best: Array, config: PSAConfig, q_len: int, kv_len: int) -> Array:
-    """Text, sinks, the causal diagonal and the rule that no row stays empty, in this order."""
+def _forced_blocks(config: PSAConfig, q_len: int, kv_len: int) -> Array:
+    """Blocks that text, sinks and the diagonal put at level 1 if they are seen, `[Nq, Nk]`."""
     text_q, text_k = text_blocks(q_len, kv_len, config)
+    ids = np.arange(len(text_k), dtype=np.int32)
+    forced = jnp.asarray(text_q)[:, None] | (text_k | (ids < config.sink_blocks))
+    if not config.causal:
+        return forced
+    first = np.arange(len(text_q)) * config.block_m
+    last = np.minimum(first + config.block_m, q_len) - 1 + kv_len - q_len
+    first = first + kv_len - q_len
+    first, last = (jnp.asarray(x, jnp.int32)[:, None] for x in (first, last))
+    begin = ids * config.block_n
+    final = np.minimum(begin + config.block_n, kv_len) - 1
+    # Some row of the query block sees some but not all keys of the key block.
+    return forced | (jnp.maximum(first, begin) <= jnp.minimum(last, final - 1))
+
+
+def _fill_empty_rows(levels: Array, best: Array) -> Array:
+    """Level 1 on the block of rank 0 of every row that has no level at all."""
     ids = np.arange(levels.shape[-1], dtype=np.int32)
-    full = jnp.asarray(text_q)[:, None] | (text_k | (ids < config.sink_blocks))
-    levels = jnp.where(full, 1, levels)
-    if config.causal:
-        first = np.arange(levels.shape[-2]) * config.block_m
-        last = np.minimum(first + config.block_m, q_len) - 1 + kv_len - q_len
-        first = first + kv_len - q_len
-        first, last = (jnp.asarray(x, jnp.int32)[:, None] for x in (first, last))
-        begin = ids * config.block_n
-        final = np.minimum(begin + config.block_n, kv_len) - 1
-        hidden = begin > last
-        # Some row of the query block sees some but not all keys of the key block.
-        straddles = jnp.maximum(first, begin) <= jnp.minimum(last, final - 1)
-        levels = jnp.where(hidden, 0, jnp.where(straddles, 1, levels))
     empty = (levels == 0).all(-1, keepdims=True)
     return jnp.where(empty & (ids == best), 1, levels).astype(jnp.int32)

@@ -22,6 +22,7 @@ class Settings(NamedTuple):
 
     block_m: int
     block_n: int
+    mask_mode: str
     attn_impl: str
     use_sim_mask: bool
     causal: bool

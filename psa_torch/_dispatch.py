@@ -35,6 +35,12 @@ def _kernels_run_on(index: int) -> bool:
     return against is None
 
 
+@functools.cache
+def announce_plain(room: str, why: str) -> None:
+    """Say once that tensors which kernels take run as plain torch in a room, and why."""
+    logger.info("%s run as plain torch: %s", room, why)
+
+
 def _reason_against(index: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"

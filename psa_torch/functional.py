@@ -14,6 +14,7 @@ from psa_torch.order import TokenOrder
 from psa_torch.selection import select_levels
 from psa_torch.similarity import similarity_cap
 from shared_specs import checks
+from shared_specs.budget import check_costs
 from shared_specs.config import PSAConfig
 
 
@@ -130,7 +131,7 @@ class Chosen(NamedTuple):
 
     Attributes:
         levels: int `[B, H, Nq, Nk]`.
-        scores: float32 `[B, H, Nq, Nk]` or None.
+        scores: float32 `[B, H, Nq, Nk]` (defects at rest where a budget chose) or None.
     """
 
     levels: Tensor
@@ -142,14 +143,17 @@ def choose_levels(q: Tensor, k: Tensor, config: PSAConfig | Settings) -> Chosen:
 
     Every room detaches what it gets, so no gradient flows through the choice.
     """
+    rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+    is_budget = config.mask_mode == "budget"
+    if is_budget:
+        check_costs(rows, columns, config.block_n)  # refuses before any work
     if not q.shape[0]:  # an empty batch: no room has to know
-        rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
         scores = q.new_empty(0, q.shape[1], rows, columns, dtype=torch.float32)
         return Chosen(scores.int(), scores)
     scores = block_scores(q, k, config)
     cap = similarity_cap(k, config) if config.use_sim_mask else None
     levels = select_levels(scores, config, q_len=q.shape[2], kv_len=k.shape[2], cap=cap)
-    return Chosen(levels, scores)
+    return Chosen(levels, scores[..., 3] if is_budget else scores)
 
 
 def serial_levels(chosen: Chosen, config: PSAConfig | Settings) -> Tensor:

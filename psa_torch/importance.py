@@ -12,8 +12,9 @@ from torch import Tensor
 
 from psa_torch._checks import without_autocast
 from psa_torch._config import parse_config
-from psa_torch._dispatch import use_kernels
+from psa_torch._dispatch import announce_plain, use_kernels
 from psa_torch._vmap import register_batch_rule
+from psa_torch.defect import defect_scores
 from psa_torch.pyramid import accumulator, group_means
 from shared_specs.config import PSAConfig
 from shared_specs.sampling import SamplePlan
@@ -32,7 +33,8 @@ def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
 
     Returns:
         float32 `[B, H, Nq, Nk]`, at least 0, comparable inside a row only; 0 where no sampled
-        key is visible. Detached from the graph of q and k.
+        key is visible. For 'defect' `[B, H, Nq, Nk, 4]`: what the block loses at level 2, 4, 8
+        and at rest. Detached from the graph of q and k.
     """
     return _block_scores(q.detach(), k.detach(), config.to_json())
 
@@ -40,6 +42,19 @@ def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
 @torch.library.custom_op("psa::block_scores", mutates_args=())
 def _block_scores(q: Tensor, k: Tensor, config: str) -> Tensor:
     settings = parse_config(config)
+    if settings.importance == "defect":
+        if use_kernels(q):
+            announce_plain("defects", "they have no kernel")
+        return defect_scores(
+            q,
+            k,
+            block_m=settings.block_m,
+            block_n=settings.block_n,
+            sample_m=settings.resolved_sample_m,
+            scale=settings.resolved_scale(q.shape[-1]),
+            causal=settings.causal,
+            rest_mean=settings.is_rest_mean,
+        )
     if use_kernels(q):
         from psa_torch.kernels import scores
 
@@ -57,7 +72,8 @@ def _block_scores(q: Tensor, k: Tensor, config: str) -> Tensor:
 def _(q, k, config):
     settings = parse_config(config)
     n_q, n_k = -(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n)
-    return q.new_empty(q.shape[0], q.shape[1], n_q, n_k, dtype=torch.float32)
+    columns = (4,) if settings.importance == "defect" else ()
+    return q.new_empty(*q.shape[:2], n_q, n_k, *columns, dtype=torch.float32)
 
 
 register_batch_rule(_block_scores)

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from psa_torch._config import parse_config
-from psa_torch._dispatch import use_kernels
+from psa_torch._dispatch import announce_plain, use_kernels
 from psa_torch._vmap import register_batch_rule
+from psa_torch.budget import budget_levels
 from shared_specs.config import PSAConfig
+from shared_specs.selection import check_scores
 
 
 def select_levels(
@@ -24,9 +26,11 @@ def select_levels(
     Args:
         scores: float32 `[B, H, Nq, Nk]`, at least 0. NaN ranks last. A negative score is refused
             on the CPU; on a GPU, where looking would make the host wait, it counts as 0.
-        config: ratios, mode, and the text, sink and causal rules.
+            In the mode 'budget' defects, `[B, H, Nq, Nk, 4]`, which are finite or NaN.
+        config: ratios or budget, mode, and the text, sink and causal rules.
         q_len, kv_len: tokens; `Nq = ceil(q_len / block_m)`, `Nk = ceil(kv_len / block_n)`.
-        cap: int32 `[B, Hk, Nk]` from `similarity.similarity_cap`, `H % Hk == 0`, or None.
+        cap: int32 `[B, Hk, Nk]` from `similarity.similarity_cap`, `H % Hk == 0`, or None;
+            None in the mode 'budget'.
 
     Returns:
         int32 `[B, H, Nq, Nk]`, values in {0, 1, 2, 4, 8}, at least one above 0 in every row.
@@ -34,14 +38,11 @@ def select_levels(
 
     Raises:
         TypeError: scores are not float32.
-        ValueError: shapes do not fit the lengths, or (on the CPU) a score is negative.
+        ValueError: shapes do not fit the lengths, (on the CPU) a score is negative or a defect
+            infinite, or a budget has costs that do not fit int32 or a cap.
     """
-    n_q, n_k = -(-q_len // config.block_m), -(-kv_len // config.block_n)
-    if scores.ndim != 4 or scores.shape[2:] != (n_q, n_k):
-        raise ValueError(
-            f"scores must be [B, H, {n_q}, {n_k}] for q_len={q_len}, kv_len={kv_len}, "
-            f"got {tuple(scores.shape)}"
-        )
+    check_scores(scores.shape, cap is not None, config, q_len, kv_len)
+    n_k = scores.shape[3]
     if scores.dtype != torch.float32:
         raise TypeError(f"scores must be float32, got {scores.dtype}")
     if cap is not None:
@@ -59,6 +60,10 @@ def _select_levels(
     scores: Tensor, cap: Tensor | None, q_len: int, kv_len: int, config: str
 ) -> Tensor:
     settings = parse_config(config)
+    if settings.mask_mode == "budget":
+        if use_kernels(scores):
+            announce_plain("levels of a budget", "they have no kernel")
+        return _plain_budget_levels(scores, q_len, kv_len, settings)
     if use_kernels(scores):
         from psa_torch.kernels import select
 
@@ -68,7 +73,7 @@ def _select_levels(
 
 @_select_levels.register_fake
 def _(scores, cap, q_len, kv_len, config):
-    return scores.new_empty(scores.shape, dtype=torch.int32)
+    return scores.new_empty(scores.shape[:4], dtype=torch.int32)
 
 
 register_batch_rule(_select_levels)
@@ -77,8 +82,7 @@ register_batch_rule(_select_levels)
 def _plain_select_levels(
     scores: Tensor, cap: Tensor | None, q_len: int, kv_len: int, config: PSAConfig
 ) -> Tensor:
-    if scores.device.type == "cpu" and (scores < 0).any():
-        raise ValueError(f"scores must be at least 0, got {scores.nan_to_num(nan=0.0).min()}")
+    _refuse_negative(scores)
     n_q, n_k = scores.shape[2:]
     rows = _Rows(n_q, q_len, kv_len, config, scores.device)
     candidates = rows.candidates(n_k)
@@ -96,13 +100,43 @@ def _plain_select_levels(
     if cap is not None:
         per_head = cap.repeat_interleave(scores.shape[1] // cap.shape[1], 1)
         chosen = torch.minimum(chosen, per_head[:, :, None, :].int())
-    kept = _text_blocks(rows, n_k, kv_len, config) | (rank < config.sink_blocks)
-    chosen = torch.where(kept, 1, chosen)
-    if config.causal:
-        hidden, straddles = rows.causal_blocks(n_k, kv_len)
-        chosen = torch.where(hidden, 0, torch.where(straddles, 1, chosen))
-    empty = (chosen == 0).all(-1, keepdim=True)
-    return torch.where(empty & (rank == ranked[..., :1]), 1, chosen).int().contiguous()
+    chosen = torch.where(_forced_blocks(rows, n_k, kv_len, config), 1, chosen)
+    chosen = torch.where(rank < candidates[:, None], chosen, 0)
+    return _fill_empty_rows(chosen, ranked)
+
+
+def _plain_budget_levels(defects: Tensor, q_len: int, kv_len: int, config: PSAConfig) -> Tensor:
+    _refuse_negative(defects)
+    if defects.device.type == "cpu" and defects.isinf().any():
+        raise ValueError("scores must be finite or NaN with mask_mode='budget', got inf")
+    n_q, n_k = defects.shape[2:4]
+    rows = _Rows(n_q, q_len, kv_len, config, defects.device)
+    candidates = rows.candidates(n_k)
+    # W of `shared_specs.budget.cost_limits`, in the same float64 product.
+    n = candidates[:, None] if config.budget_scope == "row" else candidates.sum().view(1, 1)
+    limit = (n.double() * (config.budget * config.block_n)).floor().int()
+    levels = budget_levels(
+        defects,
+        torch.arange(n_k, device=defects.device) < candidates[:, None],
+        _forced_blocks(rows, n_k, kv_len, config),
+        limit,
+        block_n=config.block_n,
+        levels=config.budget_levels,
+        rest_cost=int(config.is_rest_mean),
+    )
+    return _fill_empty_rows(levels, _rank(defects[..., 3], candidates)[0])
+
+
+def _refuse_negative(scores: Tensor) -> None:
+    if scores.device.type == "cpu" and (scores < 0).any():
+        raise ValueError(f"scores must be at least 0, got {scores.nan_to_num(nan=0.0).min()}")
+
+
+def _fill_empty_rows(levels: Tensor, ranked: Tensor) -> Tensor:
+    """Level 1 on the block of rank 0 of every row that has no level at all."""
+    empty = (levels == 0).all(-1, keepdim=True)
+    ids = torch.arange(levels.shape[-1], device=levels.device)
+    return torch.where(empty & (ids == ranked[..., :1]), 1, levels).int().contiguous()
 
 
 class _Rows:
@@ -122,13 +156,19 @@ class _Rows:
             return torch.full_like(self.first, n_k)
         return (self.last // self.config.block_n + 1).clamp(0, n_k)
 
-    def causal_blocks(self, n_k: int, kv_len: int) -> tuple[Tensor, Tensor]:
-        """Blocks with no visible key, and blocks of which some row sees a part, `[Nq, Nk]`."""
+    def straddling_blocks(self, n_k: int, kv_len: int) -> Tensor:
+        """Blocks of which some row sees some but not all keys, bool `[Nq, Nk]`."""
         first, last = self.first[:, None], self.last[:, None]
         begin = torch.arange(n_k, device=first.device) * self.config.block_n
         final = (begin + self.config.block_n).clamp(max=kv_len) - 1
-        straddles = torch.maximum(first, begin) <= torch.minimum(last, final - 1)
-        return begin > last, straddles
+        return torch.maximum(first, begin) <= torch.minimum(last, final - 1)
+
+
+def _forced_blocks(rows: _Rows, n_k: int, kv_len: int, config: PSAConfig) -> Tensor:
+    """Blocks that text, sinks and the diagonal put at level 1 if they are seen, `[Nq, Nk]`."""
+    forced = _text_blocks(rows, n_k, kv_len, config)
+    forced = forced | (torch.arange(n_k, device=forced.device) < config.sink_blocks)
+    return forced | rows.straddling_blocks(n_k, kv_len) if config.causal else forced
 
 
 def _text_blocks(rows: _Rows, n_k: int, kv_len: int, config: PSAConfig) -> Tensor:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shared_specs.constants import LEVELS
+
+if TYPE_CHECKING:
+    from shared_specs.config import PSAConfig
 
 
 def precision_bits(block_n: int) -> int:
@@ -14,11 +19,51 @@ def precision_bits(block_n: int) -> int:
     return 30 - int(math.log2(block_n))
 
 
-def cost_limits(candidate: np.ndarray, block_n: int, budget: float, *, per_row: bool) -> np.ndarray:
+def check_budget(config: PSAConfig, default_ratios: Mapping) -> None:
+    """Raise ValueError unless the fields of a budget fit each other and the rest."""
+    if not 0 < config.budget <= 1:
+        raise ValueError(f"budget must be in (0, 1], got {config.budget}")
+    if (config.mask_mode == "budget") != (config.importance == "defect"):
+        raise ValueError(
+            "mask_mode='budget' and importance='defect' need each other, got "
+            f"mask_mode={config.mask_mode!r}, importance={config.importance!r}"
+        )
+    if config.mask_mode != "budget":
+        return
+    if config.block_m % config.resolved_sample_m:
+        raise ValueError(
+            f"sample_m must be a divisor of block_m={config.block_m} with importance='defect', "
+            f"got {config.sample_m}"
+        )
+    if config.mask_ratios != default_ratios:
+        raise ValueError(
+            "mask_ratios must be left at its default with mask_mode='budget', where budget says "
+            f"what levels may cost, got {config.mask_ratios}"
+        )
+    if config.attn_impl != "new_mask_type":
+        raise ValueError(
+            "attn_impl must be 'new_mask_type' with mask_mode='budget', got "
+            f"attn_impl={config.attn_impl!r}, use_sim_mask={config.use_sim_mask}"
+        )
+
+
+def check_costs(n_q: int, n_k: int, block_n: int) -> None:
+    """Raise ValueError unless the costs of a head fit int32."""
+    if n_q * n_k * block_n >= 1 << 31:
+        raise ValueError(
+            "Nq * Nk * block_n must be below 2^31 with mask_mode='budget', got "
+            f"{n_q} * {n_k} blocks of {block_n}"
+        )
+
+
+def cost_limits(
+    candidates: np.ndarray, n_k: int, block_n: int, budget: float, *, per_row: bool
+) -> np.ndarray:
     """W: what a group may cost, in keys, int64 `[Nq, 1]` (`per_row`) or `[1, 1]`.
 
     Args:
-        candidate: bool `[Nq, Nk]`, blocks of which the row can see a key.
+        candidates: int `[Nq]`, of how many blocks the row can see a key.
+        n_k: key blocks.
         block_n: keys per block.
         budget: share of the dense cost, in (0, 1].
         per_row: a budget for each row instead of one for all rows of a head.
@@ -28,11 +73,9 @@ def cost_limits(candidate: np.ndarray, block_n: int, budget: float, *, per_row: 
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
-    if candidate.size * block_n >= 1 << 31:
-        raise ValueError(
-            f"Nq * Nk * block_n must be below 2^31, got {candidate.shape} blocks of {block_n}"
-        )
-    n = candidate.sum(-1 if per_row else None).reshape(-1, 1)
+    check_costs(len(candidates), n_k, block_n)
+    n = candidates.astype(np.int64) if per_row else candidates.sum(dtype=np.int64)
+    n = n.reshape(-1, 1)
     return np.floor(budget * block_n * n).astype(np.int64)
 
 
@@ -84,7 +127,7 @@ def budget_levels(
     free = candidate & ~forced
     integers = _integer_defects(defects, free, precision_bits(block_n), per_row)
     fixed = np.where(forced & candidate, block_n, 0)
-    limit = cost_limits(candidate, block_n, budget, per_row=per_row)
+    limit = cost_limits(candidate.sum(-1), candidate.shape[-1], block_n, budget, per_row=per_row)
 
     def cost_and_level(lam):
         best = cost = level = None

@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from shared_specs.budget import check_budget
 from shared_specs.checks import check_scale
-from shared_specs.constants import BLOCK_M, BLOCK_N, MASK_LEVELS
+from shared_specs.constants import BLOCK_M, BLOCK_N, LEVELS, MASK_LEVELS
 from shared_specs.sampling import SamplePlan
 
-MASK_MODES = ("topk", "thresholdbound")
+MASK_MODES = ("topk", "thresholdbound", "budget")
 ATTN_IMPLS = ("new_mask_type", "old_mask_type")
 REARRANGE_METHODS = (None, "Gilbert", "STA", "SemanticAware", "Hybrid")
-IMPORTANCE_ESTIMATORS = ("pooled", "sampled", "antidiagonal")
+IMPORTANCE_ESTIMATORS = ("pooled", "sampled", "antidiagonal", "defect")
+BUDGET_SCOPES = ("head", "row")
 IMPORTANCE_POOLS = (2, 4, 8)
 TEXT_POSITIONS = ("start", "end")
 
@@ -67,8 +69,11 @@ class PSAConfig:
             `block_n`, at least 8.
         mask_ratios: level -> (start, end), the share of a row's ranked blocks (`topk`) or of
             its score (`thresholdbound`) that gets the level. Starts at 0, contiguous,
-            non-decreasing, at most 1. What is left over is skipped.
-        mask_mode: 'topk' or 'thresholdbound'.
+            non-decreasing, at most 1. What is left over is skipped. Not for `budget`.
+        mask_mode: 'topk', 'thresholdbound', or 'budget', which goes with importance='defect'.
+        budget: share of the dense cost that levels may cost in 'budget', in (0, 1].
+        budget_levels: levels that 'budget' may choose, ascending; always with 1.
+        budget_scope: what has a budget of its own: each 'head', or each 'row' of query blocks.
         attn_impl: serial form of a mask: 'new_mask_type' (segments) or 'old_mask_type' (dense).
         use_sim_mask: cap levels where neighbouring keys differ (section 7); old_mask_type only.
         sim_2x_threshold, sim_4x_threshold, sim_8x_threshold: cosine above which a key block may
@@ -78,9 +83,11 @@ class PSAConfig:
         causal: each query sees keys up to its own position; the last query sees the last key.
         scale: factor on q.k; None means head_dim ** -0.5.
         min_full_ratio: least share of a row's blocks at level 1 in 'thresholdbound'.
-        importance: score estimator: 'pooled', 'sampled' or 'antidiagonal' (section 5).
+        importance: score estimator: 'pooled', 'sampled' or 'antidiagonal', or 'defect', which
+            goes with mask_mode='budget' (section 5).
         importance_pool: tokens per group of the pooled estimator, 2, 4 or 8.
-        sample_m, sample_n: sampled queries and keys per block; None means a quarter of the block.
+        sample_m, sample_n: sampled queries and keys per block; None means a quarter of the block,
+            for 'defect' a sixteenth of the queries. There `sample_m` divides `block_m`.
         sample_seed: seed of the sampling plan (keys use `sample_seed + 1`).
         antidiagonal_stride: tile side of the antidiagonal estimator, in tokens.
         sink_blocks: leading key blocks that always get level 1.
@@ -99,6 +106,9 @@ class PSAConfig:
     tile_n: int = 32
     mask_ratios: Mapping[int, tuple[float, float]] = DEFAULT_MASK_RATIOS
     mask_mode: str = "topk"
+    budget: float = 0.15
+    budget_levels: tuple[int, ...] = LEVELS
+    budget_scope: str = "head"
     attn_impl: str = "new_mask_type"
     use_sim_mask: bool = False
     sim_2x_threshold: float = 0.0
@@ -130,7 +140,9 @@ class PSAConfig:
                 self._set(name, _integer(name, getattr(self, name), 1))
         for name in ("sim_2x_threshold", "sim_4x_threshold", "sim_8x_threshold"):
             self._set(name, _number(name, getattr(self, name)))
-        self._set("min_full_ratio", _number("min_full_ratio", self.min_full_ratio))
+        for name in ("min_full_ratio", "budget"):
+            self._set(name, _number(name, getattr(self, name)))
+        self._set("budget_levels", _levels("budget_levels", self.budget_levels))
         if self.scale is not None:
             self._set("scale", _number("scale", self.scale))
             check_scale(self.scale)
@@ -140,6 +152,7 @@ class PSAConfig:
         for name in ("grid", "tile_size"):
             self._set(name, _triple(name, getattr(self, name)))
         _choice("mask_mode", self.mask_mode, MASK_MODES)
+        _choice("budget_scope", self.budget_scope, BUDGET_SCOPES)
         _choice("attn_impl", self.attn_impl, ATTN_IMPLS)
         _choice("rearrange_method", self.rearrange_method, REARRANGE_METHODS)
         _choice("importance", self.importance, IMPORTANCE_ESTIMATORS)
@@ -181,6 +194,7 @@ class PSAConfig:
             count = getattr(self, name)
             if count is not None and count > block:
                 raise ValueError(f"{name} must be None or in 1..{block}, got {count}")
+        check_budget(self, DEFAULT_MASK_RATIOS)
         stride = self.antidiagonal_stride
         if self.block_m % stride or self.block_n % stride:
             raise ValueError(
@@ -195,6 +209,11 @@ class PSAConfig:
             )
 
     @property
+    def is_rest_mean(self) -> bool:
+        """Whether a block of level 0 is seen as one mean (section 4), for defects and budgets."""
+        return False
+
+    @property
     def ratio_ends(self) -> tuple[tuple[int, float], ...]:
         """(level, end) in the order in which selection takes them (section 6)."""
         return _taken_order(self.mask_ratios)
@@ -202,7 +221,8 @@ class PSAConfig:
     @property
     def resolved_sample_m(self) -> int:
         """Sampled queries per block, with the default filled in."""
-        return self.block_m // 4 if self.sample_m is None else self.sample_m
+        share = 16 if self.importance == "defect" else 4
+        return self.block_m // share if self.sample_m is None else self.sample_m
 
     @property
     def resolved_sample_n(self) -> int:
@@ -236,6 +256,7 @@ class PSAConfig:
         """Plain data: mask_ratios with string keys and lists, as JSON and TOML hold them."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data["mask_ratios"] = {str(k): list(v) for k, v in self.mask_ratios.items()}
+        data["budget_levels"] = list(self.budget_levels)
         for name in ("grid", "tile_size"):
             data[name] = None if data[name] is None else list(data[name])
         return data
@@ -350,6 +371,15 @@ def _triple(name: str, value: Any) -> tuple[int, int, int] | None:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
         raise TypeError(f"{name} must be None or (depth, height, width), got {value!r}")
     return tuple(_integer(f"{name}[{i}]", side, 1) for i, side in enumerate(value))
+
+
+def _levels(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
+        raise TypeError(f"{name} must be levels such as {LEVELS}, got {value!r}")
+    levels = tuple(_integer(f"{name}[{i}]", level, 1) for i, level in enumerate(value))
+    if levels != tuple(level for level in LEVELS if level in levels) or 1 not in levels:
+        raise ValueError(f"{name} must be a part of {LEVELS} with 1 in it, ascending, got {levels}")
+    return levels
 
 
 def _choice(name: str, value: Any, accepted: tuple) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from shared_specs.config import PSAConfig
+from shared_specs.defect import defect_scores
 from shared_specs.pyramid import group_means
 from shared_specs.sampling import SamplePlan
 
@@ -23,8 +24,20 @@ def block_scores(q: np.ndarray, k: np.ndarray, config: PSAConfig) -> np.ndarray:
 
     Returns:
         float32 `[B, H, Nq, Nk]`, at least 0, comparable inside a row only; 0 where no sampled
-        key is visible.
+        key is visible. For 'defect' `[B, H, Nq, Nk, 4]`: what the block loses at level 2, 4, 8
+        and at rest.
     """
+    if config.importance == "defect":
+        return defect_scores(
+            q,
+            k,
+            block_m=config.block_m,
+            block_n=config.block_n,
+            sample_m=config.resolved_sample_m,
+            scale=config.resolved_scale(q.shape[-1]),
+            causal=config.causal,
+            rest_mean=config.is_rest_mean,
+        )
     estimators = {
         "pooled": pooled_scores,
         "sampled": sampled_scores,

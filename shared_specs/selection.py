@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from shared_specs.budget import budget_levels, check_costs
 from shared_specs.config import PSAConfig
 
 
@@ -29,27 +30,38 @@ def select_levels(
     """Levels of every (query block, key block) pair.
 
     Args:
-        scores: float32 `[B, H, Nq, Nk]`, at least 0. NaN ranks last.
-        config: ratios, mode, and the text, sink and causal rules.
+        scores: float32 `[B, H, Nq, Nk]`, at least 0. NaN ranks last. In the mode 'budget' defects,
+            `[B, H, Nq, Nk, 4]`, which are finite or NaN.
+        config: ratios or budget, mode, and the text, sink and causal rules.
         q_len, kv_len: tokens; `Nq = ceil(q_len / block_m)`, `Nk = ceil(kv_len / block_n)`.
-        cap: int32 `[B, Hk, Nk]` from `similarity.similarity_cap`, `H % Hk == 0`, or None.
+        cap: int32 `[B, Hk, Nk]` from `similarity.similarity_cap`, `H % Hk == 0`, or None;
+            None in the mode 'budget'.
 
     Returns:
         int32 `[B, H, Nq, Nk]`, values in {0, 1, 2, 4, 8}, at least one above 0 in every row.
 
     Raises:
-        ValueError: shapes do not fit the lengths, or scores are negative.
+        ValueError: shapes do not fit the lengths, scores are negative, or a budget has costs that
+            do not fit int32 or a cap.
     """
     scores = np.asarray(scores, np.float32)
-    n_q, n_k = _blocks(q_len, config.block_m), _blocks(kv_len, config.block_n)
-    if scores.ndim != 4 or scores.shape[2:] != (n_q, n_k):
-        raise ValueError(
-            f"scores must be [B, H, {n_q}, {n_k}] for q_len={q_len}, kv_len={kv_len}, "
-            f"got {scores.shape}"
-        )
+    check_scores(scores.shape, cap is not None, config, q_len, kv_len)
+    n_k = scores.shape[3]
     if (scores < 0).any():
-        raise ValueError(f"scores must be at least 0, got {scores.min()}")
+        raise ValueError(f"scores must be at least 0, got {np.nanmin(scores)}")
     candidates = candidate_blocks(q_len, kv_len, config)
+    if config.mask_mode == "budget":
+        levels = budget_levels(
+            scores,
+            np.arange(n_k) < candidates[:, None],
+            forced_blocks(q_len, kv_len, config),
+            block_n=config.block_n,
+            budget=config.budget,
+            levels=config.budget_levels,
+            rest_cost=int(config.is_rest_mean),
+            per_row=config.budget_scope == "row",
+        )
+        return _fill_empty_rows(levels, rank_blocks(scores[..., 3], candidates))
     ends_of = {"topk": topk_ends, "thresholdbound": thresholdbound_ends}[config.mask_mode]
     ranked = rank_blocks(scores, candidates)
     levels = np.zeros(scores.shape, np.int32)
@@ -64,6 +76,23 @@ def select_levels(
         per_head = np.repeat(cap, scores.shape[1] // cap.shape[1], axis=1)
         levels = np.minimum(levels, per_head[:, :, None, :])
     return _fixed_rules(levels, ranked, config, q_len, kv_len)
+
+
+def check_scores(
+    shape: tuple[int, ...], has_cap: bool, config: PSAConfig, q_len: int, kv_len: int
+) -> None:
+    """Raise ValueError unless scores of this shape, and a cap, are what the mode takes."""
+    n_q, n_k = _blocks(q_len, config.block_m), _blocks(kv_len, config.block_n)
+    expected = (n_q, n_k, 4) if config.mask_mode == "budget" else (n_q, n_k)
+    if len(shape) != 2 + len(expected) or tuple(shape[2:]) != expected:
+        raise ValueError(
+            f"scores must be [B, H, {', '.join(map(str, expected))}] for q_len={q_len}, "
+            f"kv_len={kv_len}, mask_mode={config.mask_mode!r}, got {tuple(shape)}"
+        )
+    if config.mask_mode == "budget":
+        check_costs(n_q, n_k, config.block_n)
+        if has_cap:
+            raise ValueError("cap must be None with mask_mode='budget', got one")
 
 
 def rank_blocks(scores: np.ndarray, candidates: np.ndarray) -> np.ndarray:
@@ -139,19 +168,22 @@ def _whole_tiles(count: int, last: int, n: int, merge: int) -> int:
 
 def _fixed_rules(levels, ranked, config: PSAConfig, q_len: int, kv_len: int) -> np.ndarray:
     """Text, sinks, the causal diagonal and the rule that no row stays empty, in this order."""
+    levels = np.where(forced_blocks(q_len, kv_len, config), 1, levels)
+    seen = np.arange(levels.shape[-1]) < candidate_blocks(q_len, kv_len, config)[:, None]
+    return _fill_empty_rows(np.where(seen, levels, 0).astype(np.int32), ranked)
+
+
+def forced_blocks(q_len: int, kv_len: int, config: PSAConfig) -> np.ndarray:
+    """Blocks that text, sinks and the diagonal put at level 1 if they are seen, bool `[Nq, Nk]`."""
     text_q, text_k = text_blocks(q_len, kv_len, config)
-    levels[:, :, text_q, :] = 1
-    levels[:, :, :, text_k] = 1
-    levels[..., : config.sink_blocks] = 1
+    begin = np.arange(len(text_k)) * config.block_n
+    forced = text_q[:, None] | text_k | (np.arange(len(text_k)) < config.sink_blocks)
     if config.causal:
         first, last = _row_positions(q_len, kv_len, config)
-        begin = np.arange(levels.shape[-1]) * config.block_n
         final = np.minimum(begin + config.block_n, kv_len) - 1
-        hidden = begin[None, :] > last[:, None]
         # Some row of the query block sees some but not all keys of the key block.
-        straddles = np.maximum(first[:, None], begin) <= np.minimum(last[:, None], final - 1)
-        levels = np.where(hidden, 0, np.where(straddles, 1, levels))
-    return _fill_empty_rows(levels.astype(np.int32), ranked)
+        forced |= np.maximum(first[:, None], begin) <= np.minimum(last[:, None], final - 1)
+    return forced
 
 
 def _fill_empty_rows(levels: np.ndarray, ranked: np.ndarray) -> np.ndarray:

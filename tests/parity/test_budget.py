@@ -40,7 +40,9 @@ def places(rng, n_q: int, n_k: int) -> tuple[np.ndarray, np.ndarray]:
 def everywhere(x, candidate, forced, per_row, **settings) -> list[np.ndarray]:
     block_n, budget = settings["block_n"], settings.pop("budget")
     expected = rule.budget_levels(x, candidate, forced, per_row=per_row, budget=budget, **settings)
-    limit = rule.cost_limits(candidate, block_n, budget, per_row=per_row).astype(np.int32)
+    limit = rule.cost_limits(
+        candidate.sum(-1), candidate.shape[1], block_n, budget, per_row=per_row
+    ).astype(np.int32)
     given = (x, candidate, forced, limit)
     in_torch = psa_torch.budget.budget_levels(*map(torch.from_numpy, given), **settings)
     in_jax = psa_jax.budget.budget_levels(*map(jnp.asarray, given), **settings)
@@ -124,4 +126,4 @@ def test_refuses(levels, rest_cost, rng):
 )
 def test_limits_refuse(shape, budget, said):
     with pytest.raises(ValueError, match=said):
-        rule.cost_limits(np.broadcast_to(True, shape), 64, budget, per_row=False)
+        rule.cost_limits(np.full(shape[0], shape[1]), shape[1], 64, budget, per_row=False)
