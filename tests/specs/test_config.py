@@ -10,6 +10,7 @@ from shared_specs import PSAConfig
 from shared_specs.sampling import SamplePlan
 
 OLD = {"attn_impl": "old_mask_type", "block_m": 128, "block_n": 128}
+BUDGET = {"importance": "defect", "mask_mode": "budget"}
 
 
 def test_defaults():
@@ -68,6 +69,7 @@ def test_what_follows_from_the_fields():
         PSAConfig(grid=(4, 6, 8), rearrange_method="STA", tile_size=(2, 2, 2), text_length=7),
         PSAConfig(**OLD, use_sim_mask=True, sim_2x_threshold=0.7, scale=0.25, causal=True),
         PSAConfig(mask_ratios={1: (0, 0.25), 8: (0.25, 0.5)}, mask_mode="thresholdbound"),
+        PSAConfig(**BUDGET, budget=0.2, budget_levels=(1, 8), budget_scope="row", sample_m=4),
     ],
 )
 def test_serial_forms_round_trip(config, tmp_path):
@@ -118,6 +120,25 @@ def test_frozen_and_replaceable():
         ({"scale": float("inf")}, ValueError, ["scale", "inf"]),
         ({"min_full_ratio": 1.5}, ValueError, ["min_full_ratio", "1.5"]),
         ({"importance": "mean"}, ValueError, ["importance", "pooled"]),
+        ({"importance": "defect"}, ValueError, ["need each other", "'topk'", "'defect'"]),
+        ({"mask_mode": "budget"}, ValueError, ["need each other", "'budget'", "'pooled'"]),
+        ({**BUDGET, "mask_ratios": {1: (0, 1)}}, ValueError, ["mask_ratios", "default", "budget"]),
+        ({**BUDGET, **OLD}, ValueError, ["attn_impl", "new_mask_type", "budget"]),
+        (
+            {**BUDGET, **OLD, "use_sim_mask": True},
+            ValueError,
+            ["attn_impl", "budget", "use_sim_mask=True"],
+        ),
+        ({**BUDGET, "sample_m": 5}, ValueError, ["sample_m", "divisor", "128", "5"]),
+        ({"budget": 0.0}, ValueError, ["budget", "(0, 1]", "0.0"]),
+        ({"budget": 1.5}, ValueError, ["budget", "(0, 1]", "1.5"]),
+        ({"budget": True}, TypeError, ["budget", "True"]),
+        ({"budget_scope": "batch"}, ValueError, ["budget_scope", "head", "row"]),
+        ({"budget_levels": (2, 4)}, ValueError, ["budget_levels", "with 1", "(2, 4)"]),
+        ({"budget_levels": (8, 1)}, ValueError, ["budget_levels", "ascending", "(8, 1)"]),
+        ({"budget_levels": (1, 1)}, ValueError, ["budget_levels", "(1, 1)"]),
+        ({"budget_levels": (1, 3)}, ValueError, ["budget_levels", "(1, 3)"]),
+        ({"budget_levels": 1}, TypeError, ["budget_levels", "1"]),
         ({"importance_pool": 3}, ValueError, ["importance_pool", "3"]),
         ({"sample_m": 129}, ValueError, ["sample_m", "129", "128"]),
         ({"sample_n": 0}, ValueError, ["sample_n", "0"]),

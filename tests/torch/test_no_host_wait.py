@@ -46,6 +46,17 @@ def test_selection(mode):
     assert levels.shape == (1, 4, 3, 8) and levels.dtype == torch.int32
 
 
+@pytest.mark.parametrize("scope", ["head", "row"])
+def test_budget(scope):
+    budget = {"importance": "defect", "mask_mode": "budget", "budget_scope": scope}
+    config = PSAConfig(**budget, causal=True, text_length=70, sink_blocks=1)
+    q, k = meta(1, 4, 300, 32), meta(1, 2, 500, 32)
+    defects = body(importance._block_scores)(q, k, config.to_json())
+    assert defects.shape == (1, 4, 3, 8, 4)
+    levels = body(selection._select_levels)(defects, None, 300, 500, config.to_json())
+    assert levels.shape == (1, 4, 3, 8) and levels.dtype == torch.int32
+
+
 def test_masks_and_table():
     levels = meta(1, 4, 3, 8, dtype=torch.int32)
     segments = body(masks._to_segments)(levels, meta(1, 4, 3, 8))

@@ -14,8 +14,8 @@ DTYPES = ("float16", "bfloat16")
 
 def unsupported(q: Array, k: Array, config: PSAConfig) -> str | None:
     """Why the kernel cannot run on this input or device, or None."""
-    if config.importance == "antidiagonal":
-        return "has no 'antidiagonal' scores"
+    if config.importance not in ("pooled", "sampled"):
+        return f"has no {config.importance!r} scores"
     if str(q.dtype) not in DTYPES or q.dtype != k.dtype:
         return f"takes q and k of float16 or of bfloat16, got {q.dtype} and {k.dtype}"
     if q.shape[-1] > max(HEAD_DIMS):
