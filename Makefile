@@ -14,6 +14,7 @@ PINS ?= requirements/ci-py31$(shell $(PYTHON) -c 'import sys; print(1 if sys.ver
 JAX_VENV ?= .venv-jax
 JAX_PYTHON ?= python3.12
 INTEGRATIONS_VENV ?= .venv-integrations
+DOCS_VENV ?= .venv-docs
 PYTEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -21,12 +22,13 @@ JAX_BIN := $(JAX_VENV)/bin
 # One thread per test worker: with two the Triton interpreter is slower, not faster.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help venv test test-jax-newest test-integrations lint format demo bench clean
+.PHONY: help venv test test-jax-newest test-integrations docs lint format demo bench clean
 
 help:
 	@echo "make test   lint, then all tests (minutes)"
 	@echo "make demo   dense against pyramid sparse attention on a real video clip"
 	@echo "make bench  the CPU benchmark; rows go to outputs/bench"
+	@echo "make docs   the documentation's site, to outputs/site"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make clean  remove environments, caches and outputs"
 
@@ -83,6 +85,16 @@ $(INTEGRATIONS_VENV)/.installed: pyproject.toml
 test-integrations: $(INTEGRATIONS_VENV)/.installed
 	$(ONE_THREAD) $(INTEGRATIONS_VENV)/bin/python -m pytest --durations 5 tests/integrations
 
+$(DOCS_VENV)/.installed: pyproject.toml requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c requirements/docs.txt -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS_VENV)/.installed
+	$(DOCS_VENV)/bin/python docs/_site/config_table.py
+	$(DOCS_VENV)/bin/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) $(JAX_VENV) $(INTEGRATIONS_VENV) build dist outputs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(JAX_VENV) $(INTEGRATIONS_VENV) $(DOCS_VENV) build dist outputs *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,10 @@ from pathlib import Path
 from benchmarks import report, runner
 from benchmarks.workloads import workloads
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+# What the repository's own tables are made of, in the order in which they show the machines.
+STORED = [ROOT / "benchmarks" / "results" / f"{name}.jsonl" for name in ("cpu", "h100", "h200")]
 
 
 def main() -> int:
@@ -25,17 +28,25 @@ def main() -> int:
     run.add_argument("--repeats", type=int, default=10, help="timed runs per row (default 10)")
     run.add_argument("--output", type=Path, help="default: outputs/bench/DEVICE-TIME.jsonl")
     made = commands.add_parser("report", help="tables and figure from stored rows")
-    made.add_argument("rows", nargs="*", type=Path, metavar="ROWS.jsonl")
-    made.add_argument("--readme", action="store_true", help="put them into README.md too")
+    made.add_argument(
+        "rows", nargs="*", type=Path, metavar="ROWS.jsonl", help="default: the stored rows"
+    )
+    made.add_argument(
+        "--page", type=Path, help="put tables and figure into this page too (docs/benchmarks.md)"
+    )
+    made.add_argument(
+        "--summary", type=Path, help="put a row a machine and framework into this (README.md)"
+    )
     made.add_argument(
         "--demo", type=Path, metavar="DIR", help="put what `psa demo` wrote to DIR into README.md"
     )
     args = parser.parse_args()
     if args.command == "report":
-        if not args.rows and args.demo is None:
-            made.error("name files of rows, or --demo DIR")
-        if args.rows:
-            report.write(args.rows, README if args.readme else None)
+        rows = args.rows or STORED
+        if args.summary is not None:
+            report.summarise(rows, args.summary)
+        if args.page is not None or (args.summary is None and args.demo is None):
+            report.write(rows, args.page)
         if args.demo is not None:
             report.insert_demo(args.demo, README)
         return 0

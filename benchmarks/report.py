@@ -16,7 +16,11 @@ from shared_specs.figures import LINE_COLOURS, LINE_MARKERS, require_pyplot, sav
 BEGIN, END = "<!-- benchmark rows: begin -->", "<!-- benchmark rows: end -->"
 DEMO_BEGIN, DEMO_END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
 DEMO_FIGURE = Path("docs", "images", "demo.png")
-FIGURE = Path("docs", "images", "benchmark.png")
+SUMMARY_BEGIN, SUMMARY_END = "<!-- speed summary: begin -->", "<!-- speed summary: end -->"
+# The workloads that the summary shows, one of each kind of device.
+SUMMARY_WORKLOADS = ("cpu-8k-h8-d64-default", "gpu-32k-h24-d128-default")
+# Beside the page that shows it.
+FIGURE = Path("images", "benchmark.png")
 # The workloads of the figure's curve differ in length alone.
 _CURVE = "-h24-d128-default"
 
@@ -42,8 +46,8 @@ def load(paths: Iterable[Path]) -> list[Row]:
     return list(rows.values())
 
 
-def write(paths: Iterable[Path], readme: Path | None = None) -> str:
-    """Print the report; with `readme`, also put it between its markers and draw the figure.
+def write(paths: Iterable[Path], page: Path | None = None) -> str:
+    """Print the report; with `page`, also put it between its markers and draw the figure.
 
     Returns:
         The report as Markdown.
@@ -51,15 +55,66 @@ def write(paths: Iterable[Path], readme: Path | None = None) -> str:
     rows = load(paths)
     text = "\n\n".join(_section(rows, machine) for machine in _ordered(map(_machine, rows)))
     curve = [row for row in rows if _CURVE in row["workload"] and row["status"] == "ok"]
-    if readme is not None:
+    if page is not None:
         if any(row["pass"] == FORWARD for row in curve if row["kind"] in (GIVEN, WHOLE)):
-            figure = readme.parent / FIGURE
+            figure = page.parent / FIGURE
             figure.parent.mkdir(parents=True, exist_ok=True)
             save_figure(_draw_curve(curve), figure)
             text += f"\n\n![Speed-up over dense attention against length]({FIGURE})"
-        _replace(readme, BEGIN, text, END)
+        _replace(page, BEGIN, text, END)
     print(text)
     return text
+
+
+def summarise(paths: Iterable[Path], readme: Path) -> str:
+    """Put one row for each machine and framework between the markers of `readme`.
+
+    Returns:
+        The table as Markdown.
+
+    Raises:
+        ValueError: no whole call of a workload of the summary among the rows, or no markers.
+    """
+    rows = [row for row in load(paths) if row["workload"] in SUMMARY_WORKLOADS]
+    header = ["machine", "tokens, heads, head dimension", "package", "forward ms", "speed-up"]
+    header += ["forward+backward ms", "speed-up", "fastest dense"]
+    lines = [header, [*["---"] * 3, *["---:"] * 4, "---"]]
+    for machine in _ordered(map(_machine, rows)):
+        mine = [row for row in rows if _machine(row) == machine]
+        for framework in ("torch", "jax"):
+            whole = [
+                row for row in mine if row.get("kind") == WHOLE and row["framework"] == framework
+            ]
+            if _find(whole) is not None:
+                lines.append(_summary_line(whole, mine, framework))
+    if len(lines) == 2:
+        names = ", ".join(SUMMARY_WORKLOADS)
+        raise ValueError(f"the rows must hold a whole call of one of {names}, got none")
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    _replace(readme, SUMMARY_BEGIN, text, SUMMARY_END)
+    print(text)
+    return text
+
+
+def _summary_line(whole: list[Row], rows: list[Row], framework: str) -> list[str]:
+    about = whole[0]
+    device = about["machine"]["device"]
+    if not about["machine"].get("driver"):
+        device += f", {about['machine']['cores']} cores"
+    cells = [
+        device,
+        f"{about['length']:,}, {about['heads']}, {about['head_dim']}",
+        f"`psa_{framework}`",
+    ]
+    yardsticks = []
+    for which in (FORWARD, BOTH):
+        row, dense = _find(whole, which=which), fastest_dense(rows, framework, which)
+        cells.append("-" if row is None else _ms(row["ms_median"]))
+        compared = row is not None and dense is not None
+        cells.append(f"{dense['ms_median'] / row['ms_median']:.2f}x" if compared else "-")
+        if dense is not None:
+            yardsticks.append(f"`{dense['provider']}`")
+    return [*cells, " / ".join(_ordered(yardsticks)) or "-"]
 
 
 def insert_demo(folder: Path, readme: Path) -> None:

@@ -32,10 +32,7 @@ NOT_CALLED = -1.0
 class PSAVideoAttention(nn.Module):
     """Pyramid sparse attention with a token order, dense warm-up steps and density records.
 
-    No parameters. What it remembers is in the variable collection 'psa', which `jit` carries:
-
-    >>> out, state = module.apply(state, q, k, v, step=step, mutable=["psa"])
-
+    No parameters. What it remembers is in the variable collection 'psa', which `jit` carries.
     Start with `state = {}`. Without `mutable=["psa"]` it computes the same and remembers nothing.
 
     Attributes:
@@ -44,6 +41,9 @@ class PSAVideoAttention(nn.Module):
         warmup_steps: steps `0 … warmup_steps - 1` use dense attention.
         record_steps: densities of the steps `0 … record_steps - 1` are recorded; read them with
             `density_records`.
+
+    Examples:
+        >>> out, state = module.apply(state, q, k, v, step=step, mutable=["psa"])
     """
 
     config: PSAConfig | None = None

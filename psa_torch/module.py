@@ -11,14 +11,16 @@ from shared_specs.config import PSAConfig
 class PSAAttention(nn.Module):
     """Pyramid sparse attention with a fixed configuration; no parameters, no state.
 
-    Heads do not interact, so processes that each hold some of them need no communication. With
-    DTensors split over heads on a device mesh (`torch.distributed.tensor`):
-
-    >>> heads = [Shard(1)]
-    >>> attend = local_map(PSAAttention(), out_placements=heads, in_placements=(heads,) * 3)
+    Heads do not interact, so processes that each hold some of them need no communication.
 
     Attributes:
         config: the configuration; frozen, and replaceable between calls.
+
+    Examples:
+        With DTensors split over heads on a device mesh (`torch.distributed.tensor`):
+
+        >>> heads = [Shard(1)]
+        >>> attend = local_map(PSAAttention(), out_placements=heads, in_placements=(heads,) * 3)
     """
 
     def __init__(self, config: PSAConfig | None = None) -> None:

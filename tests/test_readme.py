@@ -1,4 +1,4 @@
-"""What the README says works."""
+"""What the README says works; pages link to what exists and are all in the site."""
 
 import re
 import subprocess
@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from shared_specs import __version__
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"] + sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")
+)
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -30,11 +35,30 @@ def test_every_command_named_exists(capsys):
         assert re.search(rf"^ +{command}\b", usage, flags=re.MULTILINE), command
 
 
-def test_every_file_linked_exists():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    for link in links:
-        assert "://" in link or (ROOT / link).is_file(), link
+def test_it_stays_short():
+    assert len(README.splitlines()) <= 180
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_linked_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
+        assert "://" in link or (ROOT / page).parent.joinpath(link).is_file(), link
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    named = re.findall(r"[\w/-]+\.md$", site.partition("\nnav:\n")[2], flags=re.MULTILINE)
+    made = re.findall(r'": "([\w-]+\.md)"', (ROOT / "docs/_site/hooks.py").read_text())
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")]
+    assert len(made) == 3 and sorted(named) == sorted(pages + made)
+
+
+def test_the_citation_is_of_this_version():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.+)$", citation, flags=re.MULTILINE)[1] == __version__
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_every_make_target_named_exists():

@@ -44,7 +44,7 @@ def choose_peak(
 ) -> ScoreConfig:
     """Tiles of the `pooled` and `sampled` scores; `dtype` is that of the rows multiplied.
 
-    On Hopper as measured (`benchmarks/LOG.md`): 64 columns leave registers for a second program,
+    On Hopper as measured (`docs/log/scores.md`): 64 columns leave registers for a second program,
     whose products run while the first one takes maxima; short rows, and the masked loop of a
     causal call, do better with one larger tile.
     """

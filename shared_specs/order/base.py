@@ -53,10 +53,6 @@ class OrderState(NamedTuple):
 class TokenOrderBase(ABC):
     """A token order (specification, section 8), stateless.
 
-    >>> order = TokenOrder.from_config(config, q_len, kv_len)
-    >>> q, k, v, state = order.apply(q, k, v)
-    >>> out = order.undo(attention(q, k, v), state)
-
     Attributes:
         method: 'Gilbert', 'STA', 'SemanticAware', 'Hybrid', or None for the order as it comes.
         length: tokens of the sequence, video and text.
@@ -64,6 +60,11 @@ class TokenOrderBase(ABC):
         tile: `(depth, height, width)` of an STA tile.
         text_length: text tokens, which keep their place and order.
         text_position: 'start' or 'end'.
+
+    Examples:
+        >>> order = TokenOrder.from_config(config, q_len, kv_len)
+        >>> q, k, v, state = order.apply(q, k, v)
+        >>> out = order.undo(attention(q, k, v), state)
     """
 
     method: str | None

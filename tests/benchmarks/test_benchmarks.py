@@ -246,16 +246,51 @@ def test_report_is_made_from_rows_alone_and_leaves_wrong_ones_out(rows, tmp_path
     stored = tmp_path / "rows.jsonl"
     wrong = {**row_of(rows, "jax-psa-gather"), "status": "wrong", "reason": "error 1 against"}
     stored.write_text("".join(json.dumps(row) + "\n" for row in [*rows, wrong]))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.write([stored], readme)
-    text = readme.read_text()
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write([stored], page)
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     table = [line for line in text.splitlines() if line.startswith("| ")]
     assert any(line.startswith("| torch-psa-gather (levels given)") for line in table)
     assert not any(line.startswith("| jax-psa-gather") for line in table)
     assert "jax-psa-gather (wrong: error 1 against)" in text
     assert "torch-psa-triton (skipped:" in text
+
+
+def test_summary_is_one_row_a_machine_and_framework(rows, tmp_path, capsys):
+    stored, readme = tmp_path / "rows.jsonl", tmp_path / "README.md"
+    readme.write_text(f"before\n{report.SUMMARY_BEGIN}\nold\n{report.SUMMARY_END}\nafter\n")
+    stored.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="whole call of one of cpu-8k"):
+        report.summarise([stored], readme)
+    renamed = [{**row, "workload": report.SUMMARY_WORKLOADS[0]} for row in rows]
+    card = {"device": "A card", "driver": "1.2"}
+    elsewhere = [{**row, "machine": {**row["machine"], **card}} for row in renamed]
+    stored.write_text("".join(json.dumps(row) + "\n" for row in [*renamed, *elsewhere]))
+    report.summarise([stored], readme)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:1] == "|"][2:]
+    assert [line[2] for line in lines] == ["`psa_torch`", "`psa_jax`"] * 2
+    machine = renamed[0]["machine"]
+    assert lines[0][0] == f"{machine['device']}, {machine['cores']} cores"
+    assert lines[2][0] == "A card" and lines[0][-1] == "`torch-sdpa`"
+    for cells, which in ((lines[0][3:5], FORWARD), (lines[0][5:7], BOTH)):
+        dense, whole = row_of(rows, "torch-sdpa", which), row_of(rows, "torch-psa-whole", which)
+        assert cells[0] == report._ms(whole["ms_median"])
+        assert cells[1] == f"{dense['ms_median'] / whole['ms_median']:.2f}x"
+
+
+def test_the_tables_of_the_repository_are_those_of_its_rows(tmp_path, capsys):
+    stored = [ROOT / "benchmarks" / "results" / f"{name}.jsonl" for name in ("cpu", "h100", "h200")]
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert f"{report.BEGIN}\n{report.write(stored)}\n" in page
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    copy = tmp_path / "README.md"
+    copy.write_text(readme, encoding="utf-8")
+    report.summarise(stored, copy)
+    assert copy.read_text(encoding="utf-8") == readme
 
 
 def test_report_speed_up_is_dense_over_sparse(rows):

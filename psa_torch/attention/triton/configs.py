@@ -200,7 +200,7 @@ def choose_forward(
 ) -> ForwardConfig | HopperForwardConfig:
     """Forward tile sizes; `capability` is the compute capability of the GPU.
 
-    Those of compute capability 9.0 were measured (`benchmarks/LOG.md`).
+    Those of compute capability 9.0 were measured (`docs/log/forward.md`).
     """
     if hopper.unsupported(head_dim, dtype, block_m, capability) is None:
         return HOPPER_FORWARD[head_dim]
@@ -231,7 +231,7 @@ def choose_backward(
 ) -> BackwardConfig:
     """Backward tile sizes; `capability` is the compute capability of the GPU.
 
-    Those of compute capability 9.0 were measured (`benchmarks/LOG.md`).
+    Those of compute capability 9.0 were measured (`docs/log/gradients.md`).
     """
     config = choose_plain_backward(capability, head_dim, dtype, block_m, block_n)
     if hopper.unsupported(head_dim, dtype, block_m, capability):
