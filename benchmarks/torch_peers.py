@@ -51,16 +51,14 @@ def _flash_attention_4_sparse(session: TorchSession) -> Provider:
             found = [tensor.contiguous() for x in masks for tensor in ordered(x)]
             return BlockSparseTensorsTorch(*found, block_size=(FLEX_BLOCK, FLEX_BLOCK))
 
-        return functools.partial(
-            _first_of,
-            functools.partial(
-                flash_attn_func,
-                mask_mod=_causal_mask_mod() if session.workload.config.causal else None,
-                block_sparse_tensors=lists(False),
-                # Left out, the backward pass is dense without a word.
-                block_sparse_tensors_bwd=lists(True),
-            ),
+        sparse = functools.partial(
+            flash_attn_func,
+            mask_mod=_causal_mask_mod() if session.workload.config.causal else None,
+            block_sparse_tensors=lists(False),
+            # Left out, the backward pass is dense without a word.
+            block_sparse_tensors_bwd=lists(True),
         )
+        return lambda q, k, v: sparse(q, k, v)[0]
 
     return Provider(
         name="torch-fa4-sparse",
@@ -70,10 +68,6 @@ def _flash_attention_4_sparse(session: TorchSession) -> Provider:
         levels=session.binary_levels,
         block_n=FLEX_BLOCK,
     )
-
-
-def _first_of(attention: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor:
-    return attention(*inputs)[0]
 
 
 def _heads_first(out: torch.Tensor) -> torch.Tensor:

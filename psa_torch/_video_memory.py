@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch._vmap import _fold
+from psa_torch._vmap import fold
 from psa_torch.order import Centroids, TokenOrder, kmeans
 
 _layers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
@@ -124,7 +124,7 @@ def _(tokens, count, handle, side, step, branch):
 @remembered_kmeans.register_vmap
 def _(info, in_dims, tokens, *arguments):
     size = info.batch_size
-    labels = remembered_kmeans(_fold(tokens, in_dims[0], size), *arguments)
+    labels = remembered_kmeans(fold(tokens, in_dims[0], size), *arguments)
     return labels.unflatten(0, (size, -1)), 0
 
 

@@ -19,13 +19,14 @@ def batch_rule(function: Callable) -> Callable:
 
     def rule(info, in_dims, *arguments):
         size = info.batch_size
-        folded = [_fold(x, dim, size) for x, dim in zip(arguments, in_dims, strict=True)]
+        folded = [fold(x, dim, size) for x, dim in zip(arguments, in_dims, strict=True)]
         return _each(function(*folded), lambda x: x.unflatten(0, (size, -1)))
 
     return rule
 
 
-def _fold(x, dim: int | None, size: int):
+def fold(x, dim: int | None, size: int):
+    """`x` with the mapped axis, at `dim` or nowhere, in front of axis 0 and joined to it."""
     if not isinstance(x, Tensor):
         return x
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)

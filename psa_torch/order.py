@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._transforms import is_transformed
-from psa_torch._vmap import _fold, register_batch_rule
+from psa_torch._vmap import fold, register_batch_rule
 from shared_specs.order import (
     Centroids,
     OrderState,
@@ -109,9 +109,9 @@ _permute.register_autograd(_permute_backward, setup_context=_save_permutation)
 @_permute.register_vmap
 def _(info, in_dims, x, order, inverse):
     size = info.batch_size
-    x = _fold(x, in_dims[0], size)
+    x = fold(x, in_dims[0], size)
     if order.ndim > 1:  # an order per head; one for all heads is never mapped
-        order, inverse = _fold(order, in_dims[1], size), _fold(inverse, in_dims[2], size)
+        order, inverse = fold(order, in_dims[1], size), fold(inverse, in_dims[2], size)
     return _permute(x, order, inverse).unflatten(0, (size, -1)), 0
 
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from psa_torch._checks import describe
+from psa_torch._checks import checked_inputs, describe
 from psa_torch._config import settings_of
 from psa_torch.attention import IMPLEMENTATIONS, choose
 from psa_torch.distributed.exchange import to_heads, to_sequence
@@ -50,7 +50,7 @@ def psa_attention(
         config, implementation, **overrides: as in `psa_torch.psa_attention`; `grid` and
             `text_length` are those of the whole sequence.
         levels: of the rows that this rank computes, `[1, n, Nq, Nk]` or segments (see
-            `shared_specs.head_plan.head_plan`).
+            `shared_specs.head_plan.head_plan`); in a group of one as in the plain call.
         return_lse: also return the log of the sum of exponentials, `[B, H, L_r]`.
         return_levels: also return the levels of the rows that this rank computed.
 
@@ -65,7 +65,8 @@ def psa_attention(
     group = _process_group(group)
     checks.check_flag("return_lse", return_lse)
     checks.check_flag("return_levels", return_levels)
-    batch, heads, kv_heads, length = _sizes(q, k, v)
+    q, k, v = _local_inputs(q, k, v)
+    (batch, heads, length, head_dim), kv_heads = q.shape, k.shape[1]
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     lengths = _checked_lengths(lengths, length, world, rank)
     plan = head_plan(batch, heads, kv_heads, world)
@@ -75,19 +76,23 @@ def psa_attention(
     if implementation is not None:
         choose(implementation, q, k, v, block_m=settings.block_m, block_n=settings.block_n)
     options = {
+        "return_lse": return_lse,
         "config": config,
         "levels": levels,
         "return_levels": return_levels,
         "implementation": implementation,
         **overrides,
     }
-    if world == 1 and levels is None:
-        return attention_of_whole_sequences(q, k, v, return_lse=return_lse, **options)
+    if world == 1:
+        return attention_of_whole_sequences(q, k, v, **options)
+    if levels is not None:
+        whole = describe("q", q)._replace(shape=(1, len(plan.q_rows[rank]), sum(lengths), head_dim))
+        blocks = {"block_m": settings.block_m, "block_n": settings.block_n}
+        checks.check_levels_shape(describe("levels", levels), whole, whole, **blocks)
     found = attention_of_whole_sequences(
         to_heads(q, plan.q_rows, lengths, group),
         to_heads(k, plan.kv_rows, lengths, group),
         to_heads(v, plan.kv_rows, lengths, group),
-        return_lse=return_lse,
         **options,
     )
     found = found if isinstance(found, tuple) else (found,)
@@ -113,23 +118,23 @@ def _process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
     return group
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+def _local_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as autocast has them: what is sent is what attention multiplies."""
     from torch.distributed.tensor import DTensor
 
-    named = ("q", q), ("k", k), ("v", v)
-    for name, x in named:
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if isinstance(x, DTensor):
             raise TypeError(
                 f"{name} must be a plain tensor, got a DTensor; pass {name}.to_local(), which must "
                 "be sharded along the sequence (dimension 2)"
             )
-    checks.check_qkv(*(describe(name, x) for name, x in named))
+    (q, k, v), _ = checked_inputs(q, k, v)
     if q.shape[2] != k.shape[2]:
         raise ValueError(
             "q and k must hold the same tokens of the sequence, got "
             f"{q.shape[2]} queries and {k.shape[2]} keys on this rank"
         )
-    return q.shape[0], q.shape[1], k.shape[1], q.shape[2]
+    return q, k, v
 
 
 def _checked_lengths(

@@ -142,6 +142,8 @@ def refuse(rank, world):
     expect(TypeError, "lengths must hold", q, q, q, lengths=[8.0] * world)
     expect(ValueError, "the same tokens", q, q[:, :, :4], q[:, :, :4])
     expect(ValueError, "ranks cannot share", q[:, :1], q[:, :1], q[:, :1])
+    wrong = torch.ones(1, 4, 1, 1, dtype=torch.int32)
+    expect(ValueError, "levels must be", q, q, q, levels=wrong)
     expect(TypeError, "nonsense", q, q, q, nonsense=1)
     expect(ValueError, "triton", q, q, q, implementation="triton")
     expect(ValueError, "grid", q, q, q, rearrange_method="Gilbert", grid=(2, 2, 3))
@@ -160,6 +162,32 @@ def alone(rank, world):
     with Counted().counting() as counted:
         got = distributed.psa_attention(q, q, q, group=groups[rank])
     assert counted.calls == 0 and torch.equal(got, psa_torch.psa_attention(q, q, q))
+    pair = q.repeat(2, 1, 1, 1)
+    levels = torch.ones(2, 2, 3, 5, dtype=torch.int32)
+    got = distributed.psa_attention(pair, pair, pair, group=groups[rank], levels=levels)
+    assert torch.equal(got, psa_torch.psa_attention(pair, pair, pair, levels=levels))
+
+
+def levels_of_the_caller(rank, world):
+    """Those that a call returned give its output again."""
+    generator = torch.Generator().manual_seed(rank)
+    mine = [torch.randn(1, 2 * world, 300, 16, generator=generator) for _ in range(3)]
+    out, levels = distributed.psa_attention(*mine, group=dist.group.WORLD, return_levels=True)
+    assert levels.shape[:2] == (1, 2)
+    again = distributed.psa_attention(*mine, group=dist.group.WORLD, levels=levels)
+    assert torch.equal(again, out)
+
+
+def autocast(rank, world):
+    """What travels has the dtype of autocast: half the bytes, and the result of the plain call."""
+    generator = torch.Generator().manual_seed(5)
+    whole = [torch.randn(1, world, 256 * world, 16, generator=generator) for _ in range(3)]
+    mine = [x.chunk(world, 2)[rank] for x in whole]
+    with torch.autocast("cpu", torch.bfloat16), Counted().counting() as counted:
+        got = distributed.psa_attention(*mine, group=dist.group.WORLD)
+        want = psa_torch.psa_attention(*whole).chunk(world, 2)[rank]
+    assert got.dtype == torch.bfloat16 and torch.equal(got, want)
+    assert counted.bytes == 4 * (world - 1) * 256 * 16 * 2
 
 
 def compiled(rank, world):
@@ -197,6 +225,8 @@ def main(rank: int, world: int, store: str) -> None:
         check(name, rank, world)
     refuse(rank, world)
     alone(rank, world)
+    levels_of_the_caller(rank, world)
+    autocast(rank, world)
     compiled(rank, world)
     swapped_shards_are_noticed(rank, world)
     dist.destroy_process_group()
