@@ -17,8 +17,9 @@ from torch import nn
 from psa_torch.attention import IMPLEMENTATIONS
 from psa_torch.integrations.families import FAMILIES, Family, family_of
 from psa_torch.integrations.intercept import Layer, warn_dense, wrapped
+from psa_torch.integrations.settings import config_and_warmup
 from psa_torch.video import DensityLog
-from shared_specs import checks, presets
+from shared_specs import checks
 from shared_specs.config import PSAConfig
 from shared_specs.video import check_count
 
@@ -291,15 +292,8 @@ def apply(
         TypeError: an argument has a type that is not accepted.
         ValueError: a value is not accepted, no family lists the class, or PSA is in already.
     """
-    if (preset is None) == (config is None):
-        raise ValueError("give exactly one of preset and config")
-    if preset is not None:
-        found = presets.load(preset)
-        config = found.config
-        warmup_steps = found.warmup_steps if warmup_steps is None else warmup_steps
-    elif not isinstance(config, PSAConfig):
-        raise TypeError(f"config must be a PSAConfig, got {type(config).__name__}")
-    warmup_steps = 0 if warmup_steps is None else warmup_steps
+    config, usual = config_and_warmup(preset, config)
+    warmup_steps = usual if warmup_steps is None else warmup_steps
     check_count("warmup_steps", warmup_steps)
     if text != "model":
         check_count("text", text)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from psa_torch.attention import IMPLEMENTATIONS
 from psa_torch.functional import psa_attention
-from shared_specs import checks, presets
+from psa_torch.integrations.settings import config_and_warmup
+from shared_specs import checks
 from shared_specs.config import PSAConfig
 from shared_specs.video import check_count
 
@@ -52,12 +53,7 @@ def register(
 
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {type(name).__name__}")
-    if (preset is None) == (config is None):
-        raise ValueError("give exactly one of preset and config")
-    if preset is not None:
-        config = presets.load(preset).config
-    if not isinstance(config, PSAConfig):
-        raise TypeError(f"config must be a PSAConfig, got {type(config).__name__}")
+    config, _ = config_and_warmup(preset, config)
     if not config.causal:
         raise ValueError("config must have causal=True: a decoder attends to the past")
     check_count("min_length", min_length)
