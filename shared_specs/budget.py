@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shared_specs.constants import LEVELS
-
-if TYPE_CHECKING:
-    from shared_specs.config import PSAConfig
 
 
 def precision_bits(block_n: int) -> int:
@@ -19,8 +15,8 @@ def precision_bits(block_n: int) -> int:
     return 30 - int(math.log2(block_n))
 
 
-def check_budget(config: PSAConfig, default_ratios: Mapping) -> None:
-    """Raise ValueError unless the fields of a budget fit each other and the rest."""
+def check_budget(config, default_ratios: Mapping) -> None:
+    """Raise ValueError unless the fields of a budget in a PSAConfig fit each other and the rest."""
     if not 0 < config.budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {config.budget}")
     if (config.mask_mode == "budget") != (config.importance == "defect"):

@@ -7,7 +7,8 @@ Every message names the argument, its value and what is accepted.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,6 +114,17 @@ def check_flag(name: str, value: Any) -> None:
     """A switch is True or False, nothing that merely looks like it."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_triple(name: str, value: Sequence[int], meaning: str) -> tuple[int, int, int]:
+    """`value` as three ints of at least 1; ValueError naming the argument otherwise."""
+    accepted = f"{name} must be {meaning}, three integers of at least 1; got {value!r}"
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
+        raise ValueError(accepted)
+    if any(not isinstance(side, Integral) or isinstance(side, bool) or side < 1 for side in value):
+        raise ValueError(accepted)
+    first, second, third = (int(side) for side in value)
+    return first, second, third
 
 
 def check_rest(rest: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from shared_specs import preset_files
 from shared_specs.budget import check_budget
 from shared_specs.checks import check_scale
 from shared_specs.constants import BLOCK_M, BLOCK_N, LEVELS, MASK_LEVELS
@@ -331,10 +332,13 @@ class PSAConfig:
         Args:
             name: one of `shared_specs.presets.names()`.
             video_size: (width, height, frames) in pixels and frames; fills `grid`.
-        """
-        from shared_specs.presets import load_preset
 
-        return load_preset(name, video_size)
+        Raises:
+            ValueError: no preset has this name, or it cannot give such a video a grid.
+        """
+        data = preset_files.read(name)
+        grid = preset_files.grid_of(name, data["divisors"], video_size)
+        return cls.from_dict({**data["config"], "grid": grid})
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:

@@ -1,18 +1,8 @@
 """Checks on the arguments of a token order."""
 
 from collections.abc import Sequence
-from numbers import Integral
 
-
-def check_triple(name: str, value: Sequence[int], meaning: str) -> tuple[int, int, int]:
-    """`value` as three ints of at least 1; ValueError naming the argument otherwise."""
-    accepted = f"{name} must be {meaning}, three integers of at least 1; got {value!r}"
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
-        raise ValueError(accepted)
-    if any(not isinstance(side, Integral) or isinstance(side, bool) or side < 1 for side in value):
-        raise ValueError(accepted)
-    first, second, third = (int(side) for side in value)
-    return first, second, third
+from shared_specs.checks import check_triple
 
 
 def check_grid(grid: Sequence[int]) -> tuple[int, int, int]:

@@ -33,11 +33,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the mask and print each head's density."""
-    from shared_specs.figures import plot_levels, require_pyplot, save_figure
     from shared_specs.importance import block_scores
     from shared_specs.masks import density
     from shared_specs.selection import candidate_blocks, select_levels
     from shared_specs.similarity import similarity_cap
+    from shared_specs.tools.figures import plot_levels, require_pyplot, save_figure
 
     require_pyplot()
     config = _config(args)
