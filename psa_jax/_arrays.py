@@ -1,4 +1,4 @@
-"""How jax arrays meet the checks of `shared_specs.checks`."""
+"""How jax arrays meet the checks of `shared_specs.checks`, where they are, and what is said."""
 
 from typing import Any
 
@@ -6,6 +6,9 @@ import jax
 import numpy as np
 
 from shared_specs.checks import Described
+from shared_specs.dispatch import Announcer
+
+announce = Announcer("psa_jax")
 
 
 def describe(name: str, x: Any) -> Described:
