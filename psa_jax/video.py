@@ -20,7 +20,7 @@ from shared_specs import checks, presets
 from shared_specs.config import PSAConfig
 from shared_specs.records import DensityRecord, DensityRecords
 from shared_specs.selection import candidate_blocks
-from shared_specs.video import check_count, is_cross_attention, require_step
+from shared_specs.video import is_cross_attention, require_step
 
 STATE = "psa"
 """The Flax variable collection that holds centroids and density records."""
@@ -102,8 +102,8 @@ class PSAVideoAttention(nn.Module):
                 shape than the last call's, or there are warm-up steps and no step.
         """
         config = resolve_config(self.config, {})
-        check_count("warmup_steps", self.warmup_steps)
-        check_count("record_steps", self.record_steps)
+        checks.check_integer("warmup_steps", self.warmup_steps)
+        checks.check_integer("record_steps", self.record_steps)
         checks.check_flag("cross_attention", cross_attention)
         checks.check_flag("return_lse", return_lse)
         checks.check_implementation(implementation, IMPLEMENTATIONS)
@@ -184,7 +184,7 @@ class _Called(NamedTuple):
 def _check_step(step: Any) -> None:
     if step is None or isinstance(step, (bool, int)):
         if step is not None:
-            check_count("step", step)
+            checks.check_integer("step", step)
         return
     shape, dtype = getattr(step, "shape", None), getattr(step, "dtype", None)
     if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.integer):

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from psa_torch._checks import describe
 from psa_torch._config import parse_config
 from psa_torch._dispatch import announce, use_kernels
 from psa_torch._vmap import register_batch_rule
@@ -37,21 +38,12 @@ def select_levels(
         No gradient flows from it to the scores.
 
     Raises:
-        TypeError: scores are not float32.
+        TypeError: scores are not float32, or the cap does not hold integers.
         ValueError: shapes do not fit the lengths, (on the CPU) a score is negative or a defect
             infinite, or a budget has costs that do not fit int32 or a cap.
     """
-    check_scores(scores.shape, cap is not None, config, q_len, kv_len)
-    n_k = scores.shape[3]
-    if scores.dtype != torch.float32:
-        raise TypeError(f"scores must be float32, got {scores.dtype}")
-    if cap is not None:
-        heads = cap.shape[1] if cap.ndim == 3 else 0
-        if heads < 1 or scores.shape[1] % heads or cap.shape != (scores.shape[0], heads, n_k):
-            raise ValueError(
-                f"cap must be [{scores.shape[0]}, Hk, {n_k}] with Hk a divisor of "
-                f"{scores.shape[1]}, got {tuple(cap.shape)}"
-            )
+    described = None if cap is None else describe("cap", cap)
+    check_scores(describe("scores", scores), described, config, q_len, kv_len)
     return _select_levels(scores.detach(), cap, q_len, kv_len, config.to_json())
 
 

@@ -20,10 +20,10 @@ from psa_torch.attention import IMPLEMENTATIONS, attend, sparse_attention
 from psa_torch.functional import choose_levels
 from psa_torch.order import Centroids, TokenOrder
 from shared_specs import checks, presets
-from shared_specs.config import PSAConfig
+from shared_specs.config import PSAConfig, check_config
 from shared_specs.records import DensityRecord, DensityRecords
 from shared_specs.selection import candidate_blocks
-from shared_specs.video import check_count, is_cross_attention, require_step
+from shared_specs.video import is_cross_attention, require_step
 
 
 class DensityLog:
@@ -77,8 +77,7 @@ class VideoState:
 
     @step.setter
     def step(self, step: int) -> None:
-        check_count("step", step)
-        self._step = step
+        self._step = step = checks.check_integer("step", step)
         for warmup_steps in self._dense:
             self._dense[warmup_steps] = step < warmup_steps
 
@@ -141,11 +140,8 @@ class PSAVideoAttention(nn.Module):
         state: VideoState | None = None,
     ) -> None:
         super().__init__()
-        if config is not None and not isinstance(config, PSAConfig):
-            raise TypeError(f"config must be a PSAConfig or None, got {type(config).__name__}")
-        check_count("warmup_steps", warmup_steps)
-        self.config = PSAConfig() if config is None else config
-        self.warmup_steps = warmup_steps
+        self.config = check_config(config)
+        self.warmup_steps = checks.check_integer("warmup_steps", warmup_steps)
         self.layer = layer
         self.state = state
         if state is not None:
@@ -246,8 +242,7 @@ class PSAVideoAttention(nn.Module):
         if step is None:
             require_step(self.warmup_steps)
             return False
-        check_count("step", step)
-        return step < self.warmup_steps
+        return checks.check_integer("step", step) < self.warmup_steps
 
     def _sparse(self, q, k, v, step, branch, return_lse, implementation):
         settings = settings_of(self.config, {})

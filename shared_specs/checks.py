@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,14 +115,29 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def check_integer(name: str, value: Any, least: int = 0) -> int:
+    """A count, as a Python integer; True is none, and an array would lose what it is part of.
+
+    Raises:
+        TypeError: it is not an integer of Python or NumPy.
+        ValueError: it is below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
 def check_triple(name: str, value: Sequence[int], meaning: str) -> tuple[int, int, int]:
     """`value` as three ints of at least 1; ValueError naming the argument otherwise."""
     accepted = f"{name} must be {meaning}, three integers of at least 1; got {value!r}"
     if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
         raise ValueError(accepted)
-    if any(not isinstance(side, Integral) or isinstance(side, bool) or side < 1 for side in value):
-        raise ValueError(accepted)
-    first, second, third = (int(side) for side in value)
+    try:
+        first, second, third = (check_integer(name, side, 1) for side in value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(accepted) from error
     return first, second, third
 
 

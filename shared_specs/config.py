@@ -14,7 +14,7 @@ import numpy as np
 
 from shared_specs import preset_files
 from shared_specs.budget import check_budget
-from shared_specs.checks import check_scale
+from shared_specs.checks import check_flag, check_integer, check_scale, check_triple
 from shared_specs.constants import BLOCK_M, BLOCK_N, LEVELS, MASK_LEVELS
 from shared_specs.sampling import SamplePlan
 
@@ -133,12 +133,12 @@ class PSAConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "tile_n", "importance_pool", "antidiagonal_stride"):
-            self._set(name, _integer(name, getattr(self, name), 1))
+            self._set(name, check_integer(name, getattr(self, name), 1))
         for name in ("sample_seed", "sink_blocks", "text_length"):
-            self._set(name, _integer(name, getattr(self, name), 0))
+            self._set(name, check_integer(name, getattr(self, name), 0))
         for name in ("sample_m", "sample_n"):
             if getattr(self, name) is not None:
-                self._set(name, _integer(name, getattr(self, name), 1))
+                self._set(name, check_integer(name, getattr(self, name), 1))
         for name in ("sim_2x_threshold", "sim_4x_threshold", "sim_8x_threshold"):
             self._set(name, _number(name, getattr(self, name)))
         for name in ("min_full_ratio", "budget"):
@@ -148,10 +148,11 @@ class PSAConfig:
             self._set("scale", _number("scale", self.scale))
             check_scale(self.scale)
         for name in ("use_sim_mask", "causal"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            check_flag(name, getattr(self, name))
         for name in ("grid", "tile_size"):
-            self._set(name, _triple(name, getattr(self, name)))
+            if getattr(self, name) is not None:
+                meaning = "None or (depth, height, width)"
+                self._set(name, check_triple(name, getattr(self, name), meaning))
         _choice("mask_mode", self.mask_mode, MASK_MODES)
         _choice("budget_scope", self.budget_scope, BUDGET_SCOPES)
         _choice("attn_impl", self.attn_impl, ATTN_IMPLS)
@@ -341,18 +342,22 @@ class PSAConfig:
         return cls.from_dict({**data["config"], "grid": grid})
 
 
+def check_config(config: Any) -> PSAConfig:
+    """`config`, or the default one for None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if config is None:
+        return _DEFAULT
+    if not isinstance(config, PSAConfig):
+        raise TypeError(f"config must be a PSAConfig or None, got {type(config).__name__}")
+    return config
+
+
 def resolve_scale(scale: float | None, head_dim: int) -> float:
     """Factor on q.k: `scale`, or `head_dim ** -0.5` where it is None (section 4)."""
     return head_dim**-0.5 if scale is None else float(scale)
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    value = value.__index__()
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
 
 
 def _number(name: str, value: Any) -> float:
@@ -369,18 +374,10 @@ def _number(name: str, value: Any) -> float:
     return value
 
 
-def _triple(name: str, value: Any) -> tuple[int, int, int] | None:
-    if value is None:
-        return None
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
-        raise TypeError(f"{name} must be None or (depth, height, width), got {value!r}")
-    return tuple(_integer(f"{name}[{i}]", side, 1) for i, side in enumerate(value))
-
-
 def _levels(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
         raise TypeError(f"{name} must be levels such as {LEVELS}, got {value!r}")
-    levels = tuple(_integer(f"{name}[{i}]", level, 1) for i, level in enumerate(value))
+    levels = tuple(check_integer(f"{name}[{i}]", level, 1) for i, level in enumerate(value))
     if levels != tuple(level for level in LEVELS if level in levels) or 1 not in levels:
         raise ValueError(f"{name} must be a part of {LEVELS} with 1 in it, ascending, got {levels}")
     return levels
@@ -433,3 +430,6 @@ def _file_kind(path: Path) -> str:
     if path.suffix not in (".json", ".toml"):
         raise ValueError(f"path must end in .json or .toml, got {str(path)!r}")
     return path.suffix
+
+
+_DEFAULT = PSAConfig()

@@ -19,15 +19,10 @@ def check_order_lengths(config, q_len: int, kv_len: int) -> None:
     """Refuse what a token order cannot be applied to (specification, section 8).
 
     Raises:
-        ValueError: causal attention; no grid; queries and keys of different length; a length that
+        ValueError: no grid; queries and keys of different length; a length that
             is not the grid's tokens plus the text.
     """
     method = config.rearrange_method
-    if config.causal:
-        raise ValueError(
-            f"rearrange_method={method!r} cannot be used with causal=True: a token order moves "
-            "tokens past each other; set rearrange_method=None or causal=False"
-        )
     if config.grid is None:
         raise ValueError(
             f"rearrange_method={method!r} needs grid=(depth, height, width), the video tokens of "
