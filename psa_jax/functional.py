@@ -120,6 +120,7 @@ def _attend(
         block_n=config.block_n,
         scale=config.scale,
         is_causal=config.causal,
+        rest=config.rest,
         implementation=implementation,
         return_lse=return_lse,
     )

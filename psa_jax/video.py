@@ -222,13 +222,16 @@ def _sparse(q, k, v, stored, order, config, return_lse, implementation) -> _Call
             block_n=config.block_n,
             scale=config.scale,
             is_causal=config.causal,
+            rest=config.rest,
             implementation=implementation,
             return_lse=return_lse,
         )
         results = [order.undo(x, order_state) for x in (attended if return_lse else (attended,))]
-        candidates = candidate_blocks(q.shape[2], k.shape[2], config).sum()
-        cost = (levels > 0) / jnp.maximum(levels, 1).astype(jnp.float32)
-        density = cost.sum((2, 3)) / max(1, int(candidates))
+        candidates = int(candidate_blocks(q.shape[2], k.shape[2], config).sum())
+        listed = levels > 0
+        cost = (listed / jnp.maximum(levels, 1).astype(jnp.float32)).sum((2, 3))
+        cost += (candidates - listed.sum((2, 3))) * config.rest_share
+        density = cost / max(1, candidates)
         centroids = [x for x in order_state.centroids if x is not None] if stored else []
         return *results, density, *centroids
 

@@ -27,6 +27,7 @@ def sparse_attention(
     block_n: int,
     scale: float | None = None,
     is_causal: bool = False,
+    rest: str = "skip",
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -48,6 +49,8 @@ def sparse_attention(
         scale: factor on q.k; None means `D ** -0.5`. A Python number: it is static under `jit`.
         is_causal: a pooled key is visible iff its last covered key is at or before
             `row + Lk - Lq`.
+        rest: what level 0 means: 'skip', the block is not seen, or 'mean', it is seen through the
+            mean of its keys and values.
         implementation: a key of `IMPLEMENTATIONS`, or None for the best one that supports the
             input (logged once through the logger `psa_jax`).
         return_lse: also return the natural log of the sum of exponentials.
@@ -65,6 +68,7 @@ def sparse_attention(
     checks.check_scale(scale)
     checks.check_flag("is_causal", is_causal)
     checks.check_flag("return_lse", return_lse)
+    checks.check_rest(rest)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     sizes = describe("q", q), describe("k", k), describe("v", v)
     checks.check_qkv(*sizes)
@@ -75,7 +79,7 @@ def sparse_attention(
     scale = resolve_scale(scale, q.shape[-1])
 
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
-    call = Call(name, block_m, block_n, scale, is_causal)
+    call = Call(name, block_m, block_n, scale, is_causal, rest)
     run = functools.partial(_attend, call=call, form=form, return_lse=return_lse)
     levels = lax.stop_gradient(levels)
     return per_shard(run, q, k, v, levels, along_sequence=1 + return_lse)
