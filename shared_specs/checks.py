@@ -91,10 +91,19 @@ def check_qkv(
         )
 
 
+def is_array(value: Any) -> bool:
+    """Whether `value` is an array or tensor where a number is meant.
+
+    One compares and converts as its number does, but loses its gradient on the way, and a traced
+    one fails later and without a name. NumPy's scalars are numbers.
+    """
+    return hasattr(value, "shape") and not isinstance(value, np.generic)
+
+
 def check_blocks(block_m: Any, block_n: Any) -> None:
     """Block sizes given outside a configuration."""
     for name, value, accepted in (("block_m", block_m, BLOCK_M), ("block_n", block_n, BLOCK_N)):
-        if isinstance(value, bool) or value not in accepted:
+        if isinstance(value, bool) or is_array(value) or value not in accepted:
             raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
 
 
@@ -123,7 +132,7 @@ def check_integer(name: str, value: Any, least: int = 0) -> int:
         ValueError: it is below `least`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, not an array, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shared_specs import preset_files
 from shared_specs.budget import check_budget
 from shared_specs.checks import (
@@ -20,6 +18,7 @@ from shared_specs.checks import (
     check_rest,
     check_scale,
     check_triple,
+    is_array,
 )
 from shared_specs.constants import BLOCK_M, BLOCK_N, LEVELS, MASK_LEVELS
 from shared_specs.sampling import SamplePlan
@@ -376,9 +375,8 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
 
 
 def _number(name: str, value: Any) -> float:
-    # An array of a framework has __float__ too, but a number made of it loses its gradient.
-    array = hasattr(value, "shape") and not isinstance(value, np.generic)
-    if isinstance(value, (bool, str, bytes)) or array or not hasattr(value, "__float__"):
+    text = isinstance(value, (bool, str, bytes))
+    if text or is_array(value) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, not an array, got {value!r}")
     try:
         value = float(value)
