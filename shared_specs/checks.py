@@ -21,7 +21,8 @@ from shared_specs.constants import (
     RESTS,
 )
 
-MAX_FLOAT32 = float(np.finfo(np.float32).max)
+MAX_SCALE = float(np.finfo(np.float32).max) / math.log2(math.e)
+"""Kernels multiply by `scale * log2(e)`, in float32."""
 
 INTEGER_DTYPES = ("int8", "uint8", "int16", "int32", "int64")
 
@@ -108,14 +109,17 @@ def check_blocks(block_m: Any, block_n: Any) -> None:
 
 
 def check_scale(scale: Any) -> None:
-    """`scale` is None or a number, Python's or NumPy's, that is finite in float32."""
+    """`scale` is None or a number, Python's or NumPy's, that is finite in float32, also when it is
+    multiplied by log2(e)."""
     if scale is None:
         return
     numbers = (int, float, np.integer, np.floating)
     if isinstance(scale, bool) or not isinstance(scale, numbers):
         raise TypeError(f"scale must be None or a Python number, got {scale!r}")
-    if not math.isfinite(scale) or abs(float(scale)) > MAX_FLOAT32:
-        raise ValueError(f"scale must be finite in float32, got {scale}")
+    if not math.isfinite(scale) or abs(float(scale)) > MAX_SCALE:
+        raise ValueError(
+            f"scale must be finite in float32, at most {MAX_SCALE:.3g} in size, got {scale}"
+        )
 
 
 def check_flag(name: str, value: Any) -> None:
