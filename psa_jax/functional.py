@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax import Array, lax
 
 from psa_jax._arrays import absorb_scale, describe, is_array
 from psa_jax._sharding import per_shard
+from psa_jax._types import CallArguments, Overrides
 from psa_jax.attention import IMPLEMENTATIONS, choose, sparse_attention
 from psa_jax.importance import block_scores
 from psa_jax.masks import check_levels_of_form, from_segments, to_segments
@@ -21,6 +23,56 @@ from shared_specs.budget import check_costs
 from shared_specs.config import PSAConfig, check_config
 
 
+@overload
+def psa_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: Literal[False] = False,
+    return_levels: Literal[False] = False,
+    **arguments: Unpack[CallArguments],
+) -> Array: ...
+@overload
+def psa_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: Literal[True],
+    return_levels: Literal[True],
+    **arguments: Unpack[CallArguments],
+) -> tuple[Array, Array, Array]: ...
+@overload
+def psa_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: Literal[True],
+    return_levels: Literal[False] = False,
+    **arguments: Unpack[CallArguments],
+) -> tuple[Array, Array]: ...
+@overload
+def psa_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: Literal[False] = False,
+    return_levels: Literal[True],
+    **arguments: Unpack[CallArguments],
+) -> tuple[Array, Array]: ...
+@overload
+def psa_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: bool = False,
+    return_levels: bool = False,
+    **arguments: Unpack[CallArguments],
+) -> Array | tuple[Array, ...]: ...
 def psa_attention(
     q: Array,
     k: Array,
@@ -31,7 +83,7 @@ def psa_attention(
     return_lse: bool = False,
     return_levels: bool = False,
     implementation: str | None = None,
-    **overrides,
+    **overrides: Unpack[Overrides],
 ) -> Array | tuple[Array, ...]:
     """Pyramid sparse attention: choose a level for every block, attend over pooled keys.
 
@@ -166,7 +218,7 @@ def serial_levels(chosen: Chosen, config: PSAConfig) -> Array:
     return to_segments(chosen.levels, chosen.scores)
 
 
-def resolve_config(config: PSAConfig | None, overrides: dict) -> PSAConfig:
+def resolve_config(config: PSAConfig | None, overrides: Mapping[str, Any]) -> PSAConfig:
     """`config` (the default one if None) with `overrides` in place.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from psa_jax._arrays import describe
 from psa_jax._sharding import per_shard
+from psa_jax._types import VideoArguments
 from psa_jax.attention import IMPLEMENTATIONS, sparse_attention
 from psa_jax.functional import choose_levels, resolve_config
 from psa_jax.order import Centroids, Resumed, TokenOrder
@@ -65,6 +66,36 @@ class PSAVideoAttention(nn.Module):
         config = found.config_for(video_size)
         return cls(config=config, warmup_steps=found.warmup_steps, **arguments)
 
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: Literal[False] = False,
+        **arguments: Unpack[VideoArguments],
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: Literal[True],
+        **arguments: Unpack[VideoArguments],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: bool,
+        **arguments: Unpack[VideoArguments],
+    ) -> Array | tuple[Array, Array]: ...
     @nn.compact
     def __call__(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from psa_torch._checks import checked_inputs
 from psa_torch._config import parse_config, settings_of
 from psa_torch._transforms import is_forward_mode
+from psa_torch._types import VideoCall
 from psa_torch._video_memory import (
     RememberingOrder,
     Run,
@@ -130,6 +133,9 @@ class PSAVideoAttention(nn.Module):
     The calls of one step start k-means from what the step before left, so they do not depend on
     each other, and a checkpoint that runs one again in the backward pass gets what it got before.
     """
+
+    if TYPE_CHECKING:  # what `nn.Module` makes of `forward` has no type
+        __call__: VideoCall
 
     def __init__(
         self,

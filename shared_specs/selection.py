@@ -9,6 +9,7 @@ import numpy as np
 from shared_specs.budget import budget_levels, check_costs
 from shared_specs.checks import INTEGER_DTYPES, Described
 from shared_specs.config import PSAConfig
+from shared_specs.config_types import CallConfig
 
 
 def candidate_blocks(q_len: int, kv_len: int, config: PSAConfig) -> np.ndarray:
@@ -82,7 +83,7 @@ def select_levels(
 
 
 def check_scores(
-    scores: Described, cap: Described | None, config: PSAConfig, q_len: int, kv_len: int
+    scores: Described, cap: Described | None, config: CallConfig, q_len: int, kv_len: int
 ) -> None:
     """Refuse scores, or a cap, that selection does not take, before any work.
 

@@ -1,6 +1,7 @@
 """Attention over a pyramid at given levels (specification, section 4)."""
 
 import functools
+from typing import Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax import Array, lax
 
 from psa_jax._arrays import absorb_scale, describe, is_array
 from psa_jax._sharding import per_shard, vary_alike
+from psa_jax._types import SparseArguments
 from psa_jax.attention.differentiable import Call, attention, attention_with_lse
 from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
 from psa_jax.masks import check_levels_of_form, from_segments
@@ -17,6 +19,36 @@ from shared_specs.config import resolve_scale
 __all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
 
 
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    *,
+    return_lse: Literal[False] = False,
+    **arguments: Unpack[SparseArguments],
+) -> Array: ...
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    *,
+    return_lse: Literal[True],
+    **arguments: Unpack[SparseArguments],
+) -> tuple[Array, Array]: ...
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    *,
+    return_lse: bool,
+    **arguments: Unpack[SparseArguments],
+) -> Array | tuple[Array, Array]: ...
 def sparse_attention(
     q: Array,
     k: Array,

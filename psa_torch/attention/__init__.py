@@ -1,8 +1,11 @@
 """Attention over a pyramid at given levels (specification, section 4)."""
 
+from typing import Literal, Unpack, overload
+
 from torch import Tensor
 
 from psa_torch._checks import absorb_scale, checked_inputs, describe, require_tensor
+from psa_torch._types import SparseArguments
 from psa_torch.attention import flops  # noqa: F401  registers the formulas
 from psa_torch.attention.functorch import attention
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
@@ -13,6 +16,36 @@ from shared_specs.config import resolve_scale
 __all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
 
 
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **arguments: Unpack[SparseArguments],
+) -> Tensor: ...
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    return_lse: Literal[True],
+    **arguments: Unpack[SparseArguments],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    return_lse: bool,
+    **arguments: Unpack[SparseArguments],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def sparse_attention(
     q: Tensor,
     k: Tensor,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from shared_specs.config_types import CallConfig
 from shared_specs.order.checks import check_order_lengths
 from shared_specs.order.clustering import MAX_KEY_CENTROIDS, MAX_QUERY_CENTROIDS, centroid_count
 from shared_specs.order.gilbert import gilbert_order
@@ -75,7 +76,7 @@ class TokenOrderBase(ABC):
     text_position: str
 
     @classmethod
-    def from_config(cls, config, q_len: int, kv_len: int) -> Self:
+    def from_config(cls, config: CallConfig, q_len: int, kv_len: int) -> Self:
         """The order that `config.rearrange_method` names, for a sequence of these lengths.
 
         With `rearrange_method=None` the result moves nothing, for any lengths.
