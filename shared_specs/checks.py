@@ -136,7 +136,8 @@ def check_integer(name: str, value: Any, least: int = 0) -> int:
         ValueError: it is below `least`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, not an array, got {value!r}")
+        kind = "an integer, not an array," if is_array(value) else "an integer,"
+        raise TypeError(f"{name} must be {kind} got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
