@@ -7,7 +7,7 @@ from torch import Tensor
 
 from psa_torch._checks import describe
 from psa_torch._config import parse_config
-from psa_torch._dispatch import announce, use_kernels
+from psa_torch._dispatch import use_kernels
 from psa_torch._vmap import register_batch_rule
 from psa_torch.budget import budget_levels
 from shared_specs.config import PSAConfig
@@ -54,7 +54,9 @@ def _select_levels(
     settings = parse_config(config)
     if settings.mask_mode == "budget":
         if use_kernels(scores):
-            announce("%s run as plain torch: %s", "levels of a budget", "they have no kernel")
+            from psa_torch.kernels import budget
+
+            return budget.budget_levels(scores, settings, q_len=q_len, kv_len=kv_len)
         return _plain_budget_levels(scores, q_len, kv_len, settings)
     if use_kernels(scores):
         from psa_torch.kernels import select
