@@ -145,6 +145,7 @@ class JaxSession:
                 block_n=config.block_n,
                 scale=config.scale,
                 is_causal=config.causal,
+                rest=config.rest,
                 implementation=implementation,
             )
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from psa_jax._arrays import describe
+from psa_jax._arrays import absorb_scale, describe, is_array
 from psa_jax._sharding import per_shard
 from psa_jax.attention import IMPLEMENTATIONS, choose, sparse_attention
 from psa_jax.importance import block_scores
@@ -55,7 +55,8 @@ def psa_attention(
         return_levels: also return the levels, in the serial form that `config.attn_impl` names:
             segments for 'new_mask_type', dense for 'old_mask_type'.
         implementation: a key of `psa_jax.attention.IMPLEMENTATIONS`, or None for the best one.
-        **overrides: fields of `PSAConfig` that replace those of `config`.
+        **overrides: fields of `PSAConfig` that replace those of `config`. `scale` may be an array,
+            0-d or `[H]`: it is multiplied into q and gets a gradient.
 
     Returns:
         out `[B, H, Lq, D]` in the dtype of q, then lse, then levels, each if asked for.
@@ -64,12 +65,16 @@ def psa_attention(
         TypeError: an argument has a type or dtype that is not accepted, or is unknown.
         ValueError: a value, a shape or a combination is not accepted; the message says what is.
     """
+    scale = overrides.get("scale")
+    if is_array(scale):
+        overrides["scale"] = 1.0
     config = resolve_config(config, overrides)
     checks.check_flag("return_lse", return_lse)
     checks.check_flag("return_levels", return_levels)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     sizes = describe("q", q), describe("k", k), describe("v", v)
     checks.check_qkv(*sizes)
+    q, _ = absorb_scale(q, scale)
     TokenOrder.from_config(config, q.shape[2], k.shape[2])  # refuses lengths that do not fit
     form, given = None, ()
     blocks = {"block_m": config.block_m, "block_n": config.block_n}
@@ -121,6 +126,7 @@ def _attend(
         block_n=config.block_n,
         scale=config.scale,
         is_causal=config.causal,
+        rest=config.rest,
         implementation=implementation,
         return_lse=return_lse,
     )

@@ -88,7 +88,7 @@ def _budget_levels(
         jnp.asarray(limit, jnp.int32),
         block_n=config.block_n,
         levels=config.budget_levels,
-        rest_cost=int(config.is_rest_mean),
+        rest_keys=int(config.is_rest_mean),
     )
     ranked, _ = _rank(defects[..., 3], candidates)
     return _fill_empty_rows(levels, ranked[..., :1])

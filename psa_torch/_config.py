@@ -26,6 +26,7 @@ class Settings(NamedTuple):
     attn_impl: str
     use_sim_mask: bool
     causal: bool
+    rest: str
     scale: float | None
     rearrange_method: str | None
     grid: tuple[int, int, int] | None

@@ -114,7 +114,7 @@ def _plain_budget_levels(defects: Tensor, q_len: int, kv_len: int, config: PSACo
         limit,
         block_n=config.block_n,
         levels=config.budget_levels,
-        rest_cost=int(config.is_rest_mean),
+        rest_keys=int(config.is_rest_mean),
     )
     return _fill_empty_rows(levels, _rank(defects[..., 3], candidates)[0])
 

@@ -265,6 +265,7 @@ class PSAVideoAttention(nn.Module):
             block_n=settings.block_n,
             scale=settings.scale,
             is_causal=settings.causal,
+            rest=settings.rest,
             implementation=implementation,
         )
         out = order.undo(out, order_state)
@@ -314,13 +315,13 @@ def head_density(levels: Tensor, q_len: int, kv_len: int, config: PSAConfig) -> 
 
 @torch.library.custom_op("psa::head_density", mutates_args=())
 def _head_density(levels: Tensor, q_len: int, kv_len: int, config: str) -> Tensor:
-    candidates = int(candidate_blocks(q_len, kv_len, parse_config(config)).sum())
-    return _mean_cost(levels, candidates)
-
-
-def _mean_cost(levels: Tensor, candidates: int) -> Tensor:
-    cost = (levels > 0) / levels.clamp(min=1).float()
-    return cost.sum((0, 2, 3)) / max(1, levels.shape[0] * candidates)
+    config = parse_config(config)
+    candidates = int(candidate_blocks(q_len, kv_len, config).sum()) * levels.shape[0]
+    listed = levels > 0
+    cost = (listed / levels.clamp(min=1).float()).sum((0, 2, 3))
+    if config.is_rest_mean:
+        cost += (candidates - listed.sum((0, 2, 3))) * config.rest_share
+    return cost / max(1, candidates)
 
 
 @_head_density.register_fake

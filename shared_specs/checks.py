@@ -22,7 +22,8 @@ from shared_specs.constants import (
 )
 from shared_specs.geometry import cdiv
 
-MAX_FLOAT32 = float(np.finfo(np.float32).max)
+MAX_SCALE = float(np.finfo(np.float32).max) / math.log2(math.e)
+"""Kernels multiply by `scale * log2(e)`, in float32."""
 
 INTEGER_DTYPES = ("int8", "uint8", "int16", "int32", "int64")
 
@@ -92,22 +93,34 @@ def check_qkv(
         )
 
 
+def is_array(value: Any) -> bool:
+    """Whether `value` is an array or tensor where a number is meant.
+
+    One compares and converts as its number does, but loses its gradient on the way, and a traced
+    one fails later and without a name. NumPy's scalars are numbers.
+    """
+    return hasattr(value, "shape") and not isinstance(value, np.generic)
+
+
 def check_blocks(block_m: Any, block_n: Any) -> None:
     """Block sizes given outside a configuration."""
     for name, value, accepted in (("block_m", block_m, BLOCK_M), ("block_n", block_n, BLOCK_N)):
-        if isinstance(value, bool) or value not in accepted:
+        if isinstance(value, bool) or is_array(value) or value not in accepted:
             raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
 
 
 def check_scale(scale: Any) -> None:
-    """`scale` is None or a number, Python's or NumPy's, that is finite in float32."""
+    """`scale` is None or a number, Python's or NumPy's, that is finite in float32, also when it is
+    multiplied by log2(e)."""
     if scale is None:
         return
     numbers = (int, float, np.integer, np.floating)
     if isinstance(scale, bool) or not isinstance(scale, numbers):
         raise TypeError(f"scale must be None or a Python number, got {scale!r}")
-    if not math.isfinite(scale) or abs(float(scale)) > MAX_FLOAT32:
-        raise ValueError(f"scale must be finite in float32, got {scale}")
+    if not math.isfinite(scale) or abs(float(scale)) > MAX_SCALE:
+        raise ValueError(
+            f"scale must be finite in float32, at most {MAX_SCALE:.3g} in size, got {scale}"
+        )
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -124,7 +137,8 @@ def check_integer(name: str, value: Any, least: int = 0) -> int:
         ValueError: it is below `least`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        kind = "an integer, not an array," if is_array(value) else "an integer,"
+        raise TypeError(f"{name} must be {kind} got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)

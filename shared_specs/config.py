@@ -10,11 +10,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shared_specs import preset_files
 from shared_specs.budget import check_budget
-from shared_specs.checks import check_flag, check_integer, check_scale, check_triple
+from shared_specs.checks import (
+    check_flag,
+    check_integer,
+    check_rest,
+    check_scale,
+    check_triple,
+    is_array,
+)
 from shared_specs.constants import BLOCK_M, BLOCK_N, LEVELS, MASK_LEVELS
 from shared_specs.sampling import SamplePlan
 
@@ -75,6 +80,8 @@ class PSAConfig:
         budget: share of the dense cost that levels may cost in 'budget', in (0, 1].
         budget_levels: levels that 'budget' may choose, ascending; always with 1.
         budget_scope: what has a budget of its own: each 'head', or each 'row' of query blocks.
+        rest: what level 0 means: 'skip', the block is not seen, or 'mean', it is seen through the
+            mean of its keys and values, in the same softmax (section 4).
         attn_impl: serial form of a mask: 'new_mask_type' (segments) or 'old_mask_type' (dense).
         use_sim_mask: cap levels where neighbouring keys differ (section 7); old_mask_type only.
         sim_2x_threshold, sim_4x_threshold, sim_8x_threshold: cosine above which a key block may
@@ -110,6 +117,7 @@ class PSAConfig:
     budget: float = 0.15
     budget_levels: tuple[int, ...] = LEVELS
     budget_scope: str = "head"
+    rest: str = "skip"
     attn_impl: str = "new_mask_type"
     use_sim_mask: bool = False
     sim_2x_threshold: float = 0.0
@@ -155,6 +163,7 @@ class PSAConfig:
                 self._set(name, check_triple(name, getattr(self, name), meaning))
         _choice("mask_mode", self.mask_mode, MASK_MODES)
         _choice("budget_scope", self.budget_scope, BUDGET_SCOPES)
+        check_rest(self.rest)
         _choice("attn_impl", self.attn_impl, ATTN_IMPLS)
         _choice("rearrange_method", self.rearrange_method, REARRANGE_METHODS)
         _choice("importance", self.importance, IMPORTANCE_ESTIMATORS)
@@ -212,8 +221,13 @@ class PSAConfig:
 
     @property
     def is_rest_mean(self) -> bool:
-        """Whether a block of level 0 is seen as one mean (section 4), for defects and budgets."""
-        return False
+        """Whether a block of level 0 is seen as one mean (section 4)."""
+        return self.rest == "mean"
+
+    @property
+    def rest_share(self) -> float:
+        """Cost of a block of level 0 as a share of that of a whole one (section 9)."""
+        return 1 / self.block_n if self.is_rest_mean else 0.0
 
     @property
     def ratio_ends(self) -> tuple[tuple[int, float], ...]:
@@ -361,9 +375,8 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
 
 
 def _number(name: str, value: Any) -> float:
-    # An array of a framework has __float__ too, but a number made of it loses its gradient.
-    array = hasattr(value, "shape") and not isinstance(value, np.generic)
-    if isinstance(value, (bool, str, bytes)) or array or not hasattr(value, "__float__"):
+    text = isinstance(value, (bool, str, bytes))
+    if text or is_array(value) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, not an array, got {value!r}")
     try:
         value = float(value)

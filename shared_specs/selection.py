@@ -62,7 +62,7 @@ def select_levels(
             block_n=config.block_n,
             budget=config.budget,
             levels=config.budget_levels,
-            rest_cost=int(config.is_rest_mean),
+            rest_keys=int(config.is_rest_mean),
             per_row=config.budget_scope == "row",
         )
         return _fill_empty_rows(levels, rank_blocks(scores[..., 3], candidates))

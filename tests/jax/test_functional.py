@@ -269,7 +269,7 @@ def test_messages_name_the_argument_and_what_is_accepted(rng):
         (ValueError, "v must have the shape of k", lambda: attend(q, k, v[:, :, 1:])),
         (ValueError, "multiple of 8 in 8..256, got 12", lambda: attend(*dims)),
         (ValueError, r"block_m must be one of \(64, 128\)", lambda: attend(q, k, v, block_m=32)),
-        (TypeError, "scale must be None or a Python number", lambda: attend(q, k, v, scale=q)),
+        (ValueError, "scale must be a number, or an array", lambda: attend(q, k, v, scale=q)),
         (ValueError, "scale must be finite", lambda: attend(q, k, v, scale=float("inf"))),
         (TypeError, "is_causal must be True or False", lambda: attend(q, k, v, is_causal=1)),
         (TypeError, "levels must be an integer", lambda: attend(q, k, v, levels=ones * 1.0)),

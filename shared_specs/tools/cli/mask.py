@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     candidates = candidate_blocks(lengths["q_len"], lengths["kv_len"], config)
     titles = []
     for head, mask in zip(heads, levels[0], strict=True):
-        share = density(mask[None, None], candidates=candidates)
+        share = density(mask[None, None], candidates=candidates, rest_share=config.rest_share)
         titles.append(f"head {head}, density {share:.1%}")
         print(titles[-1])
     axes = plot_levels(levels[0], titles=titles)
