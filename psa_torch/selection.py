@@ -7,6 +7,7 @@ from torch import Tensor
 
 from psa_torch._config import parse_config
 from psa_torch._dispatch import announce_plain, use_kernels
+from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
 from psa_torch.budget import budget_levels
 from shared_specs.config import PSAConfig
@@ -52,7 +53,7 @@ def select_levels(
                 f"cap must be [{scores.shape[0]}, Hk, {n_k}] with Hk a divisor of "
                 f"{scores.shape[1]}, got {tuple(cap.shape)}"
             )
-    return _select_levels(scores.detach(), cap, q_len, kv_len, config.to_json())
+    return _eager_select_levels(scores.detach(), cap, q_len, kv_len, config.to_json())
 
 
 @torch.library.custom_op("psa::select_levels", mutates_args=())
@@ -77,6 +78,7 @@ def _(scores, cap, q_len, kv_len, config):
 
 
 register_batch_rule(_select_levels)
+_eager_select_levels = eager(_select_levels)
 
 
 def _plain_select_levels(
