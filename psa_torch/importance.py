@@ -13,6 +13,7 @@ from torch import Tensor
 from psa_torch._checks import without_autocast
 from psa_torch._config import parse_config
 from psa_torch._dispatch import use_kernels
+from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
 from psa_torch.defect import defect_scores
 from psa_torch.pyramid import accumulator, group_means
@@ -37,7 +38,7 @@ def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
         key is visible. For 'defect' `[B, H, Nq, Nk, 4]`: what the block loses at level 2, 4, 8
         and at rest. Detached from the graph of q and k.
     """
-    return _block_scores(q.detach(), k.detach(), config.to_json())
+    return _eager_block_scores(q.detach(), k.detach(), config.to_json())
 
 
 @torch.library.custom_op("psa::block_scores", mutates_args=())
@@ -81,6 +82,7 @@ def _(q, k, config):
 
 
 register_batch_rule(_block_scores)
+_eager_block_scores = eager(_block_scores)
 
 
 def pooled_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:

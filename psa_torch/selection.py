@@ -8,6 +8,7 @@ from torch import Tensor
 from psa_torch._checks import describe
 from psa_torch._config import parse_config
 from psa_torch._dispatch import use_kernels
+from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
 from psa_torch.budget import budget_levels
 from shared_specs.config import PSAConfig
@@ -44,7 +45,7 @@ def select_levels(
     """
     described = None if cap is None else describe("cap", cap)
     check_scores(describe("scores", scores), described, config, q_len, kv_len)
-    return _select_levels(scores.detach(), cap, q_len, kv_len, config.to_json())
+    return _eager_select_levels(scores.detach(), cap, q_len, kv_len, config.to_json())
 
 
 @torch.library.custom_op("psa::select_levels", mutates_args=())
@@ -71,6 +72,7 @@ def _(scores, cap, q_len, kv_len, config):
 
 
 register_batch_rule(_select_levels)
+_eager_select_levels = eager(_select_levels)
 
 
 def _plain_select_levels(
