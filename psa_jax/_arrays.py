@@ -1,4 +1,4 @@
-"""How jax arrays meet the checks of `shared_specs.checks`."""
+"""How jax arrays meet the checks of `shared_specs.checks`, where they are, and what is said."""
 
 from typing import Any
 
@@ -8,6 +8,9 @@ import numpy as np
 from jax import Array
 
 from shared_specs.checks import Described, check_scale
+from shared_specs.dispatch import Announcer
+
+announce = Announcer("psa_jax")
 
 
 def describe(name: str, x: Any) -> Described:

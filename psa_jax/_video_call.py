@@ -16,7 +16,7 @@ from psa_jax.order import Centroids, Resumed, TokenOrder
 from shared_specs import checks
 from shared_specs.config import PSAConfig
 from shared_specs.selection import candidate_blocks
-from shared_specs.video import check_count, is_cross_attention, require_step
+from shared_specs.video import is_cross_attention, require_step
 
 
 class Run(NamedTuple):
@@ -117,7 +117,7 @@ class VideoCall(NamedTuple):
     ) -> VideoCall:
         """The call, if its arguments fit; errors as `PSAVideoAttention` says."""
         config = resolve_config(config, {})
-        check_count("warmup_steps", warmup_steps)
+        checks.check_integer("warmup_steps", warmup_steps)
         checks.check_flag("cross_attention", cross_attention)
         checks.check_flag("return_lse", return_lse)
         checks.check_implementation(implementation, IMPLEMENTATIONS)
@@ -199,14 +199,17 @@ class VideoCall(NamedTuple):
                 block_n=config.block_n,
                 scale=config.scale,
                 is_causal=config.causal,
+                rest=config.rest,
                 implementation=self.implementation,
                 return_lse=self.return_lse,
             )
             attended = attended if self.return_lse else (attended,)
             results = [order.undo(x, order_state) for x in attended]
-            candidates = candidate_blocks(q.shape[2], k.shape[2], config).sum()
-            cost = (levels > 0) / jnp.maximum(levels, 1).astype(jnp.float32)
-            density = cost.sum((2, 3)) / max(1, int(candidates))
+            candidates = int(candidate_blocks(q.shape[2], k.shape[2], config).sum())
+            listed = levels > 0
+            cost = (listed / jnp.maximum(levels, 1).astype(jnp.float32)).sum((2, 3))
+            cost += (candidates - listed.sum((2, 3))) * config.rest_share
+            density = cost / max(1, candidates)
             centroids = [x for x in order_state.centroids if x is not None] if stored else []
             return *results, density, *centroids
 
@@ -229,13 +232,10 @@ def _checked_step(step: Any) -> int | Array | None:
     Raises:
         TypeError, ValueError: it is no step.
     """
-    if isinstance(step, np.integer):
-        step = int(step)
     if step is None:
         return None
-    if isinstance(step, (bool, int)):
-        check_count("step", step)
-        return step
+    if isinstance(step, (bool, int, np.integer)):
+        return checks.check_integer("step", step)
     shape, dtype = getattr(step, "shape", None), getattr(step, "dtype", None)
     if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"step must be an integer or an integer scalar, got {step!r}")

@@ -18,7 +18,7 @@ from psa_jax.selection import select_levels
 from psa_jax.similarity import similarity_cap
 from shared_specs import checks
 from shared_specs.budget import check_costs
-from shared_specs.config import PSAConfig
+from shared_specs.config import PSAConfig, check_config
 
 
 def psa_attention(
@@ -125,6 +125,7 @@ def _attend(
         block_n=config.block_n,
         scale=config.scale,
         is_causal=config.causal,
+        rest=config.rest,
         implementation=implementation,
         return_lse=return_lse,
     )
@@ -172,10 +173,7 @@ def resolve_config(config: PSAConfig | None, overrides: dict) -> PSAConfig:
         TypeError: `config` is not a PSAConfig, or an override is not one of its fields.
         ValueError: the result is not a valid configuration.
     """
-    if config is None:
-        config = PSAConfig()
-    elif not isinstance(config, PSAConfig):
-        raise TypeError(f"config must be a PSAConfig or None, got {type(config).__name__}")
+    config = check_config(config)
     fields = [field.name for field in dataclasses.fields(PSAConfig)]
     unknown = [name for name in overrides if name not in fields]
     if unknown:

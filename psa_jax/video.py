@@ -12,10 +12,9 @@ import numpy as np
 from jax import Array
 
 from psa_jax._video_call import Called, Run, VideoCall
-from shared_specs import presets
+from shared_specs import checks, presets
 from shared_specs.config import PSAConfig
 from shared_specs.records import DensityRecord, DensityRecords
-from shared_specs.video import check_count
 
 STATE = "psa"
 """The Flax variable collection that holds centroids and density records."""
@@ -102,7 +101,7 @@ class PSAVideoAttention(nn.Module):
             ValueError: a shape does not fit, the length is not grid + text, centroids have another
                 shape than the last call's, or there are warm-up steps and no step.
         """
-        check_count("record_steps", self.record_steps)
+        checks.check_integer("record_steps", self.record_steps)
         call = VideoCall.checked(
             q,
             k,

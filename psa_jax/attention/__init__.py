@@ -27,6 +27,7 @@ def sparse_attention(
     block_n: int,
     scale: float | Array | None = None,
     is_causal: bool = False,
+    rest: str = "skip",
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -49,6 +50,8 @@ def sparse_attention(
             or `[H]`, is multiplied into q and gets a gradient.
         is_causal: a pooled key is visible iff its last covered key is at or before
             `row + Lk - Lq`.
+        rest: what level 0 means: 'skip', the block is not seen, or 'mean', it is seen through the
+            mean of its keys and values.
         implementation: a key of `IMPLEMENTATIONS`, or None for the best one that supports the
             input (logged once through the logger `psa_jax`).
         return_lse: also return the natural log of the sum of exponentials.
@@ -67,6 +70,7 @@ def sparse_attention(
         checks.check_scale(scale)
     checks.check_flag("is_causal", is_causal)
     checks.check_flag("return_lse", return_lse)
+    checks.check_rest(rest)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     sizes = describe("q", q), describe("k", k), describe("v", v)
     checks.check_qkv(*sizes)
@@ -78,7 +82,7 @@ def sparse_attention(
     scale = resolve_scale(scale, q.shape[-1])
 
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
-    call = Call(name, block_m, block_n, scale, is_causal)
+    call = Call(name, block_m, block_n, scale, is_causal, rest)
     run = functools.partial(_attend, call=call, form=form, return_lse=return_lse)
     levels = lax.stop_gradient(levels)
     return per_shard(run, q, k, v, levels, along_sequence=1 + return_lse)
