@@ -86,13 +86,21 @@ def places(handle: Tensor, step: int | None, branch: str | None) -> Centroids:
 class RememberingOrder(TokenOrder):
     """A token order whose `centroids` are `places`: they are read and written there."""
 
-    def _labels(self, tokens: Tensor, count: int, warm: Place) -> tuple[Tensor, None]:
-        return remembered_kmeans(tokens.detach(), count, *warm), None
+    def _labels(
+        self, tokens: Tensor, count: int, warm: Place, curve: Tensor | None
+    ) -> tuple[Tensor, None]:
+        return remembered_kmeans(tokens.detach(), count, curve, *warm), None
 
 
 @torch.library.custom_op("psa::remembered_kmeans", mutates_args=("handle",))
 def remembered_kmeans(
-    tokens: Tensor, count: int, handle: Tensor, side: str, step: int | None, branch: str | None
+    tokens: Tensor,
+    count: int,
+    order: Tensor | None,
+    handle: Tensor,
+    side: str,
+    step: int | None,
+    branch: str | None,
 ) -> Tensor:
     """Labels int32 `[B, H, N]` of k-means that starts from the layer's memory and updates it.
 
@@ -110,14 +118,15 @@ def remembered_kmeans(
                 f"centroids are those of step {run.step}: run backward before the next step, and "
                 "before reset()"
             )
-        return kmeans(tokens, count, centroids=run.start.get(side))[0]
+        return kmeans(tokens, count, centroids=run.start.get(side), order=order)[0]
     run.begin(step)
-    labels, run.last[side] = kmeans(tokens, count, centroids=run.start.get(side))
+    start = run.start.get(side)
+    labels, run.last[side] = kmeans(tokens, count, centroids=start, order=order)
     return labels
 
 
 @remembered_kmeans.register_fake
-def _(tokens, count, handle, side, step, branch):
+def _(tokens, count, order, handle, side, step, branch):
     return tokens.new_empty(tokens.shape[:3], dtype=torch.int32)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._transforms import is_transformed
-from psa_torch._vmap import fold, register_batch_rule
+from psa_torch._vmap import fold
 from shared_specs.order import (
     Centroids,
     OrderState,
@@ -51,26 +51,42 @@ class TokenOrder(TokenOrderBase):
     def _clustered(
         self, tokens: Tensor, count: int, warm: Tensor | None
     ) -> tuple[Permutation, Tensor]:
-        labels, centroids = self._labels(tokens[..., self.video, :], count, warm)
-        start, stop = self.video.start, self.video.stop
-        by_cluster = torch.argsort(labels, dim=-1, stable=True) + start
-        place = torch.arange(self.length, device=tokens.device).expand(tokens.shape[:-1])
-        order = torch.cat([place[..., :start], by_cluster, place[..., stop:]], -1)
-        return Permutation(order.int(), order.argsort(-1).int()), centroids
+        curve = self._curve(tokens)
+        labels, centroids = self._labels(tokens[..., self.video, :], count, warm, curve)
+        return self.by_cluster(labels), centroids
+
+    def _curve(self, like: Tensor) -> Tensor | None:
+        """`curve` where `like` lives."""
+        if self.method != "Clusters":
+            return None
+        return self._fixed(like).order[self.video] - self.video.start
 
     def _labels(
-        self, tokens: Tensor, count: int, warm: Tensor | None
+        self, tokens: Tensor, count: int, warm: Tensor | None, curve: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        return kmeans(tokens, count, centroids=warm)
+        return kmeans(tokens, count, centroids=warm, order=curve)
+
+    def by_cluster(self, labels: Tensor) -> Permutation:
+        """The order that sorts video tokens by their labels int32 `[B, H, video]`."""
+        curve, (start, stop) = self._curve(labels), (self.video.start, self.video.stop)
+        along = labels if curve is None else labels.index_select(-1, curve)
+        by_label = torch.argsort(along, dim=-1, stable=True)
+        if curve is not None:
+            by_label = curve[by_label]
+        place = torch.arange(self.length, device=labels.device)
+        place = place.expand(*labels.shape[:-1], self.length)
+        order = torch.cat([place[..., :start], by_label + start, place[..., stop:]], -1)
+        return Permutation(order.int(), order.argsort(-1).int())
 
     def _take(self, x: Tensor, permutation: Permutation) -> Tensor:
         return permute(x, permutation.order, permutation.inverse)
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Tokens of `x [B,H,L]` or `[B,H,L,D]` in the order int32 `[L]` or `[B,H,L]`: one gather.
+    """Tokens of `x [B,H,L]` or `[B,H,L,D]` in an order: one gather.
 
-    `inverse` undoes `order`; the gradient is one gather by it.
+    `order` is int32 `[L]`, `[B,H,L]`, or `[B,Hk,L]` for groups of heads; `inverse` undoes it, and
+    the gradient is one gather by it.
     """
     # PyTorch's own gather has every derivative, but adds up gradients that meet nowhere.
     return _gather(x, order) if is_transformed() else _permute(x, order, inverse)
@@ -84,7 +100,7 @@ def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 def _gather(x: Tensor, order: Tensor) -> Tensor:
     if order.ndim == 1:
         return x.index_select(2, order)
-    index = order.long()
+    index = order.long().repeat_interleave(x.shape[1] // order.shape[1], 1)
     return x.gather(2, index if x.ndim == 3 else index[..., None].expand(x.shape))
 
 
@@ -151,7 +167,13 @@ def _(info, in_dims, like, *arguments):
     return _fixed_order(like, *arguments), (None, None)
 
 
-def kmeans(tokens: Tensor, count: int, *, centroids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def kmeans(
+    tokens: Tensor,
+    count: int,
+    *,
+    centroids: Tensor | None = None,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Labels and centroids after a fixed number of Lloyd steps (specification, section 8).
 
     No gradient flows through either. Sums run in a fixed order, so that equal inputs give equal
@@ -161,6 +183,8 @@ def kmeans(tokens: Tensor, count: int, *, centroids: Tensor | None = None) -> tu
         tokens: `[B, H, N, D]`.
         count: number of centroids, 1..N.
         centroids: float32 `[B, H, count, D]` of an earlier call, for a warm start.
+        order: int32 `[N]`, a permutation in which the tokens that a cold start takes are evenly
+            spaced; None: as they come. Labels stay in the order of `tokens`.
 
     Returns:
         int32 labels `[B, H, N]` and the float32 centroids `[B, H, count, D]` they are nearest to.
@@ -169,15 +193,18 @@ def kmeans(tokens: Tensor, count: int, *, centroids: Tensor | None = None) -> tu
         ValueError: count out of range, or warm centroids of another shape.
     """
     check_kmeans(tuple(tokens.shape), count, None if centroids is None else tuple(centroids.shape))
-    return _kmeans(tokens.detach(), count, None if centroids is None else centroids.detach())
+    return _kmeans(tokens.detach(), count, None if centroids is None else centroids.detach(), order)
 
 
 @torch.library.custom_op("psa::kmeans", mutates_args=())
-def _kmeans(tokens: Tensor, count: int, centroids: Tensor | None) -> tuple[Tensor, Tensor]:
+def _kmeans(
+    tokens: Tensor, count: int, centroids: Tensor | None, order: Tensor | None
+) -> tuple[Tensor, Tensor]:
     steps = WARM_STEPS
     if centroids is None:
         steps = COLD_STEPS
         places = torch.arange(count, device=tokens.device) * tokens.shape[2] // count
+        places = places if order is None else order.index_select(0, places)
         centroids = tokens.index_select(2, places)
     centroids = centroids.float()
     with torch.autocast(tokens.device.type, enabled=False):
@@ -188,13 +215,18 @@ def _kmeans(tokens: Tensor, count: int, centroids: Tensor | None) -> tuple[Tenso
 
 
 @_kmeans.register_fake
-def _(tokens, count, centroids):
+def _(tokens, count, centroids, order):
     b, h, n, d = tokens.shape
     labels = tokens.new_empty(b, h, n, dtype=torch.int32)
     return labels, tokens.new_empty(b, h, count, d, dtype=torch.float32)
 
 
-register_batch_rule(_kmeans)
+@_kmeans.register_vmap
+def _(info, in_dims, tokens, count, centroids, order):
+    size = info.batch_size
+    tokens, centroids = fold(tokens, in_dims[0], size), fold(centroids, in_dims[2], size)
+    found = _kmeans(tokens, count, centroids, order)  # one order for all: it is never mapped
+    return tuple(x.unflatten(0, (size, -1)) for x in found), (0, 0)
 
 
 def _lloyd_step(tokens: Tensor, centroids: Tensor, *, move: bool) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ def make_qkv(rng, heads=2):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("method", ["Gilbert", "SemanticAware", "Hybrid"])
+@pytest.mark.parametrize("method", ["Gilbert", "Clusters", "SemanticAware", "Hybrid"])
 def test_a_checkpoint_changes_neither_gradients_nor_records(rng, method, reentrant, compiled):
     steps = [make_qkv(rng) for _ in range(3)]
 
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("repeated_blocks", [False, True])
-@pytest.mark.parametrize("method", [None, "Gilbert", "Hybrid"])
+@pytest.mark.parametrize("method", [None, "Gilbert", "Clusters"])
 def test_twelve_layers_and_twelve_steps_are_two_graphs(rng, method, repeated_blocks):
     torch.manual_seed(int(rng.integers(2**31)))
     state = VideoState()
