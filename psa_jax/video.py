@@ -113,7 +113,7 @@ class PSAVideoAttention(nn.Module):
         if is_cross_attention(q.shape[2], k.shape[2], config, cross_attention):
             return _one_or_pair(_dense(q, k, v, config, False, return_lse))
         if step is None:
-            require_step(self.warmup_steps)
+            require_step(warmup_steps=self.warmup_steps, refresh_every=1)
         order = TokenOrder.from_config(config, q.shape[2], k.shape[2])
         state = None if step is None else self._layer_state(order, q, k)
         stored = _stored_centroids(state, step)

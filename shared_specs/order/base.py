@@ -43,10 +43,12 @@ class Centroids(NamedTuple):
 
 
 class OrderState(NamedTuple):
-    """What one call of `apply` leaves behind."""
+    """What one call of `apply` leaves behind: `undo` needs it, and `move` can use it again."""
 
     queries: Permutation | None = None
     """How the queries were moved; None when they were not."""
+    keys: Permutation | None = None
+    """How the keys and values were moved."""
     centroids: Centroids = Centroids()
 
 
@@ -135,16 +137,26 @@ class TokenOrderBase(ABC):
         Raises:
             ValueError: centroids of another shape.
         """
+        state = self.choose(q, k, centroids=centroids)
+        return *self.move(q, k, v, state), state
+
+    def choose(self, q: Array, k: Array, *, centroids: Centroids | None = None) -> OrderState:
+        """The order for `q [B,H,L,D]` and `k [B,Hk,L,D]`; see `apply`."""
         if self.method is None:
-            return q, k, v, OrderState()
+            return OrderState()
         warm = Centroids() if centroids is None else centroids
         keys, k_centroids = self._permutation(k, self.key_centroids, warm.keys)
-        if self.method == "Clusters":  # q moves with the keys of its group
-            queries, q_centroids = keys, None
-        else:
+        if self.method in ("SemanticAware", "Hybrid"):
             queries, q_centroids = self._permutation(q, self.query_centroids, warm.queries)
-        state = OrderState(queries, Centroids(q_centroids, k_centroids))
-        return self._take(q, queries), self._take(k, keys), self._take(v, keys), state
+        else:  # q moves as k does, in `Clusters` with the keys of its group
+            queries, q_centroids = keys, None
+        return OrderState(queries, keys, Centroids(q_centroids, k_centroids))
+
+    def move(self, q: Array, k: Array, v: Array, state: OrderState) -> tuple[Array, Array, Array]:
+        """q, k and v in an order that was chosen before, by `apply` or `choose` of other tokens."""
+        if state.queries is None:
+            return q, k, v
+        return self._take(q, state.queries), self._take(k, state.keys), self._take(v, state.keys)
 
     def undo(self, x: Array, state: OrderState) -> Array:
         """Put an output `[B,H,L,D]`, or its lse `[B,H,L]`, back as the queries came in."""
