@@ -9,6 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
+from psa_torch._dispatch import announce_plain, use_kernels
 from psa_torch._transforms import is_transformed
 from psa_torch._vmap import fold
 from shared_specs.order import (
@@ -19,7 +20,13 @@ from shared_specs.order import (
     gilbert_order,
     sta_order,
 )
-from shared_specs.order.clustering import COLD_STEPS, WARM_STEPS, check_kmeans
+from shared_specs.order.clustering import (
+    COLD_STEPS,
+    MAX_KEY_CENTROIDS,
+    MAX_QUERY_CENTROIDS,
+    WARM_STEPS,
+    check_kmeans,
+)
 
 __all__ = [
     "Centroids",
@@ -35,6 +42,10 @@ __all__ = [
 DISTANCE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 """Most token-to-centroid distances held at a time, whatever the length: what fits the cache of a
 CPU; 128 MB of float32 on a GPU, where each chunk costs some kernel launches."""
+
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+"""Dtypes that the kernels of k-means take."""
 
 
 class TokenOrder(TokenOrderBase):
@@ -68,15 +79,17 @@ class TokenOrder(TokenOrderBase):
 
     def by_cluster(self, labels: Tensor) -> Permutation:
         """The order that sorts video tokens by their labels int32 `[B, H, video]`."""
-        curve, (start, stop) = self._curve(labels), (self.video.start, self.video.stop)
-        along = labels if curve is None else labels.index_select(-1, curve)
-        by_label = torch.argsort(along, dim=-1, stable=True)
-        if curve is not None:
-            by_label = curve[by_label]
-        place = torch.arange(self.length, device=labels.device)
-        place = place.expand(*labels.shape[:-1], self.length)
-        order = torch.cat([place[..., :start], by_label + start, place[..., stop:]], -1)
-        return Permutation(order.int(), order.argsort(-1).int())
+        return Permutation(
+            *_cluster_order(labels, self._curve(labels), self.video.start, self.length)
+        )
+
+    def move(
+        self, q: Tensor, k: Tensor, v: Tensor, state: OrderState
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v in an order that was chosen before, by `apply` or `choose` of other tokens."""
+        if state.queries is None or is_transformed():
+            return super().move(q, k, v, state)
+        return _move(q, k, v, *state.queries, *state.keys)
 
     def _take(self, x: Tensor, permutation: Permutation) -> Tensor:
         return permute(x, permutation.order, permutation.inverse)
@@ -98,6 +111,10 @@ def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _gather(x: Tensor, order: Tensor) -> Tensor:
+    if x.ndim == 4 and use_kernels(x) and not is_transformed():
+        from psa_torch.kernels import move
+
+        return move.move_one(x, order)
     if order.ndim == 1:
         return x.index_select(2, order)
     index = order.long().repeat_interleave(x.shape[1] // order.shape[1], 1)
@@ -129,6 +146,87 @@ def _(info, in_dims, x, order, inverse):
     if order.ndim > 1:  # an order per head; one for all heads is never mapped
         order, inverse = fold(order, in_dims[1], size), fold(inverse, in_dims[2], size)
     return _permute(x, order, inverse).unflatten(0, (size, -1)), 0
+
+
+@torch.library.custom_op("psa::move", mutates_args=())
+def _move(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_order: Tensor,
+    q_inverse: Tensor,
+    kv_order: Tensor,
+    kv_inverse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`permute` of q by one order, and of k and v by another: one launch on a GPU."""
+    if use_kernels(q):
+        from psa_torch.kernels import move
+
+        return tuple(move.move(q, k, v, q_order, kv_order))
+    return _gather(q, q_order), _gather(k, kv_order), _gather(v, kv_order)
+
+
+@_move.register_fake
+def _(q, k, v, *orders):
+    contiguous = torch.contiguous_format
+    return tuple(torch.empty_like(x, memory_format=contiguous) for x in (q, k, v))
+
+
+def _save_orders(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[3:])
+
+
+def _move_backward(ctx, *grads):
+    q_order, q_inverse, kv_order, kv_inverse = ctx.saved_tensors
+    moved = _move(*grads, q_inverse, q_order, kv_inverse, kv_order)
+    return *moved, None, None, None, None
+
+
+_move.register_autograd(_move_backward, setup_context=_save_orders)
+
+
+@_move.register_vmap
+def _(info, in_dims, *arguments):
+    size = info.batch_size
+    folded = [
+        x if x.ndim == 1 else fold(x, dim, size)  # an order of all heads is never mapped
+        for x, dim in zip(arguments, in_dims, strict=True)
+    ]
+    return tuple(x.unflatten(0, (size, -1)) for x in _move(*folded)), (0, 0, 0)
+
+
+@torch.library.custom_op("psa::cluster_order", mutates_args=())
+def _cluster_order(
+    labels: Tensor, curve: Tensor | None, start: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """Order and inverse int32 `[B, H, length]` that sort `start … start + N - 1` by label."""
+    n = labels.shape[-1]
+    if use_kernels(labels) and labels.numel():
+        from psa_torch.kernels import label_sort
+
+        most = max(MAX_KEY_CENTROIDS, MAX_QUERY_CENTROIDS)
+        labels = labels.contiguous()
+        found = label_sort.sort_by_label(labels, most, curve, start=start, length=length)
+        return found.order, found.inverse
+    along = labels if curve is None else labels.index_select(-1, curve)
+    by_label = torch.argsort(along, dim=-1, stable=True)
+    if curve is not None:
+        by_label = curve[by_label]
+    place = torch.arange(length, device=labels.device).expand(*labels.shape[:-1], length)
+    order = torch.cat([place[..., :start], by_label + start, place[..., start + n :]], -1)
+    return order.int(), order.argsort(-1).int()
+
+
+@_cluster_order.register_fake
+def _(labels, curve, start, length):
+    return tuple(labels.new_empty(*labels.shape[:2], length) for _ in range(2))
+
+
+@_cluster_order.register_vmap
+def _(info, in_dims, labels, curve, start, length):
+    size = info.batch_size
+    found = _cluster_order(fold(labels, in_dims[0], size), curve, start, length)
+    return tuple(x.unflatten(0, (size, -1)) for x in found), (0, 0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -207,6 +305,12 @@ def _kmeans(
         places = places if order is None else order.index_select(0, places)
         centroids = tokens.index_select(2, places)
     centroids = centroids.float()
+    if use_kernels(tokens) and tokens.numel():
+        if tokens.dtype in KERNEL_DTYPES:
+            from psa_torch.kernels import kmeans as kernels
+
+            return kernels.kmeans(tokens, centroids, steps)
+        announce_plain("k-means", "its kernels take float16 and bfloat16")
     with torch.autocast(tokens.device.type, enabled=False):
         for _ in range(steps):
             _, centroids = _lloyd_step(tokens, centroids, move=True)
