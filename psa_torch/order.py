@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from psa_torch._dispatch import announce_plain, use_kernels
+from psa_torch._dispatch import announce, use_kernels
 from psa_torch._transforms import is_transformed
 from psa_torch._vmap import fold
 from shared_specs.order import (
@@ -310,7 +310,7 @@ def _kmeans(
             from psa_torch.kernels import kmeans as kernels
 
             return kernels.kmeans(tokens, centroids, steps)
-        announce_plain("k-means", "its kernels take float16 and bfloat16")
+        announce("%s run as plain torch: %s", "k-means", "its kernels take 16-bit floats")
     with torch.autocast(tokens.device.type, enabled=False):
         for _ in range(steps):
             _, centroids = _lloyd_step(tokens, centroids, move=True)
