@@ -17,6 +17,8 @@ from psa_torch.functional import psa_attention
 from psa_torch.masks import from_segments
 from psa_torch.video import head_density
 
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
 
 class Layer:
     """One attention of a model: how it is to attend now, and what it did.
@@ -44,6 +46,9 @@ class Layer:
 
     def attend(self, args: tuple, kwargs: dict) -> Tensor:
         """What takes the place of `scaled_dot_product_attention(*args, **kwargs)`."""
+        call = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        if call.get("attn_mask") is not None or call.get("is_causal"):
+            self.owner.check_places(self.name, call)
         if self.dense:
             self.count("dense layer" if self.always_dense else "dense step")
             return functional.scaled_dot_product_attention(*args, **kwargs)
