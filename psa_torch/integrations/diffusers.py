@@ -27,6 +27,9 @@ __all__ = ["FAMILIES", "Applied", "Family", "Route", "apply"]
 class Applied:
     """PSA inside a model: what `apply` returns. A context manager that removes it at the end.
 
+    A deep copy of the model has PSA too: it follows this step and writes to these records, and
+    `remove` does not reach it.
+
     Attributes:
         config: the configuration, without grid and text length.
         warmup_steps: steps `0 … warmup_steps - 1` are dense.
@@ -86,24 +89,30 @@ class Applied:
 
     def is_dense_step(self, arguments) -> bool:
         """Whether the forward that starts now is a warm-up step; notes the step."""
-        known = self._step
-        if known is None and (self.warmup_steps or self.record):
-            known = self._scheduler_step(arguments)
-        if known is None and self.warmup_steps:
+        self.current_step = 0
+        if not (self.warmup_steps or self.record):
+            return False
+        known = self._scheduler_step(arguments) if self._step is None else self._step
+        if known is None:
             raise RuntimeError(
-                f"warmup_steps={self.warmup_steps} but the step is not known: set psa.step, pass "
-                "callback_on_step_end=psa.on_step_end with psa.step = 0, or apply to a pipeline"
+                f"the step is not known, which warmup_steps={self.warmup_steps} and "
+                f"record={self.record} need: set psa.step, pass callback_on_step_end="
+                "psa.on_step_end with psa.step = 0, or apply to a pipeline"
             )
-        self.current_step = known or 0
-        return self.current_step < self.warmup_steps
+        self.current_step = known
+        return known < self.warmup_steps
 
     def _scheduler_step(self, arguments) -> int | None:
+        """Where the pipeline's scheduler is in its timesteps, which may start after the first."""
         scheduler = getattr(self._pipe, "scheduler", None)
         if scheduler is None:
             return None
         if hasattr(scheduler, "step_index"):
-            return scheduler.step_index or 0  # None before the first step()
-        timestep = arguments["timestep"].flatten()[0].to(scheduler.timesteps)
+            if scheduler.step_index is not None:
+                return scheduler.step_index
+            return getattr(scheduler, "begin_index", None) or 0  # before the first step()
+        # Tokens of a given frame have timestep 0; the others have the step's.
+        timestep = arguments["timestep"].max().to(scheduler.timesteps)
         where = (scheduler.timesteps == timestep).nonzero()
         return int(where[0]) if len(where) else None
 
@@ -140,6 +149,10 @@ class Applied:
             model.remove()
         self._models = []
 
+    def __deepcopy__(self, memo) -> Applied:
+        # A copy of the model has PSA too, under this handle: one step, one set of records.
+        return self
+
     def __enter__(self) -> Applied:
         return self
 
@@ -173,7 +186,7 @@ def apply(
         order: 'model': a token order that the grid decides is entered once a forward, where the
             family allows it, so that hooks on blocks see tokens in order; 'layer': tokens are
             moved inside each attention.
-        record: keep the density of every call in `records`.
+        record: keep the density of every call in `records`; the step has to be known.
         implementation: of the sparse calls, as in `psa_attention`.
 
     Raises:

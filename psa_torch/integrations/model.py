@@ -70,6 +70,8 @@ class Model:
             if module.processor is ours:  # a processor set since then is the user's
                 _set(module, before)
 
+    # Outside of any graph: a graph that held the step or the grid would be made again for each.
+    @torch.compiler.disable
     def _enter(self, model, args, kwargs):
         for (module, _, ours), layer in zip(self._places, self.layers, strict=True):
             if module.processor is not ours:
@@ -106,6 +108,7 @@ class Model:
             return "the sequence is sharded"
         return self.ordering.why_inside_layers(self.owner.config, arguments)
 
+    @torch.compiler.disable
     def _leave(self, model, args, output):
         self._mask = None
         self.ordering.end()

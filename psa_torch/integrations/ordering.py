@@ -8,11 +8,11 @@ its tokens in order; only what the last module makes is moved back.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from psa_torch.order import Permutation, TokenOrder, permute
@@ -35,26 +35,18 @@ class Moves:
     def __init__(self, method: str, grid: tuple[int, int, int], tile) -> None:
         self.grid, self.length = grid, math.prod(grid)
         self._method, self._tile = method, tile
-        self._permutations: dict[tuple[torch.device, int], Permutation] = {}
 
     def into(self, x: Tensor, dim: int, text: int = 0) -> Tensor:
         """`x` with its dimension `dim`, `text` tokens and then the video, in the order."""
-        return _move(x, dim, self.permutation(x.device, text), self.length + text)
+        return _move(x, dim, self._permutation(x, text), self.length + text)
 
     def back(self, x: Tensor, dim: int) -> Tensor:
         """The inverse of `into` without text."""
-        return _move(x, dim, self.permutation(x.device, 0).reversed(), self.length)
+        return _move(x, dim, self._permutation(x, 0).reversed(), self.length)
 
-    def permutation(self, device: torch.device, text: int) -> Permutation:
-        """int32 `[text + length]` on `device`, and its inverse; made once for each."""
-        if (device, text) not in self._permutations:
-            length = self.length + text
-            plan = TokenOrder(self._method, length, self.grid, self._tile, text, "start")
-            with torch.inference_mode(False):  # a later call may need a gradient
-                self._permutations[device, text] = Permutation(
-                    *(torch.tensor(x, device=device) for x in plan.fixed_permutation())
-                )
-        return self._permutations[device, text]
+    def _permutation(self, x: Tensor, text: int) -> Permutation:
+        plan = TokenOrder(self._method, self.length + text, self.grid, self._tile, text, "start")
+        return plan._fixed(x)  # one operator, whose arrays are made once for each device
 
 
 def _move(x: Tensor, dim: int, permutation: Permutation, length: int) -> Tensor:
@@ -149,10 +141,11 @@ class Ordering:
             return
         for name, enter in self._route.outputs.items():
             module = self._model.get_submodule(name)
-            self._hooks.append(module.register_forward_hook(self._enters(name, enter)))
-        self._hooks.append(
-            self._model.get_submodule(self._route.leave).register_forward_hook(self._leaves)
-        )
+            # Not closures: a copy of the model has hooks of its own, bound to its own ordering.
+            hook = functools.partial(self._enters, name, enter)
+            self._hooks.append(module.register_forward_hook(hook))
+        last = self._model.get_submodule(self._route.leave)
+        self._hooks.append(last.register_forward_hook(self._leaves))
 
     def remove(self) -> None:
         self.active = None
@@ -213,14 +206,11 @@ class Ordering:
                 "leave the token order: use order='layer'"
             )
 
-    def _enters(self, name: str, enter: Enter):
-        def hook(module, args, output):
-            if self.active is None:
-                return None
-            self._seen.add(name)
-            return enter(output, self.active)
-
-        return hook
+    def _enters(self, name: str, enter: Enter, module, args, output):
+        if self.active is None:
+            return None
+        self._seen.add(name)
+        return enter(output, self.active)
 
     def _leaves(self, module, args, output):
         if self.active is None:
