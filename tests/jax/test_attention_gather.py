@@ -220,3 +220,21 @@ def _comparable_rows(name, data, block_m):
         ragged_is_exact = data["levels"][..., -1] <= 1
         rows &= np.repeat(ragged_is_exact, block_m, axis=2)[:, :, : rows.shape[2]]
     return rows
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("q_len", [130, 3000])
+def test_past_the_range_of_float32(is_causal, q_len, rng):
+    """Rows that see a logit above the range are NaN, those with none in range see nothing."""
+    q, k, v = (rng.standard_normal((1, 1, n, 16)).astype(np.float32) for n in (q_len, q_len, q_len))
+    q[..., :2], k[..., :2] = 0, 1e20
+    q[..., 70, 0], q[..., 80, 0], q[..., 80, 1], q[..., 90, 0] = 1e20, 1e20, -1e20, -1e20
+    levels = np.ones((1, 1, -(-q_len // 64), -(-q_len // 64)), np.int32)
+    out, lse = sparse_attention(
+        q, k, v, levels, block_m=64, block_n=64, is_causal=is_causal, return_lse=True
+    )
+    nan = np.isnan(out[0, 0]).any(-1)
+    np.testing.assert_array_equal(np.flatnonzero(nan), [70, 80])
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(lse[0, 0])), [70, 80])
+    assert not out[0, 0, 90].any()
+    np.testing.assert_array_equal(np.flatnonzero(np.isneginf(lse[0, 0])), [90])

@@ -115,9 +115,10 @@ def _heads(q: Array, k: Array, v: Array, levels: Array, shape: Shape) -> tuple[A
         else:
             acc, top, total = tile_by_tile()
 
-        # A block without rows went through no tile, or through one of hidden rows only.
-        total = jnp.where(total > 0, total, 1)
-        seen = sees_any(blocks, position, shape)
+        # A block without rows went through no tile, or through one of hidden rows only; where
+        # these were the largest, all logits of the row are below the range of the arithmetic.
+        total = jnp.where(total == 0, 1, total)  # NaN, past that range, is not nothing
+        seen = sees_any(blocks, position, shape) & (top != hidden(dtype))
         out = jnp.where(seen[..., None], acc / total[..., None], 0)
         return out.astype(query.dtype), jnp.where(seen, top + jnp.log(total), -jnp.inf)
 
