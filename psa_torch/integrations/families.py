@@ -33,6 +33,8 @@ class Family:
         text_position: 'start' or 'end', where the joined text lies.
         route: where tokens enter and leave a token order once a forward; None: they are moved
             inside each attention.
+        dense: in words, which attention of the model stays dense.
+        presets: names of the configurations published for models of this family.
     """
 
     classes: tuple[str, ...]
@@ -41,6 +43,8 @@ class Family:
     text: Callable[[nn.Module, Arguments], int | None] = lambda model, arguments: 0
     text_position: str = "end"
     route: Route | None = None
+    dense: str = ""
+    presets: tuple[str, ...] = ()
 
     @property
     def joins_text(self) -> bool:
@@ -104,20 +108,30 @@ def _forced_diffusion(model: nn.Module, arguments: Arguments) -> str | None:
 _ROTARY = {"rope": tokens(1)}
 _WAN = {**_ROTARY, "patch_embedding": patches}
 _TIMES = {"timestep": per_token_times}
+_EMBEDDED = {"rope": tokens(0), "x_embedder": tokens(1)}
 
 FAMILIES = {
-    "wan": Family(("WanTransformer3DModel",), _named_attn1, _patches, route=Route(_WAN, _TIMES)),
+    "wan": Family(
+        ("WanTransformer3DModel",),
+        _named_attn1,
+        _patches,
+        route=Route(_WAN, _TIMES),
+        dense="attention to text and image",
+        presets=("wan2.1-14b", "wan2.1-1.3b", "wan2.1-1.3b-topk", "wan2.2-a14b", "wan2.2-5b"),
+    ),
     "wan-vace": Family(
         ("WanVACETransformer3DModel",),
         _named_attn1,
         _patches,
         route=Route({**_WAN, "vace_patch_embedding": patches}, refuses=_other_control),
+        dense="attention to text and image",
     ),
     "skyreels-v2": Family(
         ("SkyReelsV2Transformer3DModel",),
         _named_attn1,
         _patches,
         route=Route(_WAN, refuses=_forced_diffusion),
+        dense="attention to text and image; all of it where frames see earlier frames only",
     ),
     "cogvideox": Family(
         ("CogVideoXTransformer3DModel",),
@@ -126,26 +140,31 @@ FAMILIES = {
         _prompt,
         "start",
         Route({"patch_embed": text_then_video}, {"image_rotary_emb": tokens(0)}),
+        dense="nothing",
+        presets=("cogvideox-5b", "cogvideox-5b-4step", "cogvideox1.5-5b"),
     ),
     "hunyuanvideo": Family(
         ("HunyuanVideoTransformer3DModel",),
         _starts("transformer_blocks.", "single_transformer_blocks."),
         _patches,
         _of_mask,
-        route=Route({"rope": tokens(0), "x_embedder": tokens(1)}, refuses=_first_frame_apart),
+        route=Route(_EMBEDDED, refuses=_first_frame_apart),
+        dense="text refiner, rows of padding",
     ),
     "hunyuanvideo1.5": Family(
         ("HunyuanVideo15Transformer3DModel",),
         _starts("transformer_blocks."),
         _patches,
         _of_mask,
-        route=Route({"rope": tokens(0), "x_embedder": tokens(1)}),
+        route=Route(_EMBEDDED),
+        dense="text refiner, rows of padding",
     ),
     "ltx": Family(
         ("LTXVideoTransformer3DModel",),
         _named_attn1,
         _ltx_grid,
         route=Route({**_ROTARY, "proj_in": tokens(1)}, _TIMES),
+        dense="attention to text",
     ),
     "mochi": Family(
         ("MochiTransformer3DModel",),
@@ -153,6 +172,7 @@ FAMILIES = {
         _patches,
         _of_mask,
         route=Route({"rope": tokens(0), "patch_embed": frames_of_patches}),
+        dense="pooling of the text",
     ),
 }
 
