@@ -43,5 +43,6 @@ class VideoArguments(TypedDict, total=False):
     """Likewise, of a `PSAVideoAttention`."""
 
     step: int | Array | None
+    branch: str | None
     cross_attention: bool
     implementation: str | None

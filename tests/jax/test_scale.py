@@ -78,7 +78,7 @@ def test_what_is_no_scale_is_refused(rng, attend):
         (jnp.ones((1, 2)), ValueError, r"scale must be .* got shape \(1, 2\)"),
         (jnp.int32(1), TypeError, "scale must be a number or a floating array, got int32"),
         (jnp.float32(jnp.inf), ValueError, "scale must be finite in float32"),
-        (np.array([1, 3.5e38]), ValueError, "scale must be finite in float32, got 3.5e"),
+        (np.array([1, 3.5e38]), ValueError, r"scale must be finite in float32, .*got 3.5e"),
         (3.5e38, ValueError, "scale must be finite in float32"),
         ("0.5", TypeError, "scale must be"),
     ]

@@ -105,7 +105,7 @@ def test_integers_and_triples_come_back_as_python_has_them():
     assert type(check_integer("step", np.int64(3))) is int
     assert check_triple("grid", [np.int32(2), 3, 4], "three") == (2, 3, 4)
     for value in (True, 1.0, "1", None, np.ones((), np.int32)):
-        with pytest.raises(TypeError, match="step must be an integer, got"):
+        with pytest.raises(TypeError, match="step must be an integer,.* got"):
             check_integer("step", value)
         with pytest.raises(ValueError, match="grid must be three, three integers of at least 1"):
             check_triple("grid", (2, 3, value), "three")

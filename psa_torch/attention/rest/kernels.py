@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch.attention.rest.means import Geometry
+from psa_torch.attention.rest.means import Call
 from psa_torch.kernels._launch import cdiv, on_device_of, padded_head_dim, resident_programs
 
 LOG2E = 1.4426950408889634
@@ -290,7 +290,7 @@ def rest_key_gradient(
 
 
 @torch.no_grad()
-def add_means(q, k_means, v_means, levels, out, lse, g: Geometry) -> tuple[Tensor, Tensor]:
+def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> tuple[Tensor, Tensor]:
     """As `psa_torch.attention.rest.plain.add_means`; float16, bfloat16 or float32."""
     q, levels = _dense_rows(q), levels.contiguous()
     constants = _constants(q, g)
@@ -313,7 +313,7 @@ def add_means(q, k_means, v_means, levels, out, lse, g: Geometry) -> tuple[Tenso
 
 @torch.no_grad()
 def add_gradients(
-    dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Geometry
+    dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Call
 ) -> tuple[Tensor, Tensor]:
     """As `psa_torch.attention.rest.plain.add_gradients`."""
     q, dout, levels = _dense_rows(q), _dense_rows(dout), levels.contiguous()
@@ -367,11 +367,11 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _sizes(q: Tensor, k_means: Tensor, levels: Tensor, g: Geometry) -> tuple[int, ...]:
+def _sizes(q: Tensor, k_means: Tensor, levels: Tensor, g: Call) -> tuple[int, ...]:
     return q.shape[1], q.shape[1] // k_means.shape[1], g.q_len, g.kv_len, *levels.shape[2:]
 
 
-def _constants(q: Tensor, g: Geometry) -> dict:
+def _constants(q: Tensor, g: Call) -> dict:
     """Tiles that fit registers and shared memory; wide heads and float32 get half as many rows."""
     width = padded_head_dim(q.shape[3])
     wide = width * q.element_size() > 256

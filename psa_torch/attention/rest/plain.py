@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch.attention.rest.means import Geometry, block_counts
+from psa_torch.attention.rest.means import Call, block_counts
 from psa_torch.pyramid import accumulator
 
 _ELEMENTS = 1 << 24
@@ -22,7 +22,7 @@ class _Chunk(NamedTuple):
 
 
 @torch.no_grad()
-def add_means(q, k_means, v_means, levels, out, lse, g: Geometry) -> tuple[Tensor, Tensor]:
+def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> tuple[Tensor, Tensor]:
     """As `psa_torch.attention.rest.add_means`, over the means `[B, Hk, Nk, D]`."""
     values = v_means.to(accumulator(q))[:, :, None]
     for chunk in _chunks(q, k_means, levels, g):
@@ -38,7 +38,7 @@ def add_means(q, k_means, v_means, levels, out, lse, g: Geometry) -> tuple[Tenso
 
 @torch.no_grad()
 def add_gradients(
-    dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Geometry
+    dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Call
 ) -> tuple[Tensor, Tensor]:
     """Adds to `dq` in place; returns gradients of the means, `[B, Hk, Nk, D]`."""
     dtype = accumulator(q)
@@ -61,7 +61,7 @@ def add_gradients(
 
 @torch.no_grad()
 def tangents(
-    tq, tk_means, tv_means, q, k_means, v_means, levels, out, lse, g: Geometry
+    tq, tk_means, tv_means, q, k_means, v_means, levels, out, lse, g: Call
 ) -> tuple[Tensor, Tensor]:
     """What the means add to the tangents of out and lse, in the dtype of sums."""
     keys, values, t_keys, t_values = (
@@ -81,7 +81,7 @@ def tangents(
     return t_out, t_lse
 
 
-def _chunks(q: Tensor, k_means: Tensor, levels: Tensor, g: Geometry) -> Iterator[_Chunk]:
+def _chunks(q: Tensor, k_means: Tensor, levels: Tensor, g: Call) -> Iterator[_Chunk]:
     """Logits in natural units, -inf where a mean is not seen."""
     batch, heads, blocks = q.shape[0], q.shape[1], k_means.shape[2]
     keys = k_means.to(accumulator(q))[:, :, None]
