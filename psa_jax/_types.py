@@ -9,8 +9,9 @@ from jax import Array
 from shared_specs.config import PSAConfig
 from shared_specs.config_types import ConfigFields
 
-Overrides = ConfigFields["float | Array | None"]
-"""Fields of `PSAConfig` as keywords."""
+
+class Overrides(ConfigFields["float | Array | None"], total=False):
+    """Fields of `PSAConfig` as keywords."""
 
 
 class CallArguments(Overrides, total=False):
@@ -43,6 +44,6 @@ class VideoArguments(TypedDict, total=False):
     """Likewise, of a `PSAVideoAttention`."""
 
     step: int | Array | None
-    branch: str | None
+    branch: str
     cross_attention: bool
     implementation: str | None

@@ -165,7 +165,7 @@ def _attend(
 ) -> tuple[Array, ...]:
     order = TokenOrder.from_config(config, q.shape[2], k.shape[2])
     q, k, v, state = order.apply(q, k, v)
-    if form is None:
+    if levels is None:
         chosen = choose_levels(q, k, config)
     else:
         chosen = Chosen(from_segments(levels) if form == "segments" else levels, None)

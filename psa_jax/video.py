@@ -92,7 +92,7 @@ class PSAVideoAttention(nn.Module):
         *,
         return_lse: bool,
         **arguments: Unpack[VideoArguments],
-    ) -> Array | tuple[Array, Array]: ...
+    ) -> Array | tuple[Array, ...]: ...
     @nn.compact
     def __call__(
         self,
@@ -105,7 +105,7 @@ class PSAVideoAttention(nn.Module):
         cross_attention: bool = False,
         return_lse: bool = False,
         implementation: str | None = None,
-    ) -> Array | tuple[Array, Array]:
+    ) -> Array | tuple[Array, ...]:
         """Attention over text and video tokens, in the order that they come in.
 
         Dense where the model needs it: in the warm-up steps, and for cross-attention, which is
@@ -172,8 +172,9 @@ class PSAVideoAttention(nn.Module):
             for name, value in values.items()
         }
 
-    def _remember(self, memory: dict[str, nn.Variable], called: Called, step: int | Array) -> None:
+    def _remember(self, memory: dict[str, nn.Variable], called: Called, step: Any) -> None:
         run = called.run
+        assert run is not None  # of a call with memory
         # What other branches clustered before a warm-up step is another video's too.
         for name in self.variables[STATE]:
             if name.startswith("centroids_step["):

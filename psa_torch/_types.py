@@ -9,8 +9,9 @@ from torch import Tensor
 from shared_specs.config import PSAConfig
 from shared_specs.config_types import ConfigFields
 
-Overrides = ConfigFields["float | Tensor | None"]
-"""Fields of `PSAConfig` as keywords."""
+
+class Overrides(ConfigFields["float | Tensor | None"], total=False):
+    """Fields of `PSAConfig` as keywords."""
 
 
 class CallArguments(Overrides, total=False):

@@ -335,12 +335,12 @@ def head_density(levels: Tensor, q_len: int, kv_len: int, config: PSAConfig) -> 
 
 @torch.library.custom_op("psa::head_density", mutates_args=())
 def _head_density(levels: Tensor, q_len: int, kv_len: int, config: str) -> Tensor:
-    config = parse_config(config)
-    candidates = int(candidate_blocks(q_len, kv_len, config).sum()) * levels.shape[0]
+    settings = parse_config(config)
+    candidates = int(candidate_blocks(q_len, kv_len, settings).sum()) * levels.shape[0]
     listed = levels > 0
     cost = (listed / levels.clamp(min=1).float()).sum((0, 2, 3))
-    if config.is_rest_mean:
-        cost += (candidates - listed.sum((0, 2, 3))) * config.rest_share
+    if settings.is_rest_mean:
+        cost += (candidates - listed.sum((0, 2, 3))) * settings.rest_share
     return cost / max(1, candidates)
 
 

@@ -241,7 +241,7 @@ def text_blocks(q_len: int, kv_len: int, config: PSAConfig) -> tuple[np.ndarray,
 def _any_in_block(flags: np.ndarray, block: int) -> np.ndarray:
     padded = np.zeros(cdiv(len(flags), block) * block, bool)
     padded[: len(flags)] = flags
-    return padded.reshape(-1, block).any(-1)
+    return np.any(padded.reshape(-1, block), -1)
 
 
 def _row_positions(q_len: int, kv_len: int, config: PSAConfig) -> tuple[np.ndarray, np.ndarray]:

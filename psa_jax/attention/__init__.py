@@ -106,15 +106,15 @@ def sparse_attention(
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     sizes = describe("q", q), describe("k", k), describe("v", v)
     checks.check_qkv(*sizes)
-    q, scale = absorb_scale(q, scale)
+    q, factor = absorb_scale(q, scale)
     form = checks.check_levels_shape(
         describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
     )
     check_levels_of_form(levels, form)
-    scale = resolve_scale(scale, q.shape[-1])
+    factor = resolve_scale(factor, q.shape[-1])
 
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
-    call = Call(name, block_m, block_n, scale, is_causal, rest)
+    call = Call(name, block_m, block_n, factor, is_causal, rest)
     run = functools.partial(_attend, call=call, form=form, return_lse=return_lse)
     levels = lax.stop_gradient(levels)
     return per_shard(run, q, k, v, levels, along_sequence=1 + return_lse)

@@ -103,7 +103,7 @@ def sparse_attention(
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     require_tensor("levels", levels)
     (q, k, v), sizes = checked_inputs(q, k, v)
-    q, scale = absorb_scale(q, scale)
+    q, factor = absorb_scale(q, scale)
     form = checks.check_levels_shape(
         describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
     )
@@ -115,7 +115,7 @@ def sparse_attention(
         from_segments(levels) if form == "segments" else levels,
         block_m=block_m,
         block_n=block_n,
-        scale=scale,
+        scale=factor,
         is_causal=is_causal,
         rest=rest,
         implementation=implementation,

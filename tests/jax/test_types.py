@@ -1,7 +1,6 @@
 """The typed keywords of the public calls are those of their signatures."""
 
 import inspect
-from typing import get_type_hints
 
 import pytest
 
@@ -26,5 +25,5 @@ def test_keywords(function, keywords):
     kinds = {kind: {x.name for x in signature if x.kind is kind} for kind in inspect._ParameterKind}
     named = kinds[inspect.Parameter.KEYWORD_ONLY] - FLAGS
     if kinds[inspect.Parameter.VAR_KEYWORD]:
-        named |= get_type_hints(_types.Overrides.__origin__).keys()
+        named |= _types.Overrides.__optional_keys__
     assert named == keywords.__required_keys__ | keywords.__optional_keys__

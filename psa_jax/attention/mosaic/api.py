@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -60,6 +61,7 @@ def forward(
     """
     q_len, dim = q.shape[2:]
     q, k, v = (pad_channels(x) for x in (q, k, v))
+    config = config or default_config(q.shape[-1], block_m)
     call = _Call(q, k, block_m, block_n, is_causal, config)
     walk = call.walk(call.config.forward)
     sign, scale = _split(scale)
@@ -102,6 +104,7 @@ def backward(
     """
     dim = q.shape[-1]
     dout, q, k, v, out = (pad_channels(x) for x in (dout, q, k, v, out))
+    config = config or default_config(q.shape[-1], block_m)
     call = _Call(q, k, block_m, block_n, is_causal, config)
     sign, scale = _split(scale)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
@@ -139,7 +142,8 @@ def backward(
         for rows, gradient in zip(by_level, sums, strict=True):
             rows[rounds.level] = gradient
     dk, dv = (unpool(rows, walk.geometry, k.shape) for rows in by_level)
-    return tuple(x[..., :dim].astype(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
+    dq, dk, dv = (x[..., :dim].astype(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv
 
 
 def _split(scale: float) -> tuple[float, float]:
@@ -158,11 +162,8 @@ class _Call:
     block_m: int
     block_n: int
     is_causal: bool
-    config: Config | None
-
-    def __post_init__(self) -> None:
-        self.config = self.config or default_config(self.q.shape[-1], self.block_m)
-        self.interpret = interpreter()
+    config: Config
+    interpret: Any = dataclasses.field(default_factory=interpreter)
 
     def geometry(self, tile: int) -> Geometry:
         lengths = self.q.shape[2], self.k.shape[2]

@@ -21,7 +21,7 @@ def unpool(by_level: dict[int, jax.Array], geometry: Geometry, shape: tuple[int,
         float32, of that shape.
     """
     batch, heads, kv_len, dim = shape
-    total = 0
+    total = jnp.zeros((), jnp.float32)
     for g, rows in sorted(by_level.items()):
         level, tokens = LEVELS[g], geometry.key_blocks * geometry.rows[g]
         share = rows.reshape(batch, heads, geometry.key_blocks, geometry.pitch[g], dim)

@@ -95,7 +95,8 @@ def add_tangents(
     g = Call(q.shape[2], k.shape[2], block_m, block_n, is_causal, scale)
     moved = _means(tk, tv, block_n)
     added = plain.tangents(tq, *moved, q, *_means(k, v, block_n), levels, out, lse, g)
-    return tuple((x + y).to(x.dtype) for x, y in zip(tangents, added, strict=True))
+    t_out, t_lse = ((x + y).to(x.dtype) for x, y in zip(tangents, added, strict=True))
+    return t_out, t_lse
 
 
 def _means(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ key it covers is its plain sum over queries; every level adds to its own sum wha
 owes and passes that down, and level 1 writes the gradients.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,8 +66,8 @@ def backward(
     Returns:
         dq, dk, dv in the shapes and dtypes of q, k and v. Contiguous.
     """
-    geometry = dict(block_m=block_m, block_n=block_n, is_causal=is_causal)
-    lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
+    geometry: dict[str, Any] = dict(block_m=block_m, block_n=block_n, is_causal=is_causal)
+    lengths: dict[str, Any] = dict(q_len=q.shape[2], kv_len=k.shape[2])
     config = config or configs.backward_config(q, block_m, block_n)
     if isinstance(config.query, HopperQueryGradConfig):
         rows = rows_in_place(k, v, block_n)
@@ -111,7 +113,9 @@ def backward_planned(
     Where dq is not warp-specialised, the rows are those of a pyramid in one place.
     """
     q, dout, out = (configs.rows_contiguous(x) for x in (q, dout.to(q.dtype), out))
-    geometry = dict(kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal)
+    geometry: dict[str, Any] = dict(
+        kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal
+    )
     with on_device_of(q):
         statistics = launch_row_statistics(out, dout, lse, dlse, block_m)
         shared = (q, rows, dout, statistics)
@@ -155,10 +159,12 @@ def key_gradients(
     if any(isinstance(level, HopperKeyGradConfig) for level in config):
         q, dout = aligned_rows(q), aligned_rows(dout)
     shared = (q, rows, dout, statistics)
-    geometry = dict(kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal)
+    geometry: dict[str, Any] = dict(
+        kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal
+    )
     # Coarsest first: each level adds what the level above owes to its rows.
     for g in reversed(range(len(LEVELS))):
-        level = dict(g=g, scale=scale, config=config[g], **geometry)
+        level: dict[str, Any] = dict(g=g, scale=scale, config=config[g], **geometry)
         if isinstance(config[g], PooledGradConfig):
             launch_pooled_gradient(*shared, by_query, by_key, pooled, **level)
         elif isinstance(config[g], HopperKeyGradConfig):

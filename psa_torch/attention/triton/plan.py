@@ -1,6 +1,6 @@
 """What the kernels walk: tables of visited blocks and how many of them need no mask."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def query_plan(
         block_m, block_n: queries and keys per block.
         is_causal: leave out blocks of which no key is visible.
     """
-    geometry = dict(q_len=q_len, kv_len=kv_len, block_m=block_m, block_n=block_n)
+    geometry: dict[str, Any] = dict(q_len=q_len, kv_len=kv_len, block_m=block_m, block_n=block_n)
     return Plan(*build_plan(levels, is_causal=is_causal, **geometry))
 
 
@@ -55,5 +55,5 @@ def key_plan(
         block_m, block_n: queries and keys per block.
         is_causal: leave out query blocks that see no key of the block.
     """
-    geometry = dict(q_len=q_len, kv_len=kv_len, block_m=block_m, block_n=block_n)
+    geometry: dict[str, Any] = dict(q_len=q_len, kv_len=kv_len, block_m=block_m, block_n=block_n)
     return Plan(*build_plan(levels, is_causal=is_causal, transposed=True, **geometry))
