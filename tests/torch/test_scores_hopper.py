@@ -10,7 +10,7 @@ from psa_torch.kernels import scores
 from psa_torch.kernels.configs import HopperScoreConfig
 from shared_specs import PSAConfig
 from shared_specs.importance import block_scores
-from tests.torch import gluon_interpreter
+from tests.support import gluon_interpreter
 
 scores_hopper = pytest.importorskip("psa_torch.kernels.scores_hopper")
 

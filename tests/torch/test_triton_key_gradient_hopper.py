@@ -18,9 +18,9 @@ from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.attention.triton.row_statistics import launch_row_statistics
 from psa_torch.attention.triton.units import LEAST_RUN, LOG_ENTRY, MASKED, UNIT_ROWS, build_units
 from shared_specs.constants import LEVELS
-from tests.torch import gluon_interpreter
+from tests.support import gluon_interpreter
+from tests.support.memory_layouts import rows_copied, rows_in_one_place, strided
 from tests.torch.attention_contract import Case, expected
-from tests.torch.memory_layouts import rows_copied, rows_in_one_place, strided
 
 kernels = pytest.importorskip("psa_torch.attention.triton.hopper.key_gradient")
 
