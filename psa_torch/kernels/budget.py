@@ -17,15 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel, repeated
 from psa_torch.kernels._launch import next_power_of_2, on_device_of, require_dtype
 from psa_torch.kernels.table import warps_for_row
 from shared_specs.budget import precision_bits
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 from shared_specs.selection import candidate_blocks
 
 HIGH_BITS = 12
 
 
+@repeated
 def budget_levels(defects: Tensor, config: PSAConfig, *, q_len: int, kv_len: int) -> Tensor:
     """Levels of every (query block, key block) pair.
 
@@ -66,17 +69,30 @@ def budget_levels(defects: Tensor, config: PSAConfig, *, q_len: int, kv_len: int
     with on_device_of(defects):
         if config.budget_scope == "row":
             share = config.budget * config.block_n
-            levels_by_row[grid](defects, levels, *sizes, SHARE=share, **constants)
+            launch_kernel(levels_by_row, grid, defects, levels, *sizes, SHARE=share, **constants)
             return levels
         tops = defects.new_empty(batch * heads, q_blocks, dtype=torch.int32)
         bins = (1 << HIGH_BITS, 1 << (bits - HIGH_BITS))
-        found = defects.new_zeros(batch * heads, sum(bins) + 1, dtype=torch.int32)
+        found = defects.new_empty(batch * heads, sum(bins) + 1, dtype=torch.int32)
         limit = _limit(q_len, kv_len, config)
         constants |= {"SHIFT": bits - HIGH_BITS, "ROWS": next_power_of_2(q_blocks)}
-        largest_of_rows[grid](defects, tops, *sizes, **constants)
+        share = next_power_of_2(cdiv(sum(bins) + 1, q_blocks))
+        launch_kernel(largest_of_rows, grid, defects, tops, found, *sizes, SHARE=share, **constants)
         for is_low in (False, True):
-            count_changes[grid](defects, tops, found, limit, *sizes, IS_LOW=is_low, **constants)
-        levels_by_head[grid](defects, tops, found, levels, limit, *sizes, **constants)
+            launch_kernel(
+                count_changes,
+                grid,
+                defects,
+                tops,
+                found,
+                limit,
+                *sizes,
+                IS_LOW=is_low,
+                **constants,
+            )
+        launch_kernel(
+            levels_by_head, grid, defects, tops, found, levels, limit, *sizes, **constants
+        )
     return levels
 
 
@@ -267,6 +283,7 @@ def _store_levels(pointer, at, level, raw_rest, is_nan, candidate, forced, insid
 def largest_of_rows(
     defects,
     tops,
+    found,
     q_blocks,
     k_blocks,
     q_len,
@@ -286,8 +303,10 @@ def largest_of_rows(
     WIDTH: tl.constexpr,
     SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
-    """Bits of the largest defect at rest among the free blocks of each row, `[B * H, Nq]`."""
+    """Bits of the largest defect at rest among the free blocks of each row, `[B * H, Nq]`; and
+    zeros to the row's share of the histograms."""
     pid = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     candidate, forced = _kinds(
@@ -296,6 +315,9 @@ def largest_of_rows(
     )  # fmt: skip
     raw = _raw(defects, pid * k_blocks + column, column < k_blocks, 3)
     tl.store(tops + pid, tl.max(tl.where(candidate & (forced == 0), raw, 0), 0))
+    bins: tl.constexpr = (1 << (BITS - SHIFT)) + (1 << SHIFT) + 1
+    at = tl.program_id(0) % q_blocks * SHARE + tl.arange(0, SHARE)
+    tl.store(found + pid // q_blocks * bins + at, tl.zeros_like(at), mask=at < bins)
 
 
 @triton.jit
@@ -358,7 +380,7 @@ def count_changes(
     of_1, of_2, of_4, of_8 = _next_changes(
         two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8
     )
-    least = 0
+    least = tl.zeros_like(price)
     for _ in tl.static_range(4):
         change = tl.where(level == 8, of_8, never)
         change = tl.where(level == 4, of_4, change)
@@ -377,12 +399,12 @@ def count_changes(
             tl.atomic_add(found + HIGH + (at & (LOW - 1)), saved, mask=counts, sem="relaxed")
         else:
             # Most changes are in the first bin: one sum a row instead of an addition each.
-            least += tl.sum(tl.where(of_bin == 0, saved, 0), 0)
+            least += tl.where(of_bin == 0, saved, 0)
             tl.atomic_add(found + of_bin, saved, mask=moved & (of_bin > 0), sem="relaxed")
         price = tl.where(moved, next_price, price)
         level = tl.where(moved, next_level, level)
     if IS_LOW == 0:
-        tl.atomic_add(found, least, sem="relaxed")
+        tl.atomic_add(found, tl.sum(least, 0), sem="relaxed")
 
 
 @triton.jit

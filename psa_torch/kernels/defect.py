@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel, repeated
 from psa_torch.kernels._launch import (
     cdiv,
     next_power_of_2,
@@ -28,6 +29,7 @@ LOG2E = 1.4426950408889634
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@repeated
 def defect_scores(
     q: Tensor,
     k: Tensor,
@@ -53,7 +55,9 @@ def defect_scores(
     scores = q.new_empty(batch, heads, n_q, n_k, 4, dtype=torch.float32)
     places = (block_m // sample_m, int(defect_offsets(block_m, sample_m)[0]))
     with on_device_of(q):
-        lost_masses[(tiles, strips)](
+        launch_kernel(
+            lost_masses,
+            (tiles, strips),
             q,
             k,
             lost,
@@ -79,7 +83,9 @@ def defect_scores(
             num_stages=3 if q.dtype != torch.float32 else 1,
         )
         rows = max(64, sample_m)
-        mean_squares[(cdiv(samples, rows) * cdiv(n_k, 32), batch * heads)](
+        launch_kernel(
+            mean_squares,
+            (cdiv(samples, rows) * cdiv(n_k, 32), batch * heads),
             lost,
             parts,
             scores,
