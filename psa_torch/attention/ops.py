@@ -150,14 +150,16 @@ def _(tq, tk, tv, q, k, v, levels, out, lse, implementation, block_m, block_n, s
     return q.new_empty(q.shape), lse.new_empty(lse.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def setup_context(ctx, inputs, output):
+    """Keep what `backward` needs; inputs and output are those of `psa::attention_forward`."""
     q, k, v, levels, *ctx.settings = inputs
     ctx.save_for_backward(q, k, v, levels, *output)
     # Most callers use only out; None instead of a tensor of zeros then saves its pass.
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):
+def backward(ctx, dout, dlse):
+    """Gradients of the inputs of `psa::attention_forward`."""
     no_grad = (None,) * (1 + len(ctx.settings))
     if dout is None and dlse is None:
         return None, None, None, *no_grad
@@ -173,7 +175,7 @@ def _no_second_derivative(ctx, *grads):
     raise NotImplementedError(NO_SECOND_DERIVATIVE)
 
 
-attention_forward.register_autograd(_backward, setup_context=_setup_context)
+attention_forward.register_autograd(backward, setup_context=setup_context)
 attention_backward.register_autograd(_no_second_derivative)
 attention_tangent.register_autograd(_no_second_derivative)
 _eager_backward = eager(attention_backward)
@@ -185,10 +187,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         output = attention_forward._init_fn(*inputs)
-        _setup_context(ctx, inputs, output)
+        setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    backward = staticmethod(backward)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
