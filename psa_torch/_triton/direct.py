@@ -3,8 +3,11 @@
 What that function takes changed between Triton 3.6 and 3.9: nothing else knows of it.
 """
 
+import contextlib
 import inspect
+import threading
 import types
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -207,6 +210,24 @@ def is_watched() -> bool:
         or runtime.add_stages_inspection_hook
         or triton.knobs.compilation.instrumentation_mode
     )
+
+
+@contextlib.contextmanager
+def launches_of_this_thread() -> Iterator[list]:
+    """A list that grows with every launch that Triton makes inside."""
+    found: list = []
+    thread = threading.get_ident()
+
+    def see(metadata: Any) -> None:
+        if threading.get_ident() == thread:
+            found.append(metadata)
+
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(see)
+    try:
+        yield found
+    finally:
+        hook.remove(see)
 
 
 def _calls(hook: Any) -> Any:

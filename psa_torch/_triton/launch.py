@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._eager import recording
-from psa_torch._triton.direct import Distance, is_watched
+from psa_torch._triton.direct import Distance, is_watched, launches_of_this_thread
 from psa_torch._triton.recording import ALIGNMENT, Plan, Recorder
 
 __all__ = ["Distance", "launch_kernel", "repeated"]
@@ -90,11 +90,11 @@ def repeat(function: Callable, plans: dict[tuple, Any], args: tuple, kwargs: dic
     recorder = Recorder(tensors)
     recording.recorder = recorder
     try:
-        with recorder:
+        with launches_of_this_thread() as made, recorder:
             result = function(*args, **kwargs)
     finally:
         recording.recorder = None
-    plan = recorder.plan(result)
+    plan = recorder.plan(result, len(made))
     plans[key] = _NEVER if plan is None else plan
     return result
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from psa_torch._checks import without_autocast
 from psa_torch._eager import eager, wants_gradient
 from psa_torch._vmap import register_batch_rule
+from psa_torch.attention import rest as means_of_rest
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
 from psa_torch.masks import check_level_values
 
@@ -31,6 +32,7 @@ def attention_forward(
     block_n: int,
     scale: float,
     is_causal: bool,
+    rest: str,
 ) -> tuple[Tensor, Tensor]:
     """out and lse; arguments as in `psa_torch.sparse_attention`, dense integer levels.
 
@@ -41,22 +43,23 @@ def attention_forward(
     check_level_values(levels)
     if not q.shape[0]:  # an empty batch: no implementation has to know
         return _like_forward(q)
+    levels = levels.int()
+    settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
-        return IMPLEMENTATIONS[name].forward(
-            q,
-            k,
-            v,
-            levels.int(),
-            block_m=block_m,
-            block_n=block_n,
-            scale=scale,
-            is_causal=is_causal,
-        )
+        found = IMPLEMENTATIONS[name].forward(q, k, v, levels, **settings)
+        if rest == "mean":
+            found = means_of_rest.add_means(q, k, v, levels, *found, **settings)
+    return found
 
 
 @attention_forward.register_fake
-def _(q, k, v, levels, implementation, block_m, block_n, scale, is_causal):
+def _(q, *_):
     return _like_forward(q)
+
+
+def _settings(block_m: int, block_n: int, scale: float, is_causal: bool) -> dict:
+    """What every pass of an implementation takes by name."""
+    return {"block_m": block_m, "block_n": block_n, "scale": scale, "is_causal": is_causal}
 
 
 def _like_forward(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,30 +82,23 @@ def attention_backward(
     block_n: int,
     scale: float,
     is_causal: bool,
+    rest: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, from the gradients of out and lse (None for 0) and what forward returned."""
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     if not q.shape[0]:
         return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    arrays = q, k, v, levels.int(), out, lse
+    settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
-        return IMPLEMENTATIONS[name].backward(
-            dout,
-            dlse,
-            q,
-            k,
-            v,
-            levels.int(),
-            out,
-            lse,
-            block_m=block_m,
-            block_n=block_n,
-            scale=scale,
-            is_causal=is_causal,
-        )
+        found = IMPLEMENTATIONS[name].backward(dout, dlse, *arrays, **settings)
+        if rest == "mean":
+            found = means_of_rest.add_gradients(dout, dlse, *arrays, found, **settings)
+    return found
 
 
 @attention_backward.register_fake
-def _(dout, dlse, q, k, v, levels, out, lse, implementation, block_m, block_n, scale, is_causal):
+def _(dout, dlse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -122,6 +118,7 @@ def attention_tangent(
     block_n: int,
     scale: float,
     is_causal: bool,
+    rest: str,
 ) -> tuple[Tensor, Tensor]:
     """Tangents of out and lse, from those of q, k and v and what forward returned.
 
@@ -138,16 +135,18 @@ def attention_tangent(
         )
     if not q.shape[0]:
         return _like_forward(q)
-    sizes = {"block_m": block_m, "block_n": block_n}
+    arrays = tq, tk, tv, q, k, v, levels.int(), out, lse
+    settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
-        return walk(
-            tq, tk, tv, q, k, v, levels.int(), out, lse, **sizes, scale=scale, is_causal=is_causal
-        )
+        found = walk(*arrays, **settings)
+        if rest == "mean":
+            found = means_of_rest.add_tangents(*arrays, found, **settings)
+    return found
 
 
 @attention_tangent.register_fake
-def _(tq, tk, tv, q, k, v, levels, out, lse, implementation, block_m, block_n, scale, is_causal):
-    return q.new_empty(q.shape), lse.new_empty(lse.shape)
+def _(tq, tk, tv, q, *_):
+    return _like_forward(q)
 
 
 def setup_context(ctx, inputs, output):

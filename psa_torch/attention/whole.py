@@ -51,7 +51,8 @@ def _choose_and_attend(q, k, v, choose, settings, implementation, keep_scores):
 def _attention_settings(q: Tensor, settings: Settings, implementation: str | None) -> tuple:
     """What `psa::attention_forward` takes after its tensors."""
     scale = resolve_scale(settings.scale, q.shape[-1])
-    return implementation, settings.block_m, settings.block_n, scale, settings.causal
+    blocks = settings.block_m, settings.block_n
+    return implementation, *blocks, scale, settings.causal, settings.rest
 
 
 @functools.cache

@@ -341,7 +341,13 @@ def case_more_than_launches_is_never_repeated():
         out, _ = function(x, 50, 2.5)
         return out.fill_(3.0)
 
-    for body in (copies, reads_others, returns_a_part, returns_its_input, fills):
+    def launches_past_it(x):
+        out, _ = function(x, 50, 2.5)
+        scale_kernel[(1,)](x, None, out, out, 5, 1, 1.0, 2, SIZES=(64,))
+        return out
+
+    bodies = copies, reads_others, returns_a_part, returns_its_input, fills, launches_past_it
+    for body in bodies:
         calls = Calls(body)
         for _ in range(4):
             calls(tensor())

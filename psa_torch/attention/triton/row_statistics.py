@@ -59,7 +59,7 @@ def row_statistics(
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     row = batch_head.to(tl.int64) * q_len + m
     lse = tl.load(lse_pointer + row, mask=real, other=float("-inf"))
-    seen = lse > float("-inf")
+    seen = lse != float("-inf")
     if HAS_DLSE:
         delta -= tl.load(dlse_pointer + row, mask=real, other=0.0)
     padded_row = batch_head.to(tl.int64) * padded_q_len + m

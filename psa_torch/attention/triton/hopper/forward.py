@@ -47,6 +47,8 @@ from psa_torch.attention.triton.walk import (
 from psa_torch.kernels._launch import capability, resident_programs
 
 LN2 = gl.constexpr(0.6931471805599453)
+LOWEST = gl.constexpr(-3.4028234663852886e38)
+"""Least finite float32, the maximum of rows that saw nothing: -inf could not be subtracted."""
 
 
 class Results(NamedTuple):
@@ -114,7 +116,7 @@ def _multiply_tiles(
         turn = taken
         taken += 1
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-        top = gl.full([ROWS], float("-inf"), gl.float32, s_row)
+        top = gl.full([ROWS], LOWEST, gl.float32, s_row)
         total = gl.full([ROWS], 0.0, gl.float32, s_row)
         first = block * (2 * ROWS) + part * ROWS
         row = first + gl.arange(0, ROWS, s_row)
@@ -186,7 +188,7 @@ def _multiply_tiles(
             acc = _end_values(adding, weights, values, last_tile)
         multiplied += tiles
 
-        seen = total > 0
+        seen = total != 0  # NaN, past the range of float32, is not nothing
         norm = gl.where(seen, 1.0 / gl.where(seen, total, 1.0), 0.0)
         lse = (top + gl.log2(gl.where(seen, total, 1.0))) * LN2
         out = acc * gl.expand_dims(gl.convert_layout(norm, gl.SliceLayout(1, o_layout)), 1)
