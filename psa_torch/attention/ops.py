@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._checks import without_autocast
+from psa_torch._dispatch import repeated
 from psa_torch._eager import eager, wants_gradient
 from psa_torch._vmap import register_batch_rule
 from psa_torch.attention import rest as means_of_rest
@@ -22,6 +23,7 @@ NO_SECOND_DERIVATIVE = (
 
 
 @torch.library.custom_op("psa::attention_forward", mutates_args=())
+@repeated
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -68,6 +70,7 @@ def _like_forward(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("psa::attention_backward", mutates_args=())
+@repeated
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,

@@ -4,14 +4,13 @@ In an eager call on a GPU the kernels of scores, levels and attention are one re
 `_triton.launch`) instead of three, and what lies between them is memory of its own.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from psa_torch._config import Settings
-from psa_torch._dispatch import use_kernels
+from psa_torch._dispatch import repeated, use_kernels
 from psa_torch._eager import is_eager, wants_gradient
 from psa_torch.attention import ops
 from psa_torch.attention.functorch import attention
@@ -38,10 +37,11 @@ def choose_and_attend(
     """
     inputs = q, k, v, choose, settings, implementation, keep_scores
     if not (is_eager(q, k, v) and use_kernels(q)):
-        return _choose_and_attend(*inputs)
-    return _Whole.apply(*inputs) if wants_gradient(q, k, v) else _repeated()(*inputs)
+        return _choose_and_attend.__wrapped__(*inputs)
+    return _Whole.apply(*inputs) if wants_gradient(q, k, v) else _choose_and_attend(*inputs)
 
 
+@repeated
 def _choose_and_attend(q, k, v, choose, settings, implementation, keep_scores):
     levels, scores = choose(q, k, settings)
     out, lse = attention(q, k, v, levels, *_attention_settings(q, settings, implementation))
@@ -55,20 +55,13 @@ def _attention_settings(q: Tensor, settings: Settings, implementation: str | Non
     return implementation, *blocks, scale, settings.causal, settings.rest
 
 
-@functools.cache
-def _repeated() -> Callable:
-    from psa_torch._triton.launch import repeated  # where Triton is not installed nobody gets here
-
-    return repeated(_choose_and_attend)
-
-
 class _Whole(torch.autograd.Function):
     """`_choose_and_attend` with the gradient of attention; the choice has none."""
 
     @staticmethod
     def forward(ctx, *inputs):
         q, k, v, _, settings, implementation, _ = inputs
-        out, lse, levels, scores = _repeated()(*inputs)
+        out, lse, levels, scores = _choose_and_attend(*inputs)
         given = q, k, v, levels, *_attention_settings(q, settings, implementation)
         ops.setup_context(ctx, given, (out, lse))
         ctx.mark_non_differentiable(levels, *(() if scores is None else (scores,)))

@@ -337,7 +337,9 @@ def means_of_blocks(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]
     (batch, heads, kv_len, head_dim), blocks = k.shape, cdiv(k.shape[2], block_n)
     means = tuple(x.new_empty(batch, heads, blocks, head_dim) for x in (k, v))
     with on_device_of(k):
-        mean_of_block[(blocks * batch * heads, 2)](
+        launch_kernel(
+            mean_of_block,
+            (blocks * batch * heads, 2),
             k,
             v,
             *means,
