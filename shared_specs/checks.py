@@ -99,7 +99,8 @@ def is_array(value: Any) -> bool:
     One compares and converts as its number does, but loses its gradient on the way, and a traced
     one fails later and without a name. NumPy's scalars are numbers.
     """
-    return hasattr(value, "shape") and not isinstance(value, np.generic)
+    # Numbers first: of one that is a symbol PyTorch's compiler cannot tell what it has.
+    return not isinstance(value, (int, float, np.generic)) and hasattr(value, "shape")
 
 
 def check_blocks(block_m: Any, block_n: Any) -> None:

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv, on_device_of, padded_head_dim, require_dtype
 from psa_torch.kernels.label_sort import sort_by_label
 
@@ -88,7 +89,9 @@ def nearest(tokens: Tensor, columns: Columns, scale: Tensor) -> Tensor:
     labels = torch.empty(batch, heads, n, dtype=torch.int32, device=tokens.device)
     rows = 256 if head_dim <= 128 else 128
     with on_device_of(tokens):
-        _nearest_kernel[(cdiv(n, rows), batch * heads)](
+        launch_kernel(
+            _nearest_kernel,
+            (cdiv(n, rows), batch * heads),
             tokens,
             *columns,
             scale,
@@ -130,7 +133,9 @@ def move_centroids(
     bins = 0 if by_label is None else by_label.totals.shape[2]
     order, _, totals, ends = (None,) * 4 if by_label is None else by_label
     with on_device_of(tokens):
-        _mean_kernel[(padded, batch * heads)](
+        launch_kernel(
+            _mean_kernel,
+            (padded, batch * heads),
             tokens,
             order,
             totals,

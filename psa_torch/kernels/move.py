@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of
 
 ROW_BYTES = 16_384
@@ -47,7 +48,9 @@ def _launch(tensors, moved, orders, kv_heads: int) -> None:
     width = next_power_of_2(head_dim)
     rows = max(8, ROW_BYTES // (width * tensors[0].element_size()))
     with on_device_of(tensors[0]):
-        _move_kernel[(cdiv(length, rows), batch * (heads + 2 * kv_heads))](
+        launch_kernel(
+            _move_kernel,
+            (cdiv(length, rows), batch * (heads + 2 * kv_heads)),
             *tensors,
             *moved,
             *orders,

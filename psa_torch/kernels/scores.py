@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch._triton.launch import launch_kernel, repeated
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import (
     capability,
     cdiv,
@@ -61,7 +61,6 @@ _LOG2_E = 1.4426950408889634
 _LEAST_SCALE = 1e-30
 
 
-@repeated
 def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     """Scores of every (query block, key block) pair by `config.importance`.
 

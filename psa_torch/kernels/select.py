@@ -23,13 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch._triton.launch import launch_kernel, repeated
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
 from psa_torch.kernels.table import plan_of_blocks, store_table_row, warps_for_row
 from shared_specs.config import PSAConfig
 
 
-@repeated
 def select_levels(
     scores: Tensor,
     config: PSAConfig,
