@@ -7,7 +7,7 @@ Every message names the argument, its value and what is accepted.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +20,10 @@ from shared_specs.constants import (
     MAX_HEAD_DIM,
     RESTS,
 )
+from shared_specs.geometry import cdiv
 
-MAX_FLOAT32 = float(np.finfo(np.float32).max)
+MAX_SCALE = float(np.finfo(np.float32).max) / math.log2(math.e)
+"""Kernels multiply by `scale * log2(e)`, in float32."""
 
 INTEGER_DTYPES = ("int8", "uint8", "int16", "int32", "int64")
 
@@ -91,28 +93,67 @@ def check_qkv(
         )
 
 
+def is_array(value: Any) -> bool:
+    """Whether `value` is an array or tensor where a number is meant.
+
+    One compares and converts as its number does, but loses its gradient on the way, and a traced
+    one fails later and without a name. NumPy's scalars are numbers.
+    """
+    return hasattr(value, "shape") and not isinstance(value, np.generic)
+
+
 def check_blocks(block_m: Any, block_n: Any) -> None:
     """Block sizes given outside a configuration."""
     for name, value, accepted in (("block_m", block_m, BLOCK_M), ("block_n", block_n, BLOCK_N)):
-        if isinstance(value, bool) or value not in accepted:
+        if isinstance(value, bool) or is_array(value) or value not in accepted:
             raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
 
 
 def check_scale(scale: Any) -> None:
-    """`scale` is None or a number, Python's or NumPy's, that is finite in float32."""
+    """`scale` is None or a number, Python's or NumPy's, that is finite in float32, also when it is
+    multiplied by log2(e)."""
     if scale is None:
         return
     numbers = (int, float, np.integer, np.floating)
     if isinstance(scale, bool) or not isinstance(scale, numbers):
         raise TypeError(f"scale must be None or a Python number, got {scale!r}")
-    if not math.isfinite(scale) or abs(float(scale)) > MAX_FLOAT32:
-        raise ValueError(f"scale must be finite in float32, got {scale}")
+    if not math.isfinite(scale) or abs(float(scale)) > MAX_SCALE:
+        raise ValueError(
+            f"scale must be finite in float32, at most {MAX_SCALE:.3g} in size, got {scale}"
+        )
 
 
 def check_flag(name: str, value: Any) -> None:
     """A switch is True or False, nothing that merely looks like it."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_integer(name: str, value: Any, least: int = 0) -> int:
+    """A count, as a Python integer; True is none, and an array would lose what it is part of.
+
+    Raises:
+        TypeError: it is not an integer of Python or NumPy.
+        ValueError: it is below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        kind = "an integer, not an array," if is_array(value) else "an integer,"
+        raise TypeError(f"{name} must be {kind} got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def check_triple(name: str, value: Sequence[int], meaning: str) -> tuple[int, int, int]:
+    """`value` as three ints of at least 1; ValueError naming the argument otherwise."""
+    accepted = f"{name} must be {meaning}, three integers of at least 1; got {value!r}"
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
+        raise ValueError(accepted)
+    try:
+        first, second, third = (check_integer(name, side, 1) for side in value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(accepted) from error
+    return first, second, third
 
 
 def check_rest(rest: Any) -> None:
@@ -133,7 +174,7 @@ def check_levels_shape(
         raise TypeError(f"levels must be an integer tensor, got {levels.dtype}")
     if levels.device != q.device:
         raise ValueError(f"levels must be on the device of q, {q.device}, got {levels.device}")
-    n_q, n_k = -(-q.shape[2] // block_m), -(-k.shape[2] // block_n)
+    n_q, n_k = cdiv(q.shape[2], block_m), cdiv(k.shape[2], block_n)
     dense = (q.shape[0], q.shape[1], n_q, n_k)
     segments = (*dense[:3], n_k + len(MASK_LEVELS))
     if tuple(levels.shape) == dense:

@@ -7,12 +7,14 @@ import math
 import numpy as np
 
 from shared_specs.budget import budget_levels, check_costs
+from shared_specs.checks import INTEGER_DTYPES, Described
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 
 def candidate_blocks(q_len: int, kv_len: int, config: PSAConfig) -> np.ndarray:
     """N of each row: how many leading key blocks hold a key the query block can see, `[Nq]`."""
-    n_q, n_k = _blocks(q_len, config.block_m), _blocks(kv_len, config.block_n)
+    n_q, n_k = cdiv(q_len, config.block_m), cdiv(kv_len, config.block_n)
     if not config.causal:
         return np.full(n_q, n_k, np.int32)
     _, last = _row_positions(q_len, kv_len, config)
@@ -41,11 +43,13 @@ def select_levels(
         int32 `[B, H, Nq, Nk]`, values in {0, 1, 2, 4, 8}, at least one above 0 in every row.
 
     Raises:
+        TypeError: the cap does not hold integers.
         ValueError: shapes do not fit the lengths, scores are negative, or a budget has costs that
             do not fit int32 or a cap.
     """
     scores = np.asarray(scores, np.float32)
-    check_scores(scores.shape, cap is not None, config, q_len, kv_len)
+    described = None if cap is None else Described(cap.shape, str(cap.dtype))
+    check_scores(Described(scores.shape, "float32"), described, config, q_len, kv_len)
     n_k = scores.shape[3]
     if (scores < 0).any():
         raise ValueError(f"scores must be at least 0, got {np.nanmin(scores)}")
@@ -58,7 +62,7 @@ def select_levels(
             block_n=config.block_n,
             budget=config.budget,
             levels=config.budget_levels,
-            rest_cost=int(config.is_rest_mean),
+            rest_keys=int(config.is_rest_mean),
             per_row=config.budget_scope == "row",
         )
         return _fill_empty_rows(levels, rank_blocks(scores[..., 3], candidates))
@@ -79,20 +83,39 @@ def select_levels(
 
 
 def check_scores(
-    shape: tuple[int, ...], has_cap: bool, config: PSAConfig, q_len: int, kv_len: int
+    scores: Described, cap: Described | None, config: PSAConfig, q_len: int, kv_len: int
 ) -> None:
-    """Raise ValueError unless scores of this shape, and a cap, are what the mode takes."""
-    n_q, n_k = _blocks(q_len, config.block_m), _blocks(kv_len, config.block_n)
-    expected = (n_q, n_k, 4) if config.mask_mode == "budget" else (n_q, n_k)
-    if len(shape) != 2 + len(expected) or tuple(shape[2:]) != expected:
+    """Refuse scores, or a cap, that selection does not take, before any work.
+
+    Raises:
+        TypeError: scores are not float32, or the cap does not hold integers.
+        ValueError: a shape does not fit the lengths or the mode, or a budget has a cap or costs
+            that do not fit int32.
+    """
+    n_q, n_k = cdiv(q_len, config.block_m), cdiv(kv_len, config.block_n)
+    is_budget = config.mask_mode == "budget"
+    expected = (n_q, n_k, 4) if is_budget else (n_q, n_k)
+    if len(scores.shape) != 2 + len(expected) or tuple(scores.shape[2:]) != expected:
         raise ValueError(
             f"scores must be [B, H, {', '.join(map(str, expected))}] for q_len={q_len}, "
-            f"kv_len={kv_len}, mask_mode={config.mask_mode!r}, got {tuple(shape)}"
+            f"kv_len={kv_len}, mask_mode={config.mask_mode!r}, got {tuple(scores.shape)}"
         )
-    if config.mask_mode == "budget":
+    if scores.dtype != "float32":
+        raise TypeError(f"scores must be float32, got {scores.dtype}")
+    if is_budget:
         check_costs(n_q, n_k, config.block_n)
-        if has_cap:
-            raise ValueError("cap must be None with mask_mode='budget', got one")
+    if cap is None:
+        return
+    if is_budget:
+        raise ValueError("cap must be None with mask_mode='budget', got one")
+    if cap.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"cap must hold integers, got {cap.dtype}")
+    batch, heads = scores.shape[:2]
+    kv_heads = cap.shape[1] if len(cap.shape) == 3 else 0
+    if kv_heads < 1 or heads % kv_heads or tuple(cap.shape) != (batch, kv_heads, n_k):
+        raise ValueError(
+            f"cap must be [{batch}, Hk, {n_k}] with Hk a divisor of {heads}, got {tuple(cap.shape)}"
+        )
 
 
 def rank_blocks(scores: np.ndarray, candidates: np.ndarray) -> np.ndarray:
@@ -162,7 +185,7 @@ def _whole_tiles(count: int, last: int, n: int, merge: int) -> int:
 
     Up, unless that would pass the last candidate: then down, so that no tile is left part full.
     """
-    end = min(last + -(-count // merge) * merge, n)
+    end = min(last + cdiv(count, merge) * merge, n)
     return last + (n - last) // merge * merge if end == n else end
 
 
@@ -215,17 +238,13 @@ def text_blocks(q_len: int, kv_len: int, config: PSAConfig) -> tuple[np.ndarray,
 
 
 def _any_in_block(flags: np.ndarray, block: int) -> np.ndarray:
-    padded = np.zeros(_blocks(len(flags), block) * block, bool)
+    padded = np.zeros(cdiv(len(flags), block) * block, bool)
     padded[: len(flags)] = flags
     return padded.reshape(-1, block).any(-1)
 
 
 def _row_positions(q_len: int, kv_len: int, config: PSAConfig) -> tuple[np.ndarray, np.ndarray]:
     """Key positions of the first and last query of each query block (causal)."""
-    first = np.arange(_blocks(q_len, config.block_m)) * config.block_m
+    first = np.arange(cdiv(q_len, config.block_m)) * config.block_m
     last = np.minimum(first + config.block_m, q_len) - 1
     return first + kv_len - q_len, last + kv_len - q_len
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)

@@ -1,28 +1,23 @@
 """What the video attention modules of both frameworks decide alike."""
 
-from typing import Any
-
 from shared_specs.config import PSAConfig
 
 
-def check_count(name: str, value: Any) -> None:
-    """A step or a number of steps is a Python integer of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a Python integer, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-
-
-def require_step(warmup_steps: int) -> None:
-    """Refuse a call without a step where the step decides between dense and sparse.
+def require_step(*, warmup_steps: int, refresh_every: int) -> None:
+    """Refuse a call without a step where the step decides what is done.
 
     Raises:
-        ValueError: there are warm-up steps.
+        ValueError: there are warm-up steps, or steps that keep what another one chose.
     """
+    reasons = []
     if warmup_steps:
+        reasons.append(f"warmup_steps={warmup_steps}")
+    if refresh_every > 1:
+        reasons.append(f"refresh_every={refresh_every}")
+    if reasons:
         raise ValueError(
-            f"step must be given with warmup_steps={warmup_steps}; got None, and the number of "
-            "calls says nothing about the step"
+            f"step must be given with {' and '.join(reasons)}; got None, and the number of calls "
+            "says nothing about the step"
         )
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from psa_torch._checks import without_autocast
+from psa_torch._eager import eager, wants_gradient
 from psa_torch._vmap import register_batch_rule
+from psa_torch.attention import rest as means_of_rest
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
 from psa_torch.masks import check_level_values
 
@@ -30,6 +32,7 @@ def attention_forward(
     block_n: int,
     scale: float,
     is_causal: bool,
+    rest: str,
 ) -> tuple[Tensor, Tensor]:
     """out and lse; arguments as in `psa_torch.sparse_attention`, dense integer levels.
 
@@ -40,22 +43,23 @@ def attention_forward(
     check_level_values(levels)
     if not q.shape[0]:  # an empty batch: no implementation has to know
         return _like_forward(q)
+    levels = levels.int()
+    settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
-        return IMPLEMENTATIONS[name].forward(
-            q,
-            k,
-            v,
-            levels.int(),
-            block_m=block_m,
-            block_n=block_n,
-            scale=scale,
-            is_causal=is_causal,
-        )
+        found = IMPLEMENTATIONS[name].forward(q, k, v, levels, **settings)
+        if rest == "mean":
+            found = means_of_rest.add_means(q, k, v, levels, *found, **settings)
+    return found
 
 
 @attention_forward.register_fake
-def _(q, k, v, levels, implementation, block_m, block_n, scale, is_causal):
+def _(q, *_):
     return _like_forward(q)
+
+
+def _settings(block_m: int, block_n: int, scale: float, is_causal: bool) -> dict:
+    """What every pass of an implementation takes by name."""
+    return {"block_m": block_m, "block_n": block_n, "scale": scale, "is_causal": is_causal}
 
 
 def _like_forward(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,30 +82,23 @@ def attention_backward(
     block_n: int,
     scale: float,
     is_causal: bool,
+    rest: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, from the gradients of out and lse (None for 0) and what forward returned."""
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     if not q.shape[0]:
         return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    arrays = q, k, v, levels.int(), out, lse
+    settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
-        return IMPLEMENTATIONS[name].backward(
-            dout,
-            dlse,
-            q,
-            k,
-            v,
-            levels.int(),
-            out,
-            lse,
-            block_m=block_m,
-            block_n=block_n,
-            scale=scale,
-            is_causal=is_causal,
-        )
+        found = IMPLEMENTATIONS[name].backward(dout, dlse, *arrays, **settings)
+        if rest == "mean":
+            found = means_of_rest.add_gradients(dout, dlse, *arrays, found, **settings)
+    return found
 
 
 @attention_backward.register_fake
-def _(dout, dlse, q, k, v, levels, out, lse, implementation, block_m, block_n, scale, is_causal):
+def _(dout, dlse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -121,6 +118,7 @@ def attention_tangent(
     block_n: int,
     scale: float,
     is_causal: bool,
+    rest: str,
 ) -> tuple[Tensor, Tensor]:
     """Tangents of out and lse, from those of q, k and v and what forward returned.
 
@@ -137,16 +135,18 @@ def attention_tangent(
         )
     if not q.shape[0]:
         return _like_forward(q)
-    sizes = {"block_m": block_m, "block_n": block_n}
+    arrays = tq, tk, tv, q, k, v, levels.int(), out, lse
+    settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
-        return walk(
-            tq, tk, tv, q, k, v, levels.int(), out, lse, **sizes, scale=scale, is_causal=is_causal
-        )
+        found = walk(*arrays, **settings)
+        if rest == "mean":
+            found = means_of_rest.add_tangents(*arrays, found, **settings)
+    return found
 
 
 @attention_tangent.register_fake
-def _(tq, tk, tv, q, k, v, levels, out, lse, implementation, block_m, block_n, scale, is_causal):
-    return q.new_empty(q.shape), lse.new_empty(lse.shape)
+def _(tq, tk, tv, q, *_):
+    return _like_forward(q)
 
 
 def _setup_context(ctx, inputs, output):
@@ -163,7 +163,9 @@ def _backward(ctx, dout, dlse):
     *inputs, out, lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    return *attention_backward(dout, dlse, *inputs, out, lse, *ctx.settings), *no_grad
+    # With create_graph the operator is what refuses the second derivative.
+    run = attention_backward if torch.is_grad_enabled() else _eager_backward
+    return *run(dout, dlse, *inputs, out, lse, *ctx.settings), *no_grad
 
 
 def _no_second_derivative(ctx, *grads):
@@ -173,6 +175,28 @@ def _no_second_derivative(ctx, *grads):
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
 attention_backward.register_autograd(_no_second_derivative)
 attention_tangent.register_autograd(_no_second_derivative)
+_eager_backward = eager(attention_backward)
+
+
+class _Attention(torch.autograd.Function):
+    """`psa::attention_forward` with its gradient, without the operator."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = attention_forward._init_fn(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """`psa::attention_forward` for an eager call (see `_eager`)."""
+    if wants_gradient(q, k, v):
+        return _Attention.apply(q, k, v, *rest)
+    return attention_forward._init_fn(q, k, v, *rest)
+
+
 register_batch_rule(attention_tangent)
 register_batch_rule(attention_forward)
 register_batch_rule(attention_backward)

@@ -17,6 +17,7 @@ from psa_torch.pyramid import Pyramid, build_pyramid, pool_levels
 from tests.torch import gluon_interpreter
 from tests.torch.attention_contract import Case, expected, to_numpy
 from tests.torch.memory_layouts import rows_copied, rows_in_one_place
+from tests.torch.past_float32 import assert_rule, ordinary, past_range
 
 # The package has a function of the same name.
 forward_module = importlib.import_module("psa_torch.attention.triton.forward")
@@ -55,6 +56,19 @@ def test_against_the_oracle(case, config, rng):
     torch.testing.assert_close(out.double(), torch.from_numpy(want.out), rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(lse.double(), torch.from_numpy(want.lse), rtol=1e-6, atol=2e-6)
     assert not to_numpy(out)[torch.isneginf(lse).numpy()].any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_past_the_range_of_float32(rng):
+    case = dataclasses.replace(BASE, heads=1, level=1)
+    inputs = past_range(case, rng)
+    settings = case.kernel_settings()
+    out, lse = forward(*inputs[:4], config=CONFIGS[1], **settings)
+    assert_rule(out, lse)
+    want = expected(inputs, **settings)
+    torch.testing.assert_close(
+        ordinary(out), ordinary(torch.from_numpy(want.out)), rtol=1e-5, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("case", CASES[:3], ids=str)

@@ -7,23 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from psa_jax.attention.gather.walk import (
-    ONE_PASS_BLOCKS,
-    Shape,
-    as_runs,
-    as_tile,
-    filled_like,
-    head_by_head,
-    hidden,
-    logits,
-    map_heads,
-    product,
-    sees_any,
-    take_tile,
-    tiles_used,
-    visit,
-    walk,
-)
+from psa_jax.attention.gather.heads import filled_like, head_by_head, map_heads
+from psa_jax.attention.gather.products import as_runs, logits, product, take_tile
+from psa_jax.attention.gather.shape import ONE_PASS_BLOCKS, Shape
+from psa_jax.attention.gather.visits import as_tile, hidden, sees_any, tiles_used, visit, walk
 from psa_jax.pyramid import accumulator, build_pyramid
 from psa_jax.table import Table, build_table
 
@@ -115,9 +102,10 @@ def _heads(q: Array, k: Array, v: Array, levels: Array, shape: Shape) -> tuple[A
         else:
             acc, top, total = tile_by_tile()
 
-        # A block without rows went through no tile, or through one of hidden rows only.
-        total = jnp.where(total > 0, total, 1)
-        seen = sees_any(blocks, position, shape)
+        # A block without rows went through no tile, or through one of hidden rows only; where
+        # these were the largest, all logits of the row are below the range of the arithmetic.
+        total = jnp.where(total == 0, 1, total)  # NaN, past that range, is not nothing
+        seen = sees_any(blocks, position, shape) & (top != hidden(dtype))
         out = jnp.where(seen[..., None], acc / total[..., None], 0)
         return out.astype(query.dtype), jnp.where(seen, top + jnp.log(total), -jnp.inf)
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel, repeated
 from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.configs import ForwardConfig, HopperForwardConfig
 from psa_torch.attention.triton.plan import Plan, query_plan
@@ -28,6 +29,8 @@ from shared_specs.pyramid import padded_length
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""Least finite float32, the maximum of rows that saw nothing: -inf could not be subtracted."""
 
 
 @triton.jit
@@ -52,10 +55,8 @@ def _add_masked_tile(
     if IS_CAUSAL:
         s = tl.where(last[None, :] <= position[:, None], s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
-    # A row that has seen nothing yet keeps -inf as its maximum, and must not subtract it.
-    origin = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.math.exp2(s - origin[:, None])
-    shrink = tl.math.exp2(top - origin)
+    p = tl.math.exp2(s - new_top[:, None])
+    shrink = tl.math.exp2(top - new_top)
     total = total * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
@@ -129,7 +130,7 @@ def attention_forward(
     done = in_full_tiles(u, LOG_BLOCK_N, TILE)
     done0, done1, done2, done3 = done
     acc = tl.zeros([ROWS, D], tl.float32)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
+    top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
 
     if CONTIGUOUS:
@@ -171,7 +172,7 @@ def attention_forward(
             q, k, v, acc, top, total, scale, bias, last, position, IS_CAUSAL
         )
 
-    seen = total > 0
+    seen = total != 0  # NaN, past the range of float32, is not nothing
     acc = acc * tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)[:, None]
     lse = (top + tl.math.log2(tl.where(seen, total, 1.0))) * LN2
     out_row = batch_head.to(tl.int64) * q_len + m
@@ -183,6 +184,7 @@ def attention_forward(
     tl.store(lse_pointer + out_row, tl.where(seen, lse, float("-inf")), mask=m < q_len)
 
 
+@repeated
 def forward(
     q: Tensor,
     k: Tensor,
@@ -296,7 +298,9 @@ def _launch(
     **constants,
 ) -> None:
     batch, heads, q_len, head_dim = q.shape
-    attention_forward[cdiv(q_len, config.rows), batch * heads](
+    launch_kernel(
+        attention_forward,
+        (cdiv(q_len, config.rows), batch * heads),
         q,
         *pyramid,
         *arguments,

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import (
     cdiv,
     max_inner,
@@ -121,7 +122,9 @@ def _launch(
     programs = min(items, resident_programs(q.values, tile.per_processor))
     sweep = max(64, key_blocks)
     width = cdiv(k_blocks, sweep) * sweep
-    _peak_kernel[(programs,)](
+    launch_kernel(
+        _peak_kernel,
+        (programs,),
         q.values,
         k.values,
         q.scale,

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch._triton.products import start_product
 from psa_torch._triton.rings import Ring, new_barriers, release, tile_of, wait_full
 from psa_torch.attention.triton import hopper
@@ -46,6 +47,8 @@ from psa_torch.attention.triton.walk import (
 from psa_torch.kernels._launch import capability, resident_programs
 
 LN2 = gl.constexpr(0.6931471805599453)
+LOWEST = gl.constexpr(-3.4028234663852886e38)
+"""Least finite float32, the maximum of rows that saw nothing: -inf could not be subtracted."""
 
 
 class Results(NamedTuple):
@@ -113,7 +116,7 @@ def _multiply_tiles(
         turn = taken
         taken += 1
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-        top = gl.full([ROWS], float("-inf"), gl.float32, s_row)
+        top = gl.full([ROWS], LOWEST, gl.float32, s_row)
         total = gl.full([ROWS], 0.0, gl.float32, s_row)
         first = block * (2 * ROWS) + part * ROWS
         row = first + gl.arange(0, ROWS, s_row)
@@ -185,7 +188,7 @@ def _multiply_tiles(
             acc = _end_values(adding, weights, values, last_tile)
         multiplied += tiles
 
-        seen = total > 0
+        seen = total != 0  # NaN, past the range of float32, is not nothing
         norm = gl.where(seen, 1.0 / gl.where(seen, total, 1.0), 0.0)
         lse = (top + gl.log2(gl.where(seen, total, 1.0))) * LN2
         out = acc * gl.expand_dims(gl.convert_layout(norm, gl.SliceLayout(1, o_layout)), 1)
@@ -202,7 +205,7 @@ def _multiply_tiles(
         gl.store(results.lse + out_row + row, lse, mask=row < q_len)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["k_apart", "v_apart"])
 def attention_forward_hopper(
     q_pointer,
     k_pointer,
@@ -321,7 +324,9 @@ def launch(
     # Shared memory holds one program per multiprocessor. Under causality items differ much in
     # size, and the hardware gives out programs of one item each better than a fixed order does.
     programs = items if constants["IS_CAUSAL"] else min(items, resident_programs(q, 1))
-    attention_forward_hopper[(programs,)](
+    launch_kernel(
+        attention_forward_hopper,
+        (programs,),
         q,
         *rows[:4],
         *arguments,

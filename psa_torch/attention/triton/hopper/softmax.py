@@ -37,7 +37,7 @@ def _row_sum(p, LAYOUT: gl.constexpr):
 def whole_tile(s, top, total, scale, bias, NEGATE: gl.constexpr):
     """(weights, shrinkage of what was added before, new maximum, new sum) of a tile of one level.
 
-    top, total: maximum so far, in powers of 2, and the sum of weights relative to it.
+    top, total: maximum so far, in powers of 2 and finite, and the sum of weights relative to it.
     """
     if NEGATE:
         s = -s
@@ -70,10 +70,8 @@ def tail_tile(
         last = gl.expand_dims(gl.convert_layout(last, column), 0)
         s = gl.where(last <= gl.expand_dims(position, 1), s, float("-inf"))
     new_top = gl.maximum(top, _row_max(s, layout))
-    # A row that has seen nothing yet keeps -inf as its maximum, and must not subtract it.
-    origin = gl.where(new_top == float("-inf"), 0.0, new_top)
-    p = gl.exp2(s - gl.expand_dims(origin, 1))
-    shrink = gl.exp2(top - origin)
+    p = gl.exp2(s - gl.expand_dims(new_top, 1))
+    shrink = gl.exp2(top - new_top)
     return p, shrink, new_top, total * shrink + _row_sum(p, layout)
 
 

@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from psa_torch._triton.boxes import row_boxes
+from psa_torch._triton.launch import launch_kernel
 from psa_torch._triton.rings import Ring, new_barriers
 from psa_torch.kernels._launch import cdiv, resident_programs
 from psa_torch.kernels.scores.hopper.copy import copy_items
@@ -146,7 +147,9 @@ def launch(
     programs = min(items, resident_programs(scores, 1))
     scratch = dict(dtype=torch.float32, device=scores.device)
     tiles = cdiv(k_blocks, tile.columns)
-    peak_kernel_hopper[(programs,)](
+    launch_kernel(
+        peak_kernel_hopper,
+        (programs,),
         row_boxes(q.values, HOPPER_ROWS // 2),
         row_boxes(k.values, tile.columns),
         q.scale,
