@@ -13,9 +13,9 @@ import numpy as np
 from jax import Array, lax
 
 from psa_jax._arrays import announce, platform_of
+from psa_jax._mosaic.device import interpreter
 from psa_jax._sharding import per_shard
 from psa_jax.defect import defect_scores
-from psa_jax.kernels.device import interpreter
 from psa_jax.pyramid import accumulator, group_means, split_tokens
 from shared_specs.config import PSAConfig
 from shared_specs.geometry import cdiv

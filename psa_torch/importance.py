@@ -12,7 +12,8 @@ from torch import Tensor
 
 from psa_torch._checks import without_autocast
 from psa_torch._config import parse_config
-from psa_torch._dispatch import announce, use_kernels
+from psa_torch._dispatch import use_kernels
+from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
 from psa_torch.defect import defect_scores
 from psa_torch.pyramid import accumulator, group_means
@@ -37,16 +38,19 @@ def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
         key is visible. For 'defect' `[B, H, Nq, Nk, 4]`: what the block loses at level 2, 4, 8
         and at rest. Detached from the graph of q and k.
     """
-    return _block_scores(q.detach(), k.detach(), config.to_json())
+    return _eager_block_scores(q.detach(), k.detach(), config.to_json())
 
 
 @torch.library.custom_op("psa::block_scores", mutates_args=())
 def _block_scores(q: Tensor, k: Tensor, config: str) -> Tensor:
     settings = parse_config(config)
     if settings.importance == "defect":
+        estimate = defect_scores
         if use_kernels(q):
-            announce("%s run as plain torch: %s", "defects", "they have no kernel")
-        return defect_scores(
+            from psa_torch.kernels import defect
+
+            estimate = defect.defect_scores
+        return estimate(
             q,
             k,
             block_m=settings.block_m,
@@ -78,6 +82,7 @@ def _(q, k, config):
 
 
 register_batch_rule(_block_scores)
+_eager_block_scores = eager(_block_scores)
 
 
 def pooled_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._dispatch import use_kernels
+from psa_torch._eager import is_eager, wants_gradient
 from psa_torch._transforms import is_transformed
 from psa_torch._vmap import register_batch_rule
 from shared_specs.constants import LEVELS
@@ -34,6 +35,8 @@ def build_pyramid(k: Tensor, v: Tensor, block_n: int) -> Pyramid:
     """
     if is_transformed():
         return Pyramid(_pool_traced(k, block_n), _pool_traced(v, block_n))
+    if is_eager(k, v) and not wants_gradient(k, v):
+        return Pyramid(*_build_pyramid._init_fn(k, v, block_n))
     return Pyramid(*_build_pyramid(k, v, block_n))
 
 

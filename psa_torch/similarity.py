@@ -5,6 +5,7 @@ from torch import Tensor
 
 from psa_torch._config import parse_config
 from psa_torch._dispatch import use_kernels
+from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
 from shared_specs.config import PSAConfig
 from shared_specs.geometry import cdiv
@@ -22,7 +23,7 @@ def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
     Returns:
         int32 `[B, Hk, Nk]` in {1, 2, 4, 8}. Carries no gradient.
     """
-    return _similarity_cap(k.detach(), config.to_json())
+    return _eager_similarity_cap(k.detach(), config.to_json())
 
 
 @torch.library.custom_op("psa::similarity_cap", mutates_args=())
@@ -48,6 +49,7 @@ def _(k, config):
 
 
 register_batch_rule(_similarity_cap)
+_eager_similarity_cap = eager(_similarity_cap)
 
 
 def block_similarity(k: Tensor, block_n: int, level: int) -> Tensor:

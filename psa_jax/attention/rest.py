@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from psa_jax.attention.gather.walk import filled_like, product
+from psa_jax.attention.gather.heads import filled_like
+from psa_jax.attention.gather.products import product
 from psa_jax.pyramid import accumulator, group_counts, group_means, split_tokens
 from shared_specs.geometry import Geometry, cdiv
 

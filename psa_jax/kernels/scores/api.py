@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from psa_jax._mosaic.channels import pad_channels
+from psa_jax._mosaic.device import multiprocessors
 from psa_jax._vmap import vmap_as_batch
-from psa_jax.attention.mosaic.channels import pad_channels
-from psa_jax.kernels.device import multiprocessors
 from psa_jax.kernels.scores.config import PeakConfig, default_config
 from psa_jax.kernels.scores.peaks import peaks_kernel
 from psa_jax.kernels.scores.samples import samples

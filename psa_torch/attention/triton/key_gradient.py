@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton.configs import KeyGradConfig
 from psa_torch.attention.triton.plan import Plan
 from psa_torch.attention.triton.products import add_products, load_queries
@@ -179,7 +180,9 @@ def launch_key_gradient(
     heads, head_dim = q.shape[1], q.shape[3]
     k, v, head_rows, skipped = rows.of_level(g)
     batch, kv_heads = k.shape[:2]
-    key_gradient[(geometry.padded_len >> g) // config.keys, batch * kv_heads](
+    launch_kernel(
+        key_gradient,
+        ((geometry.padded_len >> g) // config.keys, batch * kv_heads),
         q,
         k,
         v,
