@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.constants import LOG2E
 from psa_torch.kernels._launch import (
     cdiv,
     next_power_of_2,
@@ -24,7 +25,6 @@ from psa_torch.kernels._launch import (
 )
 from shared_specs.defect import defect_offsets
 
-LOG2E = 1.4426950408889634
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -60,7 +60,7 @@ def defect_scores(
             parts,
             *q.stride()[:3],
             *k.stride()[:3],
-            scale * LOG2E,
+            scale * LOG2E.value,
             heads,
             heads // k.shape[1],
             q_len,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.constants import LN2, LOG2E, LOWEST
 from psa_torch._triton.launch import launch_kernel, repeated
 from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.configs import ForwardConfig, HopperForwardConfig
@@ -26,11 +27,6 @@ from psa_torch.attention.triton.walk import (
 from psa_torch.kernels._launch import cdiv, on_device_of
 from psa_torch.pyramid import Pyramid, build_pyramid
 from shared_specs.geometry import Geometry
-
-LOG2E = 1.4426950408889634
-LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""Least finite float32, the maximum of rows that saw nothing: -inf could not be subtracted."""
 
 
 @triton.jit
@@ -245,7 +241,7 @@ def forward_planned(
         out,
         lse,
         *q.stride()[:3],
-        abs(scale) * LOG2E,
+        abs(scale) * LOG2E.value,
         heads,
         heads // kv_heads,
         geometry.q_len,

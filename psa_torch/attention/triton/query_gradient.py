@@ -4,10 +4,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton.configs import HopperQueryGradConfig, QueryGradConfig
 from psa_torch.attention.triton.plan import Plan
-from psa_torch.attention.triton.row_statistics import LOG2E, RowStatistics
+from psa_torch.attention.triton.row_statistics import RowStatistics
 from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.walk import (
     gather_rows,

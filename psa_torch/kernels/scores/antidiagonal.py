@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import (
     capability,
@@ -34,8 +35,6 @@ from psa_torch.kernels._launch import (
 )
 from psa_torch.kernels.scores.tiles import choose_antidiagonal
 from shared_specs.config import PSAConfig
-
-_LOG2_E = 1.4426950408889634
 
 
 class Tokens(NamedTuple):
@@ -83,7 +82,7 @@ def antidiagonal_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
             scores,
             *q.stride(),
             *k.stride(),
-            scale * _LOG2_E,
+            scale * LOG2E.value,
             heads,
             heads // k.shape[1],
             q_len,

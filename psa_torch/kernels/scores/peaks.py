@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import (
     cdiv,
@@ -51,7 +52,6 @@ from psa_torch.kernels.scores.samples import (
 from psa_torch.kernels.scores.tiles import HopperScoreConfig, ScoreConfig, peak_tile
 from shared_specs.config import PSAConfig
 
-_LOG2_E = 1.4426950408889634
 # Smallest factor on a logit difference: scale 0 must not turn a hidden block's -inf into NaN.
 _LEAST_SCALE = 1e-30
 
@@ -86,7 +86,7 @@ def _peak_scores(
         batch, heads, q_blocks, k_blocks, dtype=torch.float32, device=q.values.device
     )
     numbers = (
-        max(abs(scale), _LEAST_SCALE) * _LOG2_E,
+        max(abs(scale), _LEAST_SCALE) * LOG2E.value,
         heads,
         heads // k.values.shape[1],
     )
