@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch._triton.launch import launch_kernel, repeated
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import next_power_of_2, on_device_of, require_dtype
 from psa_torch.kernels.table import warps_for_row
 from shared_specs.budget import precision_bits
@@ -28,7 +28,6 @@ from shared_specs.selection import candidate_blocks
 HIGH_BITS = 12
 
 
-@repeated
 def budget_levels(defects: Tensor, config: PSAConfig, *, q_len: int, kv_len: int) -> Tensor:
     """Levels of every (query block, key block) pair.
 

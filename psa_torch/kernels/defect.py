@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch._triton.launch import launch_kernel, repeated
+from psa_torch._triton.constants import LOG2E
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import (
     cdiv,
     next_power_of_2,
@@ -25,11 +26,9 @@ from psa_torch.kernels._launch import (
 )
 from shared_specs.defect import defect_offsets
 
-LOG2E = 1.4426950408889634
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@repeated
 def defect_scores(
     q: Tensor,
     k: Tensor,
@@ -64,7 +63,7 @@ def defect_scores(
             parts,
             *q.stride()[:3],
             *k.stride()[:3],
-            scale * LOG2E,
+            scale * LOG2E.value,
             heads,
             heads // k.shape[1],
             q_len,
