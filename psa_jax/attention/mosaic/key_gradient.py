@@ -78,10 +78,10 @@ class KeyWalk:
         """A consumer's share of a visit: query head of the group, first query row."""
         geometry = self.tiles.geometry
         query = visited_query(visit)
-        first = lax.rem(query, geometry.query_blocks) * geometry.block_m
+        first = lax.rem(query, geometry.padded_q_blocks) * geometry.block_m
         if self.split_blocks:
             first = first + consumer * ROWS
-        return lax.div(query, geometry.query_blocks), first
+        return lax.div(query, geometry.padded_q_blocks), first
 
     def slot(self, step: jax.Array, consumer: jax.Array | int) -> jax.Array:
         """Stage of a consumer's `step`-th query tile, counted from the start of the kernel."""

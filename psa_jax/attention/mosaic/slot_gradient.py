@@ -75,7 +75,7 @@ def locate(rounds: Rounds, number: jax.Array, n: jax.Array) -> Place:
         head=head,
         kv_head=lax.div(head, rounds.group),
         query=query * rounds.geometry.block_m,
-        entries=head * rounds.geometry.query_blocks + query,
+        entries=head * rounds.geometry.padded_q_blocks + query,
         spans=head * rounds.padded_queries + query,
         slot_row=slots * rounds.pitch,
     )

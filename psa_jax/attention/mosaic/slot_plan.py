@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from psa_jax.attention.mosaic.config import SlotConfig
-from psa_jax.attention.mosaic.geometry import ROWS, Geometry, cdiv
+from psa_jax.attention.mosaic.geometry import ROWS, TiledGeometry
 from psa_jax.attention.mosaic.plan import FIRST, WalkPlan, needed, pack_covers, pad_query_blocks
 from shared_specs.constants import LEVELS
+from shared_specs.geometry import cdiv
 
 SPANS = 4
 """int32 per row of `SlotPlan.spans`; named by the columns below."""
@@ -46,7 +47,7 @@ class Rounds:
             whatever the workspace.
     """
 
-    geometry: Geometry
+    geometry: TiledGeometry
     level: int
     config: SlotConfig
     batch: int
@@ -68,7 +69,7 @@ class Rounds:
     @property
     def slots_per_item(self) -> int:
         """Slots of a query block: whole tiles, because tiles are stored whole."""
-        return cdiv(self.geometry.key_blocks, self.slots_per_tile) * self.slots_per_tile
+        return cdiv(self.geometry.k_blocks, self.slots_per_tile) * self.slots_per_tile
 
     @property
     def group(self) -> int:
@@ -83,17 +84,17 @@ class Rounds:
     def splits(self) -> int:
         """Rounds that one key/value head is split into."""
         fit = max(self._items_that_fit // self.group, 1)
-        return cdiv(self.geometry.query_blocks, fit)
+        return cdiv(self.geometry.padded_q_blocks, fit)
 
     @property
     def queries_per_round(self) -> int:
-        return cdiv(self.geometry.query_blocks, self.splits)
+        return cdiv(self.geometry.padded_q_blocks, self.splits)
 
     @functools.cached_property
     def heads_per_round(self) -> int:
         """Key/value heads, a divisor of all of them."""
         total = self.batch * self.kv_heads
-        fit = self._items_that_fit // (self.group * self.geometry.query_blocks)
+        fit = self._items_that_fit // (self.group * self.geometry.padded_q_blocks)
         return max(n for n in range(1, total + 1) if total % n == 0 and n <= max(fit, 1))
 
     @property
@@ -112,8 +113,8 @@ class Rounds:
 
     @property
     def tail_tiles(self) -> int:
-        """Most tiles of a query block that need a mask: see `Geometry.masked_chunk_capacity`."""
-        blocks = min(self.geometry.key_blocks, self.geometry.masked_blocks)
+        """Most tiles of a query block that need a mask, as `masked_chunk_capacity` of the geometry."""
+        blocks = min(self.geometry.k_blocks, self.geometry.masked_blocks)
         return cdiv(self.slots_per_tile - 1 + blocks, self.slots_per_tile)
 
 
@@ -121,7 +122,7 @@ class SlotPlan(NamedTuple):
     """What the kernels of the rounds read.
 
     Attributes:
-        entries: int32 `[B * H * query_blocks, Nk]`, the table.
+        entries: int32 `[B * H * padded_q_blocks, Nk]`, the table.
         spans: int32 `[B * H * padded_queries, 4]`: full tiles, tail tiles, first entry of the
             level, entries of the level that can be seen at all.
         tail_covers: int32 `[B * H * padded_queries, tail_tiles, 64]`, see `pack_covers`.
@@ -170,7 +171,7 @@ def _pad_queries(x: jax.Array, rounds: Rounds) -> jax.Array:
 
 
 def _tail_covers(entries, full, first, listed, rounds: Rounds) -> jax.Array:
-    """What each row of the tail tiles covers, `[B, H, query_blocks, tail_tiles * 64]`."""
+    """What each row of the tail tiles covers, `[B, H, padded_q_blocks, tail_tiles * 64]`."""
     geometry, g = rounds.geometry, rounds.level
     place = full[..., None] * rounds.slots_per_tile
     place = place + jnp.arange(rounds.tail_tiles * rounds.slots_per_tile, dtype=jnp.int32)

@@ -37,7 +37,7 @@ def slot_gradients(
         dk, dv: float32 `[B * Hk, Nk * pitch, D]`.
     """
     head_dim = q.shape[-1]
-    rows = rounds.heads_per_round * rounds.geometry.key_blocks * rounds.pitch
+    rows = rounds.heads_per_round * rounds.geometry.k_blocks * rounds.pitch
 
     def run(number, before):
         number = number[None]
@@ -73,7 +73,7 @@ def slot_sum_kernel(number, slots, before, plan: SlotPlan, rounds: Rounds, *, in
         dk and dv like `before`.
     """
     head_dim = slots[0].shape[-1]
-    units = rounds.heads_per_round * rounds.geometry.key_blocks
+    units = rounds.heads_per_round * rounds.geometry.k_blocks
     rows = jax.ShapeDtypeStruct((units * rounds.pitch, head_dim), jnp.float32)
 
     def slot_sum(inputs, *sum_refs):

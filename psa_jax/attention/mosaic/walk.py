@@ -20,7 +20,7 @@ from jax import lax
 from psa_jax._mosaic.launch import scratch
 from psa_jax._mosaic.products import operand
 from psa_jax.attention.mosaic.config import WalkConfig
-from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS, Geometry
+from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS, TiledGeometry
 from psa_jax.attention.mosaic.plan import ENDS, FIRST, HALF, TAIL, read
 from psa_jax.attention.mosaic.pyramid_rows import PyramidRows, copy_rows
 from shared_specs.constants import LEVELS
@@ -30,7 +30,7 @@ from shared_specs.constants import LEVELS
 class Walk:
     """Static facts of one kernel that walks the table."""
 
-    geometry: Geometry
+    geometry: TiledGeometry
     config: WalkConfig
     heads: int
     kv_heads: int
@@ -63,7 +63,7 @@ class Walk:
         tile = lax.rem(item, tiles)
         if self.geometry.is_causal:
             tile = tiles - 1 - tile  # the longest rows first
-        row = head * self.geometry.query_blocks + tile * self.lanes + lane
+        row = head * self.geometry.padded_q_blocks + tile * self.lanes + lane
         kv_head = lax.div(head, self.heads // self.kv_heads)
         return Place(head=head, kv_head=kv_head, row=row, first_query=tile * (CONSUMERS * ROWS))
 
