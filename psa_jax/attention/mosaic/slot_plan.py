@@ -113,7 +113,7 @@ class Rounds:
 
     @property
     def tail_tiles(self) -> int:
-        """Most tiles of a query block that need a mask, as `masked_chunk_capacity` of the geometry."""
+        """Most masked tiles of a query block, as `masked_chunk_capacity` of the geometry."""
         blocks = min(self.geometry.k_blocks, self.geometry.masked_blocks)
         return cdiv(self.slots_per_tile - 1 + blocks, self.slots_per_tile)
 
