@@ -289,8 +289,72 @@ def rest_key_gradient(
     tl.store(dv_pointer + at, dv, mask=inside)
 
 
+@triton.jit
+def mean_of_block(
+    k_pointer,
+    v_pointer,
+    k_means,
+    v_means,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    heads,
+    kv_len,
+    blocks,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Mean of the keys of one block, or along axis 1 of its values."""
+    pid = tl.program_id(0)
+    batch_head = (pid // blocks).to(tl.int64)
+    first = (pid % blocks) * BLOCK_N
+    batch, head = batch_head // heads, batch_head % heads
+    if tl.program_id(1) == 0:
+        rows = k_pointer + batch * k_stride_b + head * k_stride_h
+        x = _load_rows(rows, first, kv_len, k_stride_n, WIDTH, D, BLOCK_N)
+    else:
+        rows = v_pointer + batch * v_stride_b + head * v_stride_h
+        x = _load_rows(rows, first, kv_len, v_stride_n, WIDTH, D, BLOCK_N)
+    count = tl.minimum(kv_len - first, BLOCK_N).to(tl.float32)
+    mean = (tl.sum(x.to(tl.float32), 0) / count).to(x.dtype)
+    d = tl.arange(0, WIDTH)
+    at = pid.to(tl.int64) * D + d
+    if tl.program_id(1) == 0:
+        tl.store(k_means + at, mean, mask=d < D)
+    else:
+        tl.store(v_means + at, mean, mask=d < D)
+
+
 @torch.no_grad()
-def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> tuple[Tensor, Tensor]:
+def means_of_blocks(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
+    """As `psa_torch.attention.rest.plain.means_of_blocks`; float16, bfloat16 or float32."""
+    k, v = _dense_rows(k), _dense_rows(v)
+    (batch, heads, kv_len, head_dim), blocks = k.shape, cdiv(k.shape[2], block_n)
+    means = tuple(x.new_empty(batch, heads, blocks, head_dim) for x in (k, v))
+    with on_device_of(k):
+        mean_of_block[(blocks * batch * heads, 2)](
+            k,
+            v,
+            *means,
+            *k.stride()[:3],
+            *v.stride()[:3],
+            heads,
+            kv_len,
+            blocks,
+            D=head_dim,
+            WIDTH=padded_head_dim(head_dim),
+            BLOCK_N=block_n,
+            num_warps=4,
+        )
+    return means
+
+
+@torch.no_grad()
+def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> None:
     """As `psa_torch.attention.rest.plain.add_means`; float16, bfloat16 or float32."""
     q, levels = _dense_rows(q), levels.contiguous()
     constants = _constants(q, g)
@@ -308,7 +372,6 @@ def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> tuple[Tensor, T
             *_sizes(q, k_means, levels, g),
             **constants,
         )
-    return out, lse
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch.attention.rest.means import Call, block_counts
+from psa_torch.attention.rest.means import Call, block_counts, block_means
 from psa_torch.pyramid import accumulator
 
 _ELEMENTS = 1 << 24
@@ -21,8 +21,13 @@ class _Chunk(NamedTuple):
     logits: Tensor
 
 
+def means_of_blocks(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
+    """Mean key and mean value of every block."""
+    return block_means(k, block_n), block_means(v, block_n)
+
+
 @torch.no_grad()
-def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> tuple[Tensor, Tensor]:
+def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> None:
     """As `psa_torch.attention.rest.add_means`, over the means `[B, Hk, Nk, D]`."""
     values = v_means.to(accumulator(q))[:, :, None]
     for chunk in _chunks(q, k_means, levels, g):
@@ -33,7 +38,6 @@ def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> tuple[Tensor, T
         total = of_list * (listed[..., None] - origin).exp() + weights @ values
         out[:, :, chunk.rows] = total.flatten(1, 2).to(out.dtype)
         lse[:, :, chunk.rows] = joined.flatten(1, 2)
-    return out, lse
 
 
 @torch.no_grad()
