@@ -7,7 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from psa_jax.attention.mosaic.config import slot_config
+from psa_jax.attention.mosaic.coarse_gradient.plan import (
+    FIRST_ENTRY,
+    FULL,
+    LISTED,
+    Rounds,
+    coarse_plan,
+)
+from psa_jax.attention.mosaic.coarse_gradient.plan import TAIL as SLOT_TAIL
+from psa_jax.attention.mosaic.configs import coarse_config
 from psa_jax.attention.mosaic.geometry import CHUNK, QUERY_TILE, ROWS, TiledGeometry
 from psa_jax.attention.mosaic.key_plan import (
     BLOCK_BITS,
@@ -16,23 +24,15 @@ from psa_jax.attention.mosaic.key_plan import (
     unpack_row,
     visited_query,
 )
-from psa_jax.attention.mosaic.plan import (
+from psa_jax.attention.mosaic.pyramid_rows import pooled_rows
+from psa_jax.attention.mosaic.query_plan import (
     ENDS,
     FIRST,
     HALF,
     TAIL,
+    query_plan,
     unpack_covers,
-    walk_plan,
 )
-from psa_jax.attention.mosaic.pyramid_rows import pooled_rows
-from psa_jax.attention.mosaic.slot_plan import (
-    FIRST_ENTRY,
-    FULL,
-    LISTED,
-    Rounds,
-    slot_plan,
-)
-from psa_jax.attention.mosaic.slot_plan import TAIL as SLOT_TAIL
 from shared_specs.constants import LEVELS, MASK_LEVELS
 from shared_specs.pyramid import build_pyramid, level_start
 
@@ -105,7 +105,7 @@ def test_walk_visits_every_token_once(block_m, block_n, is_causal, rng):
     for q_len, kv_len in LENGTHS:
         geometry = TiledGeometry(q_len, kv_len, block_m, block_n, is_causal, tile)
         levels = random_levels(rng, geometry, heads=2)
-        plan = jax.tree.map(np.asarray, jax.jit(walk_plan, static_argnums=1)(levels, geometry))
+        plan = jax.tree.map(np.asarray, jax.jit(query_plan, static_argnums=1)(levels, geometry))
         n_q = levels.shape[2]
         for head, row in itertools.product(range(2), range(geometry.padded_q_blocks)):
             masked, unmasked = walked(plan, geometry, head * geometry.padded_q_blocks + row)
@@ -126,7 +126,7 @@ def test_the_worst_tail_fits(rng):
         geometry = TiledGeometry(512, 509, block_m, block_n, True, 128)
         levels = random_levels(rng, geometry, heads=2)
         levels[0, 0] = 1
-        spans = np.asarray(jax.jit(walk_plan, static_argnums=1)(levels, geometry).spans)
+        spans = np.asarray(jax.jit(query_plan, static_argnums=1)(levels, geometry).spans)
         assert spans[:, TAIL].max() <= geometry.masked_chunk_capacity // geometry.chunks
 
 
@@ -168,7 +168,9 @@ def token_of_tile(tiles, tile, row):
 
 
 def rounds_of(geometry, level, workspace_bytes, blocks):
-    config = dataclasses.replace(slot_config(64, geometry.block_m), workspace_bytes=workspace_bytes)
+    config = dataclasses.replace(
+        coarse_config(64, geometry.block_m), workspace_bytes=workspace_bytes
+    )
     return Rounds(geometry, LEVELS.index(level), config, 1, 4, 2, 64, blocks, True)
 
 
@@ -183,7 +185,7 @@ def test_every_slot_is_filled_by_one_query_block_and_summed_once(
         geometry = TiledGeometry(q_len, kv_len, block_m, block_n, is_causal, ROWS)
         rounds = rounds_of(geometry, level, workspace_bytes, blocks=2)
         levels = random_levels(rng, geometry, heads=4)
-        plan = jax.jit(lambda x, g=geometry, r=rounds: slot_plan(x, walk_plan(x, g), r))(levels)
+        plan = jax.jit(lambda x, g=geometry, r=rounds: coarse_plan(x, query_plan(x, g), r))(levels)
         plan = jax.tree.map(np.asarray, plan)
         assert (rounds.splits > 1) == (workspace_bytes == 1)
         for number in range(rounds.head_rounds * rounds.splits):

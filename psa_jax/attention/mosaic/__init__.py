@@ -1,8 +1,8 @@
 """Pyramid sparse attention in Pallas on Mosaic GPU, for Hopper: wgmma fed by TMA.
 
 Kernels: `forward_kernel`, `query_gradient` (dq), `key_gradient` (dk and dv of the finer levels),
-and `slot_gradient` and `slot_sum` (dk and dv of the coarse ones). Each walks arrays that `plan`,
-`key_plan` or `slot_plan` makes from the level mask on the device.
+and the two of `coarse_gradient` (dk and dv of the coarse ones). Each walks what `query_plan`,
+`key_plan` or `coarse_plan` makes from the level mask on the device.
 """
 
 from jax import Array

@@ -11,10 +11,12 @@ from jax import Array
 
 from psa_jax._mosaic.channels import pad_channels
 from psa_jax._mosaic.device import interpreter, multiprocessors
-from psa_jax.attention.mosaic.config import (
+from psa_jax.attention.mosaic.coarse_gradient.plan import Rounds, coarse_plan
+from psa_jax.attention.mosaic.coarse_gradient.sums import coarse_gradients
+from psa_jax.attention.mosaic.configs import (
+    CoarseConfig,
     Config,
     KeyConfig,
-    SlotConfig,
     WalkConfig,
     default_config,
 )
@@ -22,11 +24,9 @@ from psa_jax.attention.mosaic.forward_kernel import forward_kernel
 from psa_jax.attention.mosaic.geometry import CHUNK, ROWS, TiledGeometry
 from psa_jax.attention.mosaic.key_gradient import KeyWalk, key_gradient_kernel
 from psa_jax.attention.mosaic.key_plan import KeyTiles, key_plan, rows_of_level
-from psa_jax.attention.mosaic.plan import MASKED, walk_plan
 from psa_jax.attention.mosaic.pyramid_rows import PyramidRows, pooled_rows
 from psa_jax.attention.mosaic.query_gradient import query_gradient_kernel
-from psa_jax.attention.mosaic.slot_plan import Rounds, slot_plan
-from psa_jax.attention.mosaic.slot_sum import slot_gradients
+from psa_jax.attention.mosaic.query_plan import MASKED, query_plan
 from psa_jax.attention.mosaic.unpool import unpool
 from psa_jax.attention.mosaic.walk import Walk
 from psa_jax.pyramid import pool_levels
@@ -55,7 +55,7 @@ def forward(
         block_m, block_n: queries and keys per block.
         scale: factor on q.k.
         is_causal: whether a row sees only pooled tokens that end at or before it.
-        config: sizes of the kernels instead of those of `config.default_config`.
+        config: sizes of the kernels instead of those of `configs.default_config`.
 
     Returns:
         out like `q`, and lse float32 `[B, H, Lq]` (natural log, -inf on rows without keys).
@@ -68,7 +68,7 @@ def forward(
     out, lse = forward_kernel(
         call.query_rows(q * sign),
         *call.key_rows(k, v),
-        walk_plan(levels, walk.geometry),
+        query_plan(levels, walk.geometry),
         walk,
         scale=scale,
         interpret=call.interpret,
@@ -118,14 +118,14 @@ def backward(
         call.query_rows(dout.astype(q.dtype)),
         jnp.stack(
             [
-                call.query_numbers(lse2, -MASKED),
-                call.query_numbers(jnp.where(empty, 0.0, delta), 0.0),
+                call.query_statistics(lse2, -MASKED),
+                call.query_statistics(jnp.where(empty, 0.0, delta), 0.0),
             ],
             axis=1,
         ),
     )
     options = {"scale": scale, "interpret": call.interpret}
-    plan = walk_plan(levels, walk.geometry)
+    plan = query_plan(levels, walk.geometry)
     dq = query_gradient_kernel(*inputs, plan, walk, **options)
     dq = dq[:, : q.shape[2]].reshape(q.shape) * sign
     key_walk = call.key_walk()
@@ -137,7 +137,7 @@ def backward(
         for rows in gradients
     ]
     for rounds in call.rounds():
-        sums = slot_gradients(*inputs, slot_plan(levels, plan, rounds), rounds, **options)
+        sums = coarse_gradients(*inputs, coarse_plan(levels, plan, rounds), rounds, **options)
         for rows, gradient in zip(by_level, sums, strict=True):
             rows[rounds.level] = gradient
     dk, dv = (unpool(rows, walk.geometry, k.shape) for rows in by_level)
@@ -192,7 +192,7 @@ class _Call(Geometry):
 
     def key_walk(self) -> KeyWalk:
         config = self.config.key_gradient
-        others = tuple(g for g, x in enumerate(LEVELS) if x not in self.config.slots.levels)
+        others = tuple(g for g, x in enumerate(LEVELS) if x not in self.config.coarse.levels)
         tiles = KeyTiles(self.tiled(ROWS), others)
         return KeyWalk(
             tiles=tiles,
@@ -205,7 +205,7 @@ class _Call(Geometry):
         )
 
     def rounds(self) -> list[Rounds]:
-        config = self.config.slots
+        config = self.config.coarse
         geometry = self.tiled(ROWS)
         items = self.batch * self.heads * geometry.padded_q_blocks
         return [
@@ -224,7 +224,7 @@ class _Call(Geometry):
         ]
 
     @staticmethod
-    def _blocks(config: WalkConfig | KeyConfig | SlotConfig, items: int) -> int:
+    def _blocks(config: WalkConfig | KeyConfig | CoarseConfig, items: int) -> int:
         return min(config.blocks or multiprocessors(), items)
 
     def query_rows(self, x: Array) -> Array:
@@ -256,7 +256,7 @@ class _Call(Geometry):
         padded = cdiv(length, CHUNK) * CHUNK if self.interpret is None else end
         return jnp.pad(rows, [(0, 0), (0, padded - length), (0, 0)]) if padded > length else rows
 
-    def query_numbers(self, x: Array, fill: float) -> Array:
+    def query_statistics(self, x: Array, fill: float) -> Array:
         """`[B, H, Lq]` as float32 `[B * H, padded_queries]`."""
         missing = self.tiled(CHUNK).padded_queries - x.shape[2]
         rows = x.astype(jnp.float32).reshape(-1, x.shape[2])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psa_jax.attention.mosaic.geometry import ROWS, TiledGeometry
-from psa_jax.attention.mosaic.plan import pad_query_blocks
+from psa_jax.attention.mosaic.query_plan import pad_query_blocks
 from shared_specs.constants import LEVELS
 from shared_specs.geometry import cdiv
 

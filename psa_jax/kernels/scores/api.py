@@ -27,10 +27,10 @@ from jax import Array, lax
 from psa_jax._mosaic.channels import pad_channels
 from psa_jax._mosaic.device import multiprocessors
 from psa_jax._vmap import vmap_as_batch
-from psa_jax.kernels.scores.config import PeakConfig, default_config
 from psa_jax.kernels.scores.peaks import peaks_kernel
 from psa_jax.kernels.scores.samples import samples
-from psa_jax.kernels.scores.walk import ROWS, Walk
+from psa_jax.kernels.scores.schedule import ROWS, Walk
+from psa_jax.kernels.scores.tiles import PeakConfig, default_config
 from shared_specs.config import PSAConfig
 from shared_specs.geometry import cdiv
 

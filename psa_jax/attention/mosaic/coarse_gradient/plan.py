@@ -20,14 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psa_jax.attention.mosaic.config import SlotConfig
+from psa_jax.attention.mosaic.configs import CoarseConfig
 from psa_jax.attention.mosaic.geometry import ROWS, TiledGeometry
-from psa_jax.attention.mosaic.plan import FIRST, WalkPlan, needed, pack_covers, pad_query_blocks
+from psa_jax.attention.mosaic.query_plan import (
+    FIRST,
+    QueryPlan,
+    needed,
+    pack_covers,
+    pad_query_blocks,
+)
 from shared_specs.constants import LEVELS
 from shared_specs.geometry import cdiv
 
 SPANS = 4
-"""int32 per row of `SlotPlan.spans`; named by the columns below."""
+"""int32 per row of `CoarsePlan.spans`; named by the columns below."""
 FULL, TAIL, FIRST_ENTRY, LISTED = range(SPANS)
 
 
@@ -49,7 +55,7 @@ class Rounds:
 
     geometry: TiledGeometry
     level: int
-    config: SlotConfig
+    config: CoarseConfig
     batch: int
     heads: int
     kv_heads: int
@@ -118,7 +124,7 @@ class Rounds:
         return cdiv(self.slots_per_tile - 1 + blocks, self.slots_per_tile)
 
 
-class SlotPlan(NamedTuple):
+class CoarsePlan(NamedTuple):
     """What the kernels of the rounds read.
 
     Attributes:
@@ -138,7 +144,7 @@ class SlotPlan(NamedTuple):
     counts: jax.Array
 
 
-def slot_plan(levels: jax.Array, walk: WalkPlan, rounds: Rounds) -> SlotPlan:
+def coarse_plan(levels: jax.Array, walk: QueryPlan, rounds: Rounds) -> CoarsePlan:
     """Plan of one level.
 
     Args:
@@ -156,7 +162,7 @@ def slot_plan(levels: jax.Array, walk: WalkPlan, rounds: Rounds) -> SlotPlan:
     spans = _pad_queries(jnp.stack([full, tails, first, listed], -1), rounds)
     covers = _tail_covers(walk.entries.reshape(levels.shape), full, first, listed, rounds)
     slots, counts = _slots(seen, rounds)
-    return SlotPlan(
+    return CoarsePlan(
         entries=walk.entries,
         spans=spans.reshape(-1, SPANS),
         tail_covers=_pad_queries(covers, rounds).reshape(-1, rounds.tail_tiles, ROWS),
@@ -186,7 +192,7 @@ def _tail_covers(entries, full, first, listed, rounds: Rounds) -> jax.Array:
 
 
 def _slots(here: jax.Array, rounds: Rounds) -> tuple[jax.Array, jax.Array]:
-    """`SlotPlan.slots` and `.counts` of where the level is listed, bool `[B, H, Nq', Nk]`."""
+    """`CoarsePlan.slots` and `.counts` of where the level is listed, bool `[B, H, Nq', Nk]`."""
     group, queries, per_round = rounds.group, rounds.queries_per_round, rounds.heads_per_round
     here = _pad_queries(here, rounds)
     key_blocks = here.shape[-1]

@@ -23,11 +23,11 @@ MASKED = -1e30
 """Bias of a row that is not there: finite, so that no difference of two of them is NaN."""
 
 SPANS = 16
-"""int32 per row of `WalkPlan.spans`; named by the slices below."""
+"""int32 per row of `QueryPlan.spans`; named by the slices below."""
 ENDS, FIRST, HALF, TAIL = slice(0, 4), slice(4, 8), 8, 9
 
 
-class WalkPlan(NamedTuple):
+class QueryPlan(NamedTuple):
     """The walk of every query block over the pyramid, `R = B * H * padded_q_blocks` rows.
 
     Attributes:
@@ -73,7 +73,7 @@ def pad_query_blocks(levels: jax.Array, geometry: TiledGeometry) -> jax.Array:
     return jnp.pad(levels, [(0, 0), (0, 0), (0, missing), (0, 0)])
 
 
-def walk_plan(levels: jax.Array, geometry: TiledGeometry) -> WalkPlan:
+def query_plan(levels: jax.Array, geometry: TiledGeometry) -> QueryPlan:
     """Plan of the forward and dq kernels.
 
     Args:
@@ -125,7 +125,7 @@ def walk_plan(levels: jax.Array, geometry: TiledGeometry) -> WalkPlan:
     tails = -(-chunk_ends[..., -1:] // per_tile)
     spans = jnp.concatenate([ends, first, half[..., None], tails], -1).astype(jnp.int32)
     spans = jnp.pad(spans, [(0, 0)] * 3 + [(0, SPANS - spans.shape[-1])])
-    return WalkPlan(
+    return QueryPlan(
         entries=entries.reshape(-1, geometry.k_blocks),
         spans=spans.reshape(-1, SPANS),
         tail_start=jnp.where(present, tail_start, 0).reshape(-1, capacity),
