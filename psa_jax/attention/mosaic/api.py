@@ -30,7 +30,7 @@ from psa_jax.attention.mosaic.query_plan import MASKED, query_plan
 from psa_jax.attention.mosaic.unpool import unpool
 from psa_jax.attention.mosaic.walk import Walk
 from psa_jax.pyramid import pool_levels
-from shared_specs.constants import LEVELS
+from shared_specs.constants import LEVELS, LOG2E
 from shared_specs.geometry import Geometry, cdiv
 
 
@@ -110,7 +110,7 @@ def backward(
     if dlse is not None:
         delta = delta - dlse
     empty = jnp.isneginf(lse)
-    lse2 = jnp.where(empty, -MASKED, lse * math.log2(math.e))
+    lse2 = jnp.where(empty, -MASKED, lse * LOG2E)
     walk = call.walk(call.config.query_gradient)
     inputs = (
         call.query_rows(q * sign),

@@ -32,6 +32,7 @@ from psa_jax.attention.mosaic.walk import (
     level_of_tile,
     tile_memory,
 )
+from shared_specs.constants import LOG2E
 
 
 @scratch
@@ -148,7 +149,7 @@ def _consume(plan, out_ref, lse_ref, memory, tiles, walk, scale, warpgroup, n, f
     query_stage = walk.query_stage(n, warpgroup)
     queries = memory.queries.at[query_stage]
     head_dim, dtype = queries.shape[-1], queries.dtype
-    to_log2 = scale * math.log2(math.e)
+    to_log2 = scale * LOG2E
     turn = functools.partial(_take_turn, memory.turn) if walk.config.ping_pong else lambda: None
 
     plgpu.barrier_wait(memory.queries_full.at[query_stage])

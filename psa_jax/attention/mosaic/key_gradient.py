@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from psa_jax.attention.mosaic.key_plan import (
 )
 from psa_jax.attention.mosaic.pyramid_rows import copy_rows
 from psa_jax.attention.mosaic.query_plan import MASKED, read
+from shared_specs.constants import LOG2E
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _consume(plan, dk_ref, dv_ref, memory, walk, scale, consumer, n, done):
     interpreted, geometry = walk.interpreted, walk.tiles.geometry
     kv_head, tile = walk.locate(n)
     head_dim = memory.keys.shape[-1]
-    to_log2 = scale * math.log2(math.e)
+    to_log2 = scale * LOG2E
     plgpu.barrier_wait(memory.keys_full)
 
     def step(s, carry, *, masked):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from psa_jax.attention.mosaic.walk import (
     level_of_tile,
     tile_memory,
 )
+from shared_specs.constants import LOG2E
 
 
 @scratch
@@ -135,7 +135,7 @@ def _consume(plan, out_ref, memory, tiles, walk, scale, warpgroup, n, first_tile
     query_stage = walk.query_stage(n, warpgroup)
     queries, dout = memory.queries.at[query_stage], memory.dout.at[query_stage]
     head_dim, dtype = queries.shape[-1], queries.dtype
-    to_log2 = scale * math.log2(math.e)
+    to_log2 = scale * LOG2E
 
     plgpu.barrier_wait(memory.full.at[query_stage])
     lse2, delta = (memory.statistics[query_stage, i] for i in range(2))

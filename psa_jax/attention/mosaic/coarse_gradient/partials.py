@@ -30,7 +30,7 @@ from psa_jax.attention.mosaic.coarse_gradient.plan import (
 )
 from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS
 from psa_jax.attention.mosaic.query_plan import MASKED, unpack_covers
-from shared_specs.constants import LEVELS
+from shared_specs.constants import LEVELS, LOG2E
 
 
 @scratch
@@ -254,7 +254,7 @@ def _consume(number, spans, dk_ref, dv_ref, memory, rounds: Rounds, scale, consu
     full = spans[place.spans, FULL]
     tiles = full + spans[place.spans, TAIL]
     level = LEVELS[rounds.level]
-    to_log2 = scale * math.log2(math.e)
+    to_log2 = scale * LOG2E
     shape = (ROWS, geometry.block_m)
     query_stage = lax.rem(queries_done, config.query_stages)
     queries, dout = memory.queries.at[query_stage], memory.dout.at[query_stage]
