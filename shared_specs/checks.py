@@ -15,6 +15,7 @@ import numpy as np
 from shared_specs.constants import (
     BLOCK_M,
     BLOCK_N,
+    LOG2E,
     MASK_LEVELS,
     MATMUL_DTYPES,
     MAX_HEAD_DIM,
@@ -22,7 +23,7 @@ from shared_specs.constants import (
 )
 from shared_specs.geometry import cdiv
 
-MAX_SCALE = float(np.finfo(np.float32).max) / math.log2(math.e)
+MAX_SCALE = float(np.finfo(np.float32).max) / LOG2E
 """Kernels multiply by `scale * log2(e)`, in float32."""
 
 INTEGER_DTYPES = ("int8", "uint8", "int16", "int32", "int64")

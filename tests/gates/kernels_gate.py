@@ -93,11 +93,10 @@ def score_hopper(config, head_dim=128):
     return launch
 
 
-def selection(config, kv_blocks=1_182, with_table=True):
+def selection(config, kv_blocks=1_182):
     kv_len = kv_blocks * config.block_n
     x = tensor(1, 24, 1, kv_blocks, dtype=torch.float32)
-    function = select.select_levels_and_table if with_table else select.select_levels
-    return lambda: function(x, config, q_len=100, kv_len=kv_len)
+    return lambda: select.select_levels(x, config, q_len=100, kv_len=kv_len)
 
 
 def plan(transposed, kv_blocks=1_182):
@@ -116,8 +115,8 @@ def cases():
     yield Case("pooled causal", score(CAUSAL), loop=400, always=True)
     yield Case("sampled", score(SAMPLED), loop=210, per_processor=2, always=True)
     yield Case("antidiagonal causal", score(ANTIDIAGONAL), loop=245, always=True)
-    yield Case("topk", selection(CAUSAL, with_table=False), always=True)
-    yield Case("thresholdbound and table", selection(THRESHOLD), always=True)
+    yield Case("topk", selection(CAUSAL), always=True)
+    yield Case("thresholdbound", selection(THRESHOLD), always=True)
     yield Case("plan", plan(False), always=True)
     yield Case("plan transposed", plan(True), always=True)
     yield Case("pyramid", both(tokens(), pyramid.build_pyramid), per_processor=4, always=True)
@@ -157,7 +156,7 @@ def cases():
         yield Case("pooled", score(PSAConfig()), arch=arch, loop=400, spills=32)
         yield Case("pooled causal", score(CAUSAL), arch=arch, loop=900)
         yield Case("antidiagonal causal", score(ANTIDIAGONAL), arch=arch, loop=300, spills=400)
-        yield Case("thresholdbound and table", selection(THRESHOLD), arch=arch)
+        yield Case("thresholdbound", selection(THRESHOLD), arch=arch)
         yield Case("pyramid", both(tokens(), pyramid.build_pyramid), arch=arch)
 
 
