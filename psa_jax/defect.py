@@ -4,9 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from psa_jax._switches import numpy_rules
 from shared_specs.defect import defect_offsets
 
 
+@numpy_rules
 def defect_scores(
     q: Array,
     k: Array,

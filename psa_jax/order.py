@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from psa_jax._switches import numpy_rules
 from shared_specs.order import (
     Centroids,
     OrderState,
@@ -60,6 +61,7 @@ class TokenOrder(TokenOrderBase):
         labels, centroids = kmeans(tokens[..., self.video, :], count, centroids=warm)
         return self.by_cluster(labels), centroids
 
+    @numpy_rules
     def by_cluster(self, labels: Array) -> Permutation:
         """The order that sorts video tokens by their labels int32 `[B, H, video]`, stably."""
         by_cluster = jnp.argsort(labels, axis=-1, stable=True) + self.video.start
@@ -74,6 +76,7 @@ class TokenOrder(TokenOrderBase):
         return permute(x, permutation.order)
 
 
+@numpy_rules
 def permute(x: Array, order: Array) -> Array:
     """Tokens of `x [B,H,L]` or `[B,H,L,D]` in the order int32 `[L]` or `[B,H,L]`: one gather."""
 
@@ -85,6 +88,7 @@ def permute(x: Array, order: Array) -> Array:
     return jax.vmap(jax.vmap(take, (0, shared)), (0, shared))(x, order)
 
 
+@numpy_rules
 def kmeans(
     tokens: Array, count: int, *, centroids: Array | Resumed | None = None
 ) -> tuple[Array, Array]:

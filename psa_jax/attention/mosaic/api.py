@@ -8,6 +8,7 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
+from psa_jax._switches import of_32_bits
 from psa_jax.attention.mosaic.channels import pad_channels
 from psa_jax.attention.mosaic.config import (
     Config,
@@ -32,6 +33,7 @@ from psa_jax.pyramid import pool_levels
 from shared_specs.constants import LEVELS
 
 
+@of_32_bits
 def forward(
     q: Array,
     k: Array,
@@ -74,6 +76,7 @@ def forward(
     return out[:, :q_len].reshape(q.shape)[..., :dim], lse[:, :q_len].reshape(q.shape[:3])
 
 
+@of_32_bits
 def backward(
     dout: Array,
     dlse: Array | None,

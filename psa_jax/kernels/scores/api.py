@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from psa_jax._switches import of_32_bits
 from psa_jax._vmap import vmap_as_batch
 from psa_jax.attention.mosaic.channels import pad_channels
 from psa_jax.kernels.device import multiprocessors
@@ -39,6 +40,7 @@ _EVERYTHING = 1 << 30
 """Limit of rows that see every key: past any position, far from overflow."""
 
 
+@of_32_bits
 def peak_scores(
     q: Array, k: Array, *, config: PSAConfig, sizes: PeakConfig | None = None, interpret=None
 ) -> Array:
