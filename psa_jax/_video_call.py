@@ -128,7 +128,7 @@ class VideoCall(NamedTuple):
         order = None
         if not is_cross_attention(q.shape[2], k.shape[2], config, cross_attention):
             if step is None:
-                require_step(warmup_steps)
+                require_step(warmup_steps=warmup_steps, refresh_every=1)
             order = TokenOrder.from_config(config, q.shape[2], k.shape[2])
         return cls(q, k, v, config, warmup_steps, order, step, return_lse, implementation)
 

@@ -45,7 +45,7 @@ def call(module, *qkv, **options):
     return jax.jit(lambda *qkv: module.apply({}, *qkv, **options))(*qkv)
 
 
-@pytest.mark.parametrize("method", [None, "STA", "SemanticAware", "Hybrid"])
+@pytest.mark.parametrize("method", [None, "STA", "Clusters", "SemanticAware", "Hybrid"])
 def test_a_sparse_step_is_psa_attention(rng, method):
     config = config_of(method)
     qkv = make_qkv(rng)
