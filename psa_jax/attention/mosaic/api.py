@@ -11,6 +11,7 @@ from jax import Array
 
 from psa_jax._mosaic.channels import pad_channels
 from psa_jax._mosaic.device import interpreter, multiprocessors
+from psa_jax._switches import of_32_bits
 from psa_jax.attention.mosaic.coarse_gradient.plan import Rounds, coarse_plan
 from psa_jax.attention.mosaic.coarse_gradient.sums import coarse_gradients
 from psa_jax.attention.mosaic.configs import (
@@ -34,6 +35,7 @@ from shared_specs.constants import LEVELS, LOG2E
 from shared_specs.geometry import Geometry, cdiv
 
 
+@of_32_bits
 def forward(
     q: Array,
     k: Array,
@@ -76,6 +78,7 @@ def forward(
     return out[:, :q_len].reshape(q.shape)[..., :dim], lse[:, :q_len].reshape(q.shape[:3])
 
 
+@of_32_bits
 def backward(
     dout: Array,
     dlse: Array | None,

@@ -26,6 +26,7 @@ from jax import Array, lax
 
 from psa_jax._mosaic.channels import pad_channels
 from psa_jax._mosaic.device import multiprocessors
+from psa_jax._switches import of_32_bits
 from psa_jax._vmap import vmap_as_batch
 from psa_jax.kernels.scores.peaks import peaks_kernel
 from psa_jax.kernels.scores.samples import samples
@@ -41,6 +42,7 @@ _EVERYTHING = 1 << 30
 """Limit of rows that see every key: past any position, far from overflow."""
 
 
+@of_32_bits
 def peak_scores(
     q: Array, k: Array, *, config: PSAConfig, sizes: PeakConfig | None = None, interpret=None
 ) -> Array:
