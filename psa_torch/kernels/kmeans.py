@@ -13,9 +13,9 @@ up to the rounding of float32 sums; equal sums take the lower centroid. Centroid
 float32.
 
 At 75,600 tokens, 40 heads, 1,000 centroids, D = 128 a step multiplies 0.77 TFLOP, 1.3 ms at 600
-TFLOP/s, and reads the centroids 296 times a head, 3 GB from L2; the means read the tokens once,
-0.8 GB, 0.2 ms. Five instructions an element choose the largest sum: 0.5 ms on 132 processors, beside
-the products of another program.
+TFLOP/s, and reads the centroids 591 times a head, 6 GB from L2; the means read the tokens once,
+0.8 GB, 0.2 ms. Five instructions an element choose the largest sum: 0.5 ms on 132 processors,
+beside the products of another program.
 """
 
 from typing import NamedTuple
@@ -32,10 +32,21 @@ DTYPES = (torch.float16, torch.bfloat16)
 MAX_EXPONENT = 14
 """Elements of tokens are below two to this, those of centroids minus their mean below twice it."""
 
-COLUMNS = 64
-"""Centroids of a tile; padding stands infinitely far away."""
-
 MEAN_ROWS = 32
+"""Tokens that a mean adds up at a time."""
+
+
+class NearestTile(NamedTuple):
+    """Products of `rows` tokens by `columns` centroids; padding stands infinitely far away."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# Registers for two programs of a multiprocessor: one multiplies while the other chooses.
+TILE = NearestTile(rows=128, columns=64, warps=8, stages=3)
 
 
 class Columns(NamedTuple):
@@ -86,9 +97,8 @@ def nearest(tokens: Tensor, columns: Columns, scale: Tensor) -> Tensor:
     """int32 `[B, H, N]`: the nearest centroid of each token, the lower one of equally near ones."""
     batch, heads, n, head_dim = tokens.shape
     labels = torch.empty(batch, heads, n, dtype=torch.int32, device=tokens.device)
-    rows = 256 if head_dim <= 128 else 128
     with on_device_of(tokens):
-        _nearest_kernel[(cdiv(n, rows), batch * heads)](
+        _nearest_kernel[(cdiv(n, TILE.rows), batch * heads)](
             tokens,
             *columns,
             scale,
@@ -99,10 +109,10 @@ def nearest(tokens: Tensor, columns: Columns, scale: Tensor) -> Tensor:
             columns.bias.shape[2],
             HEAD_DIM=head_dim,
             BLOCK_D=columns.columns.shape[3],
-            ROWS=rows,
-            COLUMNS=COLUMNS,
-            num_warps=8,
-            num_stages=2,
+            ROWS=TILE.rows,
+            COLUMNS=TILE.columns,
+            num_warps=TILE.warps,
+            num_stages=TILE.stages,
         )
     return labels
 
@@ -120,7 +130,7 @@ def move_centroids(
         centre: float32 `[B, H, D]`, what columns are measured from.
     """
     batch, heads, count, head_dim = centroids.shape
-    padded, width = cdiv(count, COLUMNS) * COLUMNS, padded_head_dim(head_dim)
+    padded, width = cdiv(count, TILE.columns) * TILE.columns, padded_head_dim(head_dim)
     centroids = centroids.contiguous()
     moved = torch.empty_like(centroids)
     columns = Columns(
