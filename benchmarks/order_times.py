@@ -85,7 +85,7 @@ def parts(q, k, v, grid) -> Iterator[tuple[str, Callable[[], Any]]]:
     order = TokenOrder.from_config(config, k.shape[2], k.shape[2])
     state = order.choose(q, k)
     start, curve = state.centroids.keys, order._curve(k)
-    scale, centre = kmeans.scales(k), start.mean(2)
+    scale, centre = kmeans.scales(k), kmeans.mean_token(k, start.shape[2])
     _, columns = kmeans.move_centroids(k, start, None, scale, centre)
     labels = kmeans.nearest(k, columns, scale)
     by_label = label_sort.sort_by_label(labels, start.shape[2])

@@ -22,6 +22,7 @@ from psa_torch.functional import choose_levels
 from psa_torch.order import Centroids, TokenOrder
 from shared_specs import checks, presets
 from shared_specs.config import PSAConfig, check_config
+from shared_specs.geometry import cdiv
 from shared_specs.records import DensityRecord, DensityRecords
 from shared_specs.selection import candidate_blocks
 from shared_specs.video import is_cross_attention, require_step
@@ -291,7 +292,7 @@ class PSAVideoAttention(nn.Module):
             )
         # PyTorch's dense attention returns no lse, has no forward mode on a CPU, and aligns
         # causal rows at the first key.
-        rows, columns = -(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n)
+        rows, columns = cdiv(q.shape[2], settings.block_m), cdiv(k.shape[2], settings.block_n)
         return sparse_attention(
             q,
             k,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of
 
 CHUNK = 256
@@ -67,12 +68,24 @@ def sort_by_label(
     totals = labels.new_empty(batch, heads, bins)
     with on_device_of(labels):
         grid, sizes = (chunks, batch * heads), {"BINS": bins, "HAS_CURVE": curve is not None}
-        _count_kernel[grid](labels, curve, counts, n, chunks, CHUNK=CHUNK, **sizes, num_warps=4)
-        _scan_kernel[(bins // LANES, batch * heads)](
-            counts, totals, chunks, BINS=bins, LANES=LANES, ROWS=SCAN_ROWS, num_warps=4
+        launch_kernel(
+            _count_kernel, grid, labels, curve, counts, n, chunks, CHUNK=CHUNK, **sizes, num_warps=4
+        )
+        launch_kernel(
+            _scan_kernel,
+            (bins // LANES, batch * heads),
+            counts,
+            totals,
+            chunks,
+            BINS=bins,
+            LANES=LANES,
+            ROWS=SCAN_ROWS,
+            num_warps=4,
         )
         ends = totals.cumsum(-1, dtype=torch.int32)
-        _place_kernel[grid](
+        launch_kernel(
+            _place_kernel,
+            grid,
             labels,
             curve,
             counts,

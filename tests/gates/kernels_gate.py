@@ -182,6 +182,7 @@ def cases():
     yield Case("means of clusters", means(), per_processor=6, always=True)
     for head_dim in (64, 96, 256):
         yield Case(f"nearest D={head_dim}", nearest(head_dim, torch.float16), loop=400)
+    yield Case("moves of hidden states", moves(5120))
     yield Case("moves float32", moves(64, torch.float32))
     # 16 warps hold 8,192 blocks with 128 registers each; what spills is outside the loops.
     yield Case("thresholdbound 8,192", selection(THRESHOLD, 8_192), spills=400)
