@@ -5,12 +5,12 @@ added in float32, never leave the registers. Means are those of the tokens sorte
 one program a centroid adds up in a fixed order.
 
 What is multiplied. `|x - c|^2` falls as `x.(c - m) - m.(c - m) - |c - m|^2 / 2` rises, for any `m`;
-here the mean of evenly spaced tokens, which one strange centroid cannot move. Tokens, times a power of two that brings
-the largest element of a head below 2^14, are float16 numbers: bfloat16 has fewer digits. `c - m`,
-times the same power, is *rounded* to float16, and the rounded centroid stands in every term. So
-labels are those of the nearest rounded centroid, with 11 digits of what it differs from `m` by,
-up to the rounding of float32 sums; equal sums take the lower centroid. Centroids themselves are
-float32.
+here the mean of evenly spaced tokens, which one strange centroid cannot move. Tokens, times a power
+of two that brings the largest element of a head below 2^14, are float16 numbers: bfloat16 has fewer
+digits. `c - m`, times the same power, is *rounded* to float16, and the rounded centroid stands in
+every term. So labels are those of the nearest rounded centroid, with 11 digits of what it differs
+from `m` by, up to the rounding of float32 sums; equal sums take the lower centroid. Centroids
+themselves are float32.
 
 At 75,600 tokens, 40 heads, 1,000 centroids, D = 128 a step multiplies 0.77 TFLOP, 1.3 ms at 600
 TFLOP/s, and reads the centroids 591 times a head, 6 GB from L2; the means read the tokens once,
