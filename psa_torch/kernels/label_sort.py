@@ -179,11 +179,13 @@ def _place_kernel(
     place = first + tl.arange(0, CHUNK)
     token, label = _tokens_and_labels(LABELS, CURVE, place, n, BINS, HAS_CURVE)
     rank = tl.zeros([CHUNK], tl.int32)
+    before = tl.arange(0, CHUNK).to(tl.uint32)
     for part in range(0, CHUNK, LANES):
-        other = first + part + tl.arange(0, LANES)
-        _, label_there = _tokens_and_labels(LABELS, CURVE, other, n, BINS, HAS_CURVE)
-        same = (label[:, None] == label_there[None, :]) & (other[None, :] < place[:, None])
-        rank += tl.sum(same.to(tl.int32), 1)
+        other = part + tl.arange(0, LANES)
+        _, label_there = _tokens_and_labels(LABELS, CURVE, first + other, n, BINS, HAS_CURVE)
+        # Same label and before: one comparison without a sign. The sum is over a thread's own axis.
+        ahead = (label_there * CHUNK + other)[:, None] - (label * CHUNK)[None, :]
+        rank += tl.sum((ahead.to(tl.uint32, bitcast=True) < before[None, :]).to(tl.int32), 0)
     rank += tl.load(COUNTS + (bh * chunks + tl.program_id(0)) * BINS + label)
     rank += tl.load(ENDS + bh * BINS + label) - tl.load(TOTALS + bh * BINS + label)
     real = place < n

@@ -20,7 +20,17 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).par
 import machine_code  # noqa: E402  (first: it turns the interpreter off)
 import torch  # noqa: E402
 
-from psa_torch.kernels import pyramid, scores, select, similarity, table  # noqa: E402
+from psa_torch.kernels import (  # noqa: E402
+    kmeans,
+    label_sort,
+    move,
+    pyramid,
+    scores,
+    select,
+    similarity,
+    table,
+)
+from psa_torch.kernels._launch import padded_head_dim  # noqa: E402
 from psa_torch.kernels.scores import antidiagonal, means, peaks, tiles  # noqa: E402
 from psa_torch.kernels.scores.hopper import kernel as hopper  # noqa: E402
 from psa_torch.kernels.scores.tiles import HOPPER_PEAK, ScoreConfig  # noqa: E402
@@ -39,6 +49,12 @@ KERNELS = [
     (select, "_select_kernel"),
     (table, "_table_kernel"),
     (similarity, "_cap_kernel"),
+    (move, "_move_kernel"),
+    (label_sort, "_count_kernel"),
+    (label_sort, "_scan_kernel"),
+    (label_sort, "_place_kernel"),
+    (kmeans, "_nearest_kernel"),
+    (kmeans, "_mean_kernel"),
 ]
 CAUSAL = PSAConfig(causal=True, sink_blocks=1, text_length=100)
 SAMPLED = PSAConfig(importance="sampled")
@@ -105,6 +121,36 @@ def plan(transposed, kv_blocks=1_182):
     return lambda: table.build_plan(x, is_causal=True, transposed=transposed, **sizes)
 
 
+def order_of(heads=24):
+    return tensor(1, heads, LONG, dtype=torch.int32)
+
+
+def moves(head_dim=128, dtype=torch.bfloat16):
+    x = tokens(head_dim, dtype)
+    return lambda: move.move(x, x, x, order_of(), order_of(2))
+
+
+def label_order(count=1000):
+    return lambda: label_sort.sort_by_label(order_of(), count, tensor(LONG, dtype=torch.int32))
+
+
+def nearest(head_dim=128, dtype=torch.bfloat16):
+    width = padded_head_dim(head_dim)
+    columns = kmeans.Columns(
+        tensor(1, 24, 1024, width, dtype=torch.float16), tensor(1, 24, 1024, dtype=torch.float32)
+    )
+    scale = tensor(1, 24, dtype=torch.float32)
+    return lambda: kmeans.nearest(tokens(head_dim, dtype), columns, scale)
+
+
+def means(head_dim=128, dtype=torch.bfloat16):
+    x, scale = tokens(head_dim, dtype), tensor(1, 24, dtype=torch.float32)
+    start = tensor(1, 24, 1000, head_dim, dtype=torch.float32)
+    bins = tensor(1, 24, 1024, dtype=torch.int32)
+    by_label = label_sort.Sorted(order_of(), order_of(), bins, bins)
+    return lambda: kmeans.move_centroids(x, start, by_label, scale, start[:, :, 0])
+
+
 def both(x, function):
     return lambda: function(x, x, 64)
 
@@ -127,6 +173,15 @@ def cases():
         per_processor=4,
         always=True,
     )
+    yield Case("moves", moves(), per_processor=8, always=True)
+    yield Case("sort by label", label_order(), per_processor=8, always=True)
+    # Two programs: the products of one beside the choice of the other.
+    yield Case("nearest centroid", nearest(), loop=270, per_processor=2, always=True)
+    yield Case("means of clusters", means(), per_processor=6, always=True)
+    for head_dim in (64, 96, 256):
+        yield Case(f"nearest D={head_dim}", nearest(head_dim, torch.float16), loop=400)
+    yield Case("moves of hidden states", moves(5120))
+    yield Case("moves float32", moves(64, torch.float32))
     # 16 warps hold 8,192 blocks with 128 registers each; what spills is outside the loops.
     yield Case("thresholdbound 8,192", selection(THRESHOLD, 8_192), spills=400)
     # Eight columns a block are few enough for the compiler to unroll their loop.
@@ -158,6 +213,7 @@ def cases():
         yield Case("antidiagonal causal", score(ANTIDIAGONAL), arch=arch, loop=300, spills=400)
         yield Case("thresholdbound", selection(THRESHOLD), arch=arch)
         yield Case("pyramid", both(tokens(), pyramid.build_pyramid), arch=arch)
+        yield Case("nearest centroid", nearest(), arch=arch, loop=600)
 
 
 class Recorder:
