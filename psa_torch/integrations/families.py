@@ -16,6 +16,7 @@ from psa_torch.integrations.ordering import (
     text_then_video,
     tokens,
 )
+from shared_specs.geometry import cdiv
 
 Arguments = Mapping[str, Any]
 
@@ -63,7 +64,7 @@ def _patches(model: nn.Module, arguments: Arguments) -> tuple[int, int, int]:
 def _cogvideox_grid(model: nn.Module, arguments: Arguments) -> tuple[int, int, int]:
     frames, _, height, width = arguments["hidden_states"].shape[1:]
     patch, patch_t = model.config.patch_size, model.config.patch_size_t or 1
-    return -(-frames // patch_t), height // patch, width // patch
+    return cdiv(frames, patch_t), height // patch, width // patch
 
 
 def _ltx_grid(model: nn.Module, arguments: Arguments) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton.configs import HopperQueryGradConfig, QueryGradConfig
 from psa_torch.attention.triton.plan import Plan
 from psa_torch.attention.triton.row_statistics import LOG2E, RowStatistics
@@ -186,7 +187,9 @@ def _launch(
     **constants,
 ) -> None:
     batch, heads, q_len, head_dim = q.shape
-    query_gradient[cdiv(q_len, config.rows), batch * heads](
+    launch_kernel(
+        query_gradient,
+        (cdiv(q_len, config.rows), batch * heads),
         q,
         rows.k,
         rows.v,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -76,7 +77,9 @@ def launch_row_statistics(
     delta = lse.new_empty(batch, heads, rows, dtype=torch.float32)
     lse2 = torch.empty_like(delta)
     step = 32
-    row_statistics[rows // step, batch * heads](
+    launch_kernel(
+        row_statistics,
+        (rows // step, batch * heads),
         out,
         dout,
         lse.contiguous(),
