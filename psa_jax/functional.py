@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from psa_jax._arrays import absorb_scale, describe, is_array
 from psa_jax._sharding import per_shard
+from psa_jax._switches import numpy_rules
 from psa_jax._types import CallArguments, Overrides
 from psa_jax.attention import IMPLEMENTATIONS, choose, sparse_attention
 from psa_jax.importance import block_scores
@@ -74,6 +75,7 @@ def psa_attention(
     return_levels: bool = False,
     **arguments: Unpack[CallArguments],
 ) -> Array | tuple[Array, ...]: ...
+@numpy_rules
 def psa_attention(
     q: Array,
     k: Array,
@@ -200,6 +202,7 @@ class Chosen(NamedTuple):
     scores: Array | None
 
 
+@numpy_rules
 def choose_levels(q: Array, k: Array, config: PSAConfig) -> Chosen:
     """Scores and levels of q and k as they stand, in whatever order their tokens are."""
     is_budget = config.mask_mode == "budget"

@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from psa_jax._arrays import absorb_scale, describe, is_array
 from psa_jax._sharding import per_shard, vary_alike
+from psa_jax._switches import numpy_rules
 from psa_jax._types import SparseArguments
 from psa_jax.attention.differentiable import Call, attention, attention_with_lse
 from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
@@ -49,6 +50,7 @@ def sparse_attention(
     return_lse: bool,
     **arguments: Unpack[SparseArguments],
 ) -> Array | tuple[Array, Array]: ...
+@numpy_rules
 def sparse_attention(
     q: Array,
     k: Array,
