@@ -16,12 +16,22 @@ from psa_torch.kernels._launch import cdiv, on_device_of, padded_head_dim, resid
 
 
 @triton.jit
+def _places(pointer, first, end, stride, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+    """Where rows `first … first + N - 1` are, `[N, WIDTH]`, and which of them are real.
+
+    64-bit offsets for the first row only: those of all numbers would fill the registers.
+    """
+    m = tl.arange(0, N)
+    d = tl.arange(0, WIDTH)
+    at = pointer + tl.cast(first, tl.int64) * stride + (m[:, None] * stride + d[None, :])
+    return at, (m < end - first)[:, None] & (d < D)[None, :]
+
+
+@triton.jit
 def _load_rows(pointer, first, end, stride, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
     """`[N, WIDTH]` from row `first` on, zero from row `end` and column `D` on."""
-    m = first + tl.arange(0, N)
-    d = tl.arange(0, WIDTH)
-    at = m.to(tl.int64)[:, None] * stride + d[None, :]
-    return tl.load(pointer + at, mask=(m < end)[:, None] & (d < D)[None, :], other=0.0)
+    at, real = _places(pointer, first, end, stride, WIDTH, D, N)
+    return tl.load(at, mask=real, other=0.0)
 
 
 @triton.jit
@@ -109,10 +119,8 @@ def rest_forward(
     blind = total == 0
     total = tl.where(blind, 1.0, total)
     acc = acc / total[:, None]
-    d = tl.arange(0, WIDTH)
-    at = m.to(tl.int64)[:, None] * D + d[None, :]
-    inside = real[:, None] & (d < D)[None, :]
-    tl.store(out_pointer + at, acc.to(out_pointer.dtype.element_ty), mask=inside)
+    at, inside = _places(out_pointer, first, q_len, D, WIDTH, D, ROWS)
+    tl.store(at, acc.to(out_pointer.dtype.element_ty), mask=inside)
     lse = tl.where(blind, float("-inf"), (top + tl.log2(total)) * LN2)
     tl.store(lse_pointer + batch_head * q_len + m, lse, mask=real)
 
@@ -197,11 +205,9 @@ def rest_query_gradient(
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    d = tl.arange(0, WIDTH)
-    at = m.to(tl.int64)[:, None] * D + d[None, :]
-    inside = real[:, None] & (d < D)[None, :]
-    dq = dq * scale + tl.load(dq_pointer + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dq_pointer + at, dq.to(dq_pointer.dtype.element_ty), mask=inside)
+    at, inside = _places(dq_pointer, first, q_len, D, WIDTH, D, ROWS)
+    dq = dq * scale + tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, dq.to(dq_pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
