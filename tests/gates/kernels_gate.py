@@ -20,7 +20,17 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).par
 import machine_code  # noqa: E402  (first: it turns the interpreter off)
 import torch  # noqa: E402
 
-from psa_torch.kernels import pyramid, scores, select, similarity, table  # noqa: E402
+from psa_torch.kernels import (  # noqa: E402
+    kmeans,
+    label_sort,
+    move,
+    pyramid,
+    scores,
+    select,
+    similarity,
+    table,
+)
+from psa_torch.kernels._launch import padded_head_dim  # noqa: E402
 from psa_torch.kernels.scores import antidiagonal, means, peaks, tiles  # noqa: E402
 from psa_torch.kernels.scores.hopper import kernel as hopper  # noqa: E402
 from psa_torch.kernels.scores.tiles import HOPPER_PEAK, ScoreConfig  # noqa: E402
@@ -39,6 +49,12 @@ KERNELS = [
     (select, "_select_kernel"),
     (table, "_table_kernel"),
     (similarity, "_cap_kernel"),
+    (move, "_move_kernel"),
+    (label_sort, "_count_kernel"),
+    (label_sort, "_scan_kernel"),
+    (label_sort, "_place_kernel"),
+    (kmeans, "_nearest_kernel"),
+    (kmeans, "_mean_kernel"),
 ]
 CAUSAL = PSAConfig(causal=True, sink_blocks=1, text_length=100)
 SAMPLED = PSAConfig(importance="sampled")
@@ -93,17 +109,46 @@ def score_hopper(config, head_dim=128):
     return launch
 
 
-def selection(config, kv_blocks=1_182, with_table=True):
+def selection(config, kv_blocks=1_182):
     kv_len = kv_blocks * config.block_n
     x = tensor(1, 24, 1, kv_blocks, dtype=torch.float32)
-    function = select.select_levels_and_table if with_table else select.select_levels
-    return lambda: function(x, config, q_len=100, kv_len=kv_len)
+    return lambda: select.select_levels(x, config, q_len=100, kv_len=kv_len)
 
 
 def plan(transposed, kv_blocks=1_182):
     x = tensor(1, 24, 591, kv_blocks, dtype=torch.int32)
     sizes = {"q_len": LONG, "kv_len": kv_blocks * 64, "block_m": 128, "block_n": 64}
     return lambda: table.build_plan(x, is_causal=True, transposed=transposed, **sizes)
+
+
+def order_of(heads=24):
+    return tensor(1, heads, LONG, dtype=torch.int32)
+
+
+def moves(head_dim=128, dtype=torch.bfloat16):
+    x = tokens(head_dim, dtype)
+    return lambda: move.move(x, x, x, order_of(), order_of(2))
+
+
+def label_order(count=1000):
+    return lambda: label_sort.sort_by_label(order_of(), count, tensor(LONG, dtype=torch.int32))
+
+
+def nearest(head_dim=128, dtype=torch.bfloat16):
+    width = padded_head_dim(head_dim)
+    columns = kmeans.Columns(
+        tensor(1, 24, 1024, width, dtype=torch.float16), tensor(1, 24, 1024, dtype=torch.float32)
+    )
+    scale = tensor(1, 24, dtype=torch.float32)
+    return lambda: kmeans.nearest(tokens(head_dim, dtype), columns, scale)
+
+
+def means(head_dim=128, dtype=torch.bfloat16):
+    x, scale = tokens(head_dim, dtype), tensor(1, 24, dtype=torch.float32)
+    start = tensor(1, 24, 1000, head_dim, dtype=torch.float32)
+    bins = tensor(1, 24, 1024, dtype=torch.int32)
+    by_label = label_sort.Sorted(order_of(), order_of(), bins, bins)
+    return lambda: kmeans.move_centroids(x, start, by_label, scale, start[:, :, 0])
 
 
 def both(x, function):
@@ -116,8 +161,8 @@ def cases():
     yield Case("pooled causal", score(CAUSAL), loop=400, always=True)
     yield Case("sampled", score(SAMPLED), loop=210, per_processor=2, always=True)
     yield Case("antidiagonal causal", score(ANTIDIAGONAL), loop=245, always=True)
-    yield Case("topk", selection(CAUSAL, with_table=False), always=True)
-    yield Case("thresholdbound and table", selection(THRESHOLD), always=True)
+    yield Case("topk", selection(CAUSAL), always=True)
+    yield Case("thresholdbound", selection(THRESHOLD), always=True)
     yield Case("plan", plan(False), always=True)
     yield Case("plan transposed", plan(True), always=True)
     yield Case("pyramid", both(tokens(), pyramid.build_pyramid), per_processor=4, always=True)
@@ -128,6 +173,15 @@ def cases():
         per_processor=4,
         always=True,
     )
+    yield Case("moves", moves(), per_processor=8, always=True)
+    yield Case("sort by label", label_order(), per_processor=8, always=True)
+    # Two programs: the products of one beside the choice of the other.
+    yield Case("nearest centroid", nearest(), loop=270, per_processor=2, always=True)
+    yield Case("means of clusters", means(), per_processor=6, always=True)
+    for head_dim in (64, 96, 256):
+        yield Case(f"nearest D={head_dim}", nearest(head_dim, torch.float16), loop=400)
+    yield Case("moves of hidden states", moves(5120))
+    yield Case("moves float32", moves(64, torch.float32))
     # 16 warps hold 8,192 blocks with 128 registers each; what spills is outside the loops.
     yield Case("thresholdbound 8,192", selection(THRESHOLD, 8_192), spills=400)
     # Eight columns a block are few enough for the compiler to unroll their loop.
@@ -157,8 +211,9 @@ def cases():
         yield Case("pooled", score(PSAConfig()), arch=arch, loop=400, spills=32)
         yield Case("pooled causal", score(CAUSAL), arch=arch, loop=900)
         yield Case("antidiagonal causal", score(ANTIDIAGONAL), arch=arch, loop=300, spills=400)
-        yield Case("thresholdbound and table", selection(THRESHOLD), arch=arch)
+        yield Case("thresholdbound", selection(THRESHOLD), arch=arch)
         yield Case("pyramid", both(tokens(), pyramid.build_pyramid), arch=arch)
+        yield Case("nearest centroid", nearest(), arch=arch, loop=600)
 
 
 class Recorder:

@@ -6,7 +6,6 @@ import torch
 from psa_torch import PSAConfig
 from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.importance import block_scores
-from psa_torch.kernels import select
 from psa_torch.pyramid import build_pyramid
 from psa_torch.selection import select_levels
 from psa_torch.similarity import similarity_cap
@@ -70,7 +69,6 @@ def test_nothing_waits_for_the_device(name):
         build_table(levels)
         query_plan(levels, geometry)
         key_plan(levels, geometry)
-        select.select_levels_and_table(scores, config, **sizes, cap=cap)
 
     everything()  # compiles, and copies the sampling plan
     torch.cuda.set_sync_debug_mode("error")

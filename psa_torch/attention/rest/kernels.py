@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch._triton.constants import LN2, LOG2E
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.rest.means import Call
 from psa_torch.kernels._launch import cdiv, on_device_of, padded_head_dim, resident_programs
 
@@ -334,7 +335,9 @@ def means_of_blocks(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]
     (batch, heads, kv_len, head_dim), blocks = k.shape, cdiv(k.shape[2], block_n)
     means = tuple(x.new_empty(batch, heads, blocks, head_dim) for x in (k, v))
     with on_device_of(k):
-        mean_of_block[(blocks * batch * heads, 2)](
+        launch_kernel(
+            mean_of_block,
+            (blocks * batch * heads, 2),
             k,
             v,
             *means,
@@ -358,7 +361,9 @@ def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> None:
     constants = _constants(q, g)
     tiles = levels.shape[2] * (g.block_m // constants["ROWS"])
     with on_device_of(q):
-        rest_forward[(tiles * q.shape[0] * q.shape[1],)](
+        launch_kernel(
+            rest_forward,
+            (tiles * q.shape[0] * q.shape[1],),
             q,
             k_means,
             v_means,
@@ -377,6 +382,14 @@ def add_gradients(
     dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Call
 ) -> tuple[Tensor, Tensor]:
     """As `psa_torch.attention.rest.plain.add_gradients`."""
+    parts = _parts_of_gradients(dout, dlse, q, k_means, v_means, levels, out, lse, dq, g)
+    return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in parts)
+
+
+def _parts_of_gradients(
+    dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Call
+) -> tuple[Tensor, Tensor]:
+    """Adds to `dq`; gradients of the means in parts to be added, `[parts, B, Hk, Nk, D]`."""
     q, dout, levels = _dense_rows(q), _dense_rows(dout), levels.contiguous()
     constants, sizes = _constants(q, g), _sizes(q, k_means, levels, g)
     rows = constants["ROWS"]
@@ -388,7 +401,9 @@ def add_gradients(
     dk = lse.new_empty(parts, *k_means.shape)
     dv = torch.empty_like(dk)
     with on_device_of(q):
-        rest_query_gradient[(tiles * q.shape[0] * q.shape[1],)](
+        launch_kernel(
+            rest_query_gradient,
+            (tiles * q.shape[0] * q.shape[1],),
             q,
             k_means,
             v_means,
@@ -406,7 +421,9 @@ def add_gradients(
             HAS_DLSE=dlse is not None,
             **constants,
         )
-        rest_key_gradient[(key_tiles, parts)](
+        launch_kernel(
+            rest_key_gradient,
+            (key_tiles, parts),
             q,
             k_means,
             v_means,
@@ -421,7 +438,7 @@ def add_gradients(
             *sizes,
             **constants,
         )
-    return (dk[0], dv[0]) if parts == 1 else (dk.sum(0), dv.sum(0))
+    return dk, dv
 
 
 def _dense_rows(x: Tensor) -> Tensor:

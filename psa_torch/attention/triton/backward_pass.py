@@ -9,7 +9,6 @@ owes and passes that down, and level 1 writes the gradients.
 import torch
 from torch import Tensor
 
-from psa_torch._triton.launch import repeated
 from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.configs import (
     BackwardConfig,
@@ -31,7 +30,6 @@ from shared_specs.constants import LEVELS
 from shared_specs.geometry import Geometry
 
 
-@repeated
 def backward(
     dout: Tensor,
     dlse: Tensor | None,

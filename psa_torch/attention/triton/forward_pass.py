@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch._triton.constants import LN2, LOG2E, LOWEST
-from psa_torch._triton.launch import launch_kernel, repeated
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.configs import ForwardConfig, HopperForwardConfig
 from psa_torch.attention.triton.plan import Plan, query_plan
@@ -180,7 +180,6 @@ def attention_forward(
     tl.store(lse_pointer + out_row, tl.where(seen, lse, float("-inf")), mask=m < q_len)
 
 
-@repeated
 def forward(
     q: Tensor,
     k: Tensor,

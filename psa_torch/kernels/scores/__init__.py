@@ -8,7 +8,6 @@ is a kernel of its own. `tiles` says which kernel a call gets, and with what siz
 import torch
 from torch import Tensor
 
-from psa_torch._triton.launch import repeated
 from psa_torch.kernels._launch import require_dtype
 from psa_torch.kernels.scores.antidiagonal import antidiagonal_scores
 from psa_torch.kernels.scores.peaks import pooled_scores, sampled_scores
@@ -21,7 +20,6 @@ _ESTIMATORS = {
 }
 
 
-@repeated
 def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     """Scores of every (query block, key block) pair by `config.importance`.
 
