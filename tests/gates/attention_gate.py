@@ -10,7 +10,6 @@ Exit status 1 if a kernel breaks its budget, or if the negative control does not
 
 import argparse
 import contextlib
-import importlib
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +22,13 @@ import torch  # noqa: E402
 from machine_code import MachineCode  # noqa: E402
 
 from psa_torch.attention.triton import (  # noqa: E402
+    backward_pass,
     configs,
-    units,
+    forward_pass,
+    key_gradient,
+    pooled_gradient,
+    query_gradient,
+    row_statistics,
 )
 from psa_torch.attention.triton.configs import (  # noqa: E402
     BackwardConfig,
@@ -34,23 +38,16 @@ from psa_torch.attention.triton.configs import (  # noqa: E402
 from psa_torch.attention.triton.hopper import forward as forward_hopper  # noqa: E402
 from psa_torch.attention.triton.hopper import key_gradient as key_gradient_hopper  # noqa: E402
 from psa_torch.attention.triton.hopper import query_gradient as query_gradient_hopper  # noqa: E402
+from psa_torch.attention.triton.hopper import units  # noqa: E402
 from psa_torch.attention.triton.plan import Plan  # noqa: E402
 from psa_torch.attention.triton.rows import rows_of_pyramid  # noqa: E402
 from psa_torch.pyramid import Pyramid  # noqa: E402
 from shared_specs.constants import BLOCK_M, BLOCK_N  # noqa: E402
 from shared_specs.geometry import Geometry  # noqa: E402
 
-# The package exports functions of these names.
-forward = importlib.import_module("psa_torch.attention.triton.forward")
-backward = importlib.import_module("psa_torch.attention.triton.backward")
-row_statistics, query_gradient, key_gradient, pooled_gradient = (
-    importlib.import_module(f"psa_torch.attention.triton.{name}")
-    for name in ("row_statistics", "query_gradient", "key_gradient", "pooled_gradient")
-)
-
 REGISTERS = 65_536
 KERNELS = [
-    (forward, "attention_forward"),
+    (forward_pass, "attention_forward"),
     (forward_hopper, "attention_forward_hopper"),
     (row_statistics, "row_statistics"),
     (query_gradient, "query_gradient"),
@@ -193,13 +190,15 @@ def launches(case: Case) -> list[Launch]:
             stack.enter_context(mock.patch.object(module, "capability", lambda _, arch=arch: arch))
         if case.direction == "forward":
             pyramid = Pyramid(rows, rows)
-            forward.forward_planned(q, pyramid, by_query, geometry, scale=0.1, config=case.config)
+            forward_pass.forward_planned(
+                q, pyramid, by_query, geometry, scale=0.1, config=case.config
+            )
         else:
             levels = tensor(1, heads, q_blocks, k_blocks, dtype=torch.int32)
             kept = rows_of_pyramid(Pyramid(rows, rows))
             rest = (kept, levels, by_query, plan(k_blocks, q_blocks), q, lse)
             config = case.config or configs.backward_config(q, case.block_m, case.block_n)
-            backward.backward_planned(q, lse, q, *rest, geometry, scale=0.1, config=config)
+            backward_pass.backward_planned(q, lse, q, *rest, geometry, scale=0.1, config=config)
     return found
 
 

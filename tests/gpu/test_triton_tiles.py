@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from psa_torch.attention.triton import configs
-from psa_torch.attention.triton.backward import backward
+from psa_torch.attention.triton.backward_pass import backward
 from psa_torch.attention.triton.configs import (
     ForwardConfig,
     HopperForwardConfig,
     HopperKeyGradConfig,
     HopperQueryGradConfig,
 )
-from psa_torch.attention.triton.forward import forward
+from psa_torch.attention.triton.forward_pass import forward
 from shared_specs import attention as oracle
 from tests.torch.attention_contract import Case, expected, to_numpy
 

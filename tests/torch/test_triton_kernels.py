@@ -8,7 +8,7 @@ import torch
 
 from psa_torch.attention import triton as triton_attention
 from psa_torch.attention.triton import configs
-from psa_torch.attention.triton.backward import backward, backward_planned
+from psa_torch.attention.triton.backward_pass import backward, backward_planned
 from psa_torch.attention.triton.configs import (
     BackwardConfig,
     ForwardConfig,
@@ -16,7 +16,7 @@ from psa_torch.attention.triton.configs import (
     PooledGradConfig,
     QueryGradConfig,
 )
-from psa_torch.attention.triton.forward import forward, forward_planned
+from psa_torch.attention.triton.forward_pass import forward, forward_planned
 from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.attention.triton.rows import rows_of_pyramid
 from psa_torch.pyramid import build_pyramid

@@ -8,15 +8,21 @@ import pytest
 import torch
 
 from psa_torch.attention.triton import hopper
-from psa_torch.attention.triton.backward import key_gradients
+from psa_torch.attention.triton.backward_pass import key_gradients
 from psa_torch.attention.triton.configs import (
     HopperKeyGradConfig,
     KeyGradConfig,
     PooledGradConfig,
 )
+from psa_torch.attention.triton.hopper.units import (
+    LEAST_RUN,
+    LOG_ENTRY,
+    MASKED,
+    UNIT_ROWS,
+    build_units,
+)
 from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.attention.triton.row_statistics import launch_row_statistics
-from psa_torch.attention.triton.units import LEAST_RUN, LOG_ENTRY, MASKED, UNIT_ROWS, build_units
 from shared_specs.constants import LEVELS
 from shared_specs.geometry import Geometry
 from tests.torch import gluon_interpreter
@@ -179,9 +185,8 @@ def test_units_list_what_any_of_their_blocks_sees(case, g, rng):
     if case.block_n >> g < LEAST_RUN:
         pytest.skip("such a level has no units")
     levels = case.levels(rng)
-    lengths = dict(q_len=case.q_len, kv_len=case.kv_len)
-    geometry = dict(block_m=case.block_m, block_n=case.block_n, is_causal=case.is_causal)
-    entries, counts = build_units(levels, g=g, **lengths, **geometry)
+    geometry = Geometry(case.q_len, case.kv_len, case.block_m, case.block_n, case.is_causal)
+    entries, counts = build_units(levels, geometry, g=g)
     blocks = max(1, UNIT_ROWS // (case.block_n >> g))
     _, heads, q_blocks, k_blocks = levels.shape
     assert counts.shape[2] == -(-k_blocks // blocks)

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from psa_torch.attention.triton import configs
-from psa_torch.attention.triton.backward import backward, backward_planned
+from psa_torch.attention.triton.backward_pass import backward, backward_planned
 from psa_torch.attention.triton.configs import BackwardConfig, KeyGradConfig, PooledGradConfig
-from psa_torch.attention.triton.forward import forward
+from psa_torch.attention.triton.forward_pass import forward
 from psa_torch.attention.triton.plan import key_plan, query_plan
-from psa_torch.attention.triton.pooled_gradient import round_size
 from psa_torch.attention.triton.rows import rows_of_pyramid
 from psa_torch.pyramid import build_pyramid
 from shared_specs.geometry import Geometry
@@ -92,7 +91,7 @@ def test_tile_sizes_do_not_change_the_answer(tile, rows, rng):
 
 
 def test_lists_longer_than_one_look(rng, monkeypatch):
-    monkeypatch.setattr(round_size.__module__ + ".LIST_WIDTH", 2)
+    monkeypatch.setattr("psa_torch.attention.triton.pooled_gradient.LIST_WIDTH", 2)
     case = dataclasses.replace(ONE, level=8, q_len=600, kv_len=70)
     check(case, rng, workspace=3 * 2 * 16 * 32 * 4)
 
@@ -151,39 +150,6 @@ def test_a_slot_that_nobody_wrote_shows(rng):
     assert dk(right).isfinite().all()
     wrong = ~dk(too_many).isfinite()
     assert wrong[0, 0, 128:192].all() and not wrong[0, 0, :128].any()
-
-
-class TestRounds:
-    """Two key heads of three query heads each, ten query blocks."""
-
-    q = torch.empty(1, 6, 640, 64, dtype=torch.bfloat16)
-    slot = 2 * 80 * 64
-    of_block = slot * 2
-    of_group = 3 * 10 * of_block
-
-    def size(self, budget):
-        return round_size(self.q, 3, self.slot, budget, 10)
-
-    @pytest.mark.parametrize(
-        ("budget", "heads"), [(2**30, 6), (2 * of_group - 1, 3), (of_group // 4, 3)]
-    )
-    def test_whole_groups_of_heads_where_one_fits(self, budget, heads):
-        assert self.size(budget) == (heads, 10)
-
-    def test_else_some_blocks_of_every_head_in_even_rounds(self):
-        assert self.size(self.of_group // 4 - 1) == (6, 1)
-        self.q = torch.empty(1, 3, 640, 64, dtype=torch.bfloat16)
-        assert self.size(7 * 3 * self.of_block) == (3, 10)
-        assert self.size(2 * 3 * self.of_block) == (3, 2)
-
-    def test_few_heads_take_more_to_fill_the_machine_but_not_any_amount(self, monkeypatch):
-        monkeypatch.setattr(round_size.__module__ + ".resident_programs", lambda *_: 60)
-        assert self.size(6 * self.of_block) == (6, 4)
-        assert self.size(1) == (6, 1)
-
-    def test_heads_share_out_evenly(self):
-        self.q = torch.empty(2, 15, 640, 64, dtype=torch.bfloat16)
-        assert self.size(4 * self.of_group) == (12, 10)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])

@@ -121,7 +121,7 @@ class PooledGradConfig:
 
     rows: queries a product; block_m keeps the query block in shared memory, a divisor reads it
         again for every tile.
-    workspace: bytes that the sums of one round may take (see `round_size`).
+    workspace: bytes that the sums of one round may take (see `pooled_gradient.rounds`).
     """
 
     tile: int

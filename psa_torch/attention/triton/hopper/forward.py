@@ -4,8 +4,8 @@ A program takes query block after query block. Two warps bring keys into a ring 
 bring values, by tensor copies of whole runs where a tile is a few long ones, row by row elsewhere;
 each pair runs ahead on its own. The first also brings the next queries while the last ones are
 still in use. Each multiplying warpgroup owns 64 query rows and adds the values of one tile during
-the softmax of the next. Same table, same tiles, same arithmetic as `forward`; Triton's interpreter
-does not know Gluon (see the tests).
+the softmax of the next. Same table, same tiles, same arithmetic as `forward_pass`; Triton's
+interpreter does not know Gluon (see the tests).
 """
 
 from typing import NamedTuple
@@ -244,7 +244,8 @@ def attention_forward_hopper(
     IS_CAUSAL: gl.constexpr,
     NEGATE: gl.constexpr,
 ):
-    """Grid: any number of programs. Arguments as in `forward.attention_forward`, block_m 128, but
+    """Grid: any number of programs. Arguments as in `forward_pass.attention_forward`,
+    block_m 128, but
 
     items: query blocks over all heads.
     q_pointer, q_stride_b, q_stride_h, q_stride_m: multiples of 16 bytes, as copies need them.
@@ -310,7 +311,7 @@ def launch(
     """Run the kernel.
 
     Args:
-        arguments: what comes after q, k and v in those of `forward.attention_forward`.
+        arguments: what comes after q, k and v in those of `forward_pass.attention_forward`.
 
     Raises:
         ValueError: the kernel has no instance for this head dimension, dtype, block or GPU.

@@ -33,12 +33,12 @@ from psa_torch._triton.rings import (
 from psa_torch.attention.triton import hopper
 from psa_torch.attention.triton.configs import HopperKeyGradConfig
 from psa_torch.attention.triton.hopper.copies import COPY_THREADS, COPY_WARPS
+from psa_torch.attention.triton.hopper.units import LEAST_RUN, LOG_ENTRY, MASKED, Units
 from psa_torch.attention.triton.row_statistics import RowStatistics
 from psa_torch.attention.triton.rows import Rows
-from psa_torch.attention.triton.units import LEAST_RUN, LOG_ENTRY, MASKED, Units
 from psa_torch.attention.triton.walk import level_start
 from psa_torch.kernels._launch import capability
-from shared_specs.pyramid import padded_length
+from shared_specs.geometry import Geometry
 
 
 class NumberedRing(NamedTuple):
@@ -350,13 +350,10 @@ def launch_key_gradient_hopper(
     pooled: Tensor,
     dk: Tensor,
     dv: Tensor,
+    geometry: Geometry,
     *,
     g: int,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
     scale: float,
-    is_causal: bool,
     config: HopperKeyGradConfig,
 ) -> None:
     """As `key_gradient.launch_key_gradient`; `units` are those of the level, and q and dout are as
@@ -366,12 +363,13 @@ def launch_key_gradient_hopper(
         ValueError: the kernel has no instance for this head dimension, dtype, block or GPU.
     """
     heads, q_len, head_dim = q.shape[1:]
-    call = (head_dim, q.dtype, block_m, capability(q))
+    call = (head_dim, q.dtype, geometry.block_m, capability(q))
     hopper.require_supported(config, *call, rows=config.rows)
-    if block_n >> g < LEAST_RUN:
+    run = geometry.block_n >> g
+    if run < LEAST_RUN:
         raise ValueError(
             f"{type(config).__name__} needs {LEAST_RUN} rows of a key block at level {1 << g}, "
-            f"got {block_n >> g}"
+            f"got {run}"
         )
     k, v, head_rows, skipped = rows.of_level(g)
     batch, kv_heads = k.shape[:2]
@@ -398,20 +396,20 @@ def launch_key_gradient_hopper(
         kv_heads,
         heads // kv_heads,
         q_len,
-        kv_len,
-        padded_length(kv_len, block_n),
+        geometry.kv_len,
+        geometry.padded_len,
         head_rows,
         skipped,
         q_blocks,
         count,
         D=head_dim,
-        BLOCK_M=block_m,
-        LOG_BLOCK_N=block_n.bit_length() - 1,
+        BLOCK_M=geometry.block_m,
+        LOG_BLOCK_N=geometry.block_n.bit_length() - 1,
         G=g,
         ROWS=config.rows,
         SLOTS=config.slots,
         MULTIPLY_REGISTERS=config.multiply_registers,
         COPY_REGISTERS=config.copy_registers,
-        IS_CAUSAL=is_causal,
+        IS_CAUSAL=geometry.is_causal,
         num_warps=4,
     )
