@@ -16,6 +16,7 @@ from psa_jax.functional import choose_levels, resolve_config
 from psa_jax.order import Centroids, Resumed, TokenOrder
 from shared_specs import checks
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 from shared_specs.selection import candidate_blocks
 from shared_specs.video import is_cross_attention, require_step
 
@@ -246,7 +247,7 @@ def _checked_step(step: Any) -> int | Array | None:
 
 def _dense(q, k, v, config, causal, return_lse) -> tuple[Array, ...]:
     """Dense attention, which is attention with every block at level 1."""
-    rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+    rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
     attended = sparse_attention(
         q,
         k,

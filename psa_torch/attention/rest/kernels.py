@@ -12,7 +12,8 @@ from torch import Tensor
 from psa_torch._triton.constants import LN2, LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.rest.means import Call
-from psa_torch.kernels._launch import cdiv, on_device_of, padded_head_dim, resident_programs
+from psa_torch.kernels._launch import on_device_of, padded_head_dim, resident_programs
+from shared_specs.geometry import cdiv
 
 
 @triton.jit

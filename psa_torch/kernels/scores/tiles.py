@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch.kernels._launch import capability, cdiv
+from psa_torch.kernels._launch import capability
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 HOPPER_ROWS = 128
 """Rows that the warp-specialised kernel takes at once, half of them for each warpgroup."""

@@ -9,13 +9,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from psa_torch._triton.boxes import row_boxes
 from psa_torch._triton.launch import launch_kernel
 from psa_torch._triton.rings import Ring, new_barriers
-from psa_torch.kernels._launch import cdiv, resident_programs
+from psa_torch.kernels._launch import resident_programs
 from psa_torch.kernels.scores.hopper.copy import copy_items
 from psa_torch.kernels.scores.hopper.multiply import Keys, multiply_columns
 from psa_torch.kernels.scores.hopper.ratios import SCORE_WARPS, Scores, make_scores
 from psa_torch.kernels.scores.hopper.schedule import Sizes, Slab
 from psa_torch.kernels.scores.samples import Samples
 from psa_torch.kernels.scores.tiles import HOPPER_ROWS, HopperScoreConfig
+from shared_specs.geometry import cdiv
 
 MULTIPLY_REGISTERS = gl.constexpr(224)
 COPY_REGISTERS = gl.constexpr(56)
