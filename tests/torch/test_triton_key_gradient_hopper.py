@@ -10,9 +10,9 @@ import torch
 from psa_torch.attention.triton import hopper
 from psa_torch.attention.triton.backward_pass import key_gradients
 from psa_torch.attention.triton.configs import (
+    CoarseGradConfig,
     HopperKeyGradConfig,
     KeyGradConfig,
-    PooledGradConfig,
 )
 from psa_torch.attention.triton.hopper.units import (
     LEAST_RUN,
@@ -79,7 +79,7 @@ def gradients(
     """dk and dv, by the kernel under test up to level `2**coarsest` where blocks have `shortest`
     rows; lse and out are the oracle's `want`."""
     q, k, v, levels, dout, dlse = inputs
-    pooled = PooledGradConfig(tile=32, rows=64, warps=4, stages=1)
+    pooled = CoarseGradConfig(tile=32, rows=64, warps=4, stages=1)
     here = tuple(config if g <= coarsest and block_n >> g >= shortest else pooled for g in range(4))
     out, lse = torch.from_numpy(want.out).float(), torch.from_numpy(want.lse).float()
     block_m, is_causal = settings["block_m"], settings["is_causal"]

@@ -116,12 +116,12 @@ class HopperKeyGradConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PooledGradConfig:
+class CoarseGradConfig:
     """dk and dv of one level above 1 by query blocks: `tile` pyramid rows a step.
 
     rows: queries a product; block_m keeps the query block in shared memory, a divisor reads it
         again for every tile.
-    workspace: bytes that the sums of one round may take (see `pooled_gradient.rounds`).
+    workspace: bytes that the sums of one round may take (see `coarse_gradient.rounds`).
     """
 
     tile: int
@@ -134,7 +134,7 @@ class PooledGradConfig:
 ByKeyConfig = KeyGradConfig | HopperKeyGradConfig
 
 LevelConfigs = tuple[
-    ByKeyConfig, ByKeyConfig | PooledGradConfig, ByKeyConfig | PooledGradConfig, PooledGradConfig
+    ByKeyConfig, ByKeyConfig | CoarseGradConfig, ByKeyConfig | CoarseGradConfig, CoarseGradConfig
 ]
 """How each level's share of dk and dv is computed, finest first."""
 
@@ -256,7 +256,7 @@ def choose_plain_backward(
             key=_levels(
                 block_n,
                 lambda run: KeyGradConfig(keys=min(most, run), rows=16, warps=8, stages=1),
-                PooledGradConfig(tile=most, rows=16, warps=8, stages=1),
+                CoarseGradConfig(tile=most, rows=16, warps=8, stages=1),
             ),
         )
     if head_dim == 256:
@@ -265,7 +265,7 @@ def choose_plain_backward(
             key=_levels(
                 block_n,
                 lambda run: KeyGradConfig(keys=min(64, run), rows=32, warps=8, stages=1),
-                PooledGradConfig(tile=64, rows=32, warps=8, stages=1),
+                CoarseGradConfig(tile=64, rows=32, warps=8, stages=1),
             ),
         )
     if capability == HOPPER:
@@ -275,7 +275,7 @@ def choose_plain_backward(
             key=_levels(
                 block_n,
                 lambda run: _key_config(min(64, run)),
-                _pooled_config(capability, head_dim, block_m),
+                _coarse_config(capability, head_dim, block_m),
             ),
         )
     most = 128 if _has_large_shared_memory(capability) else 64
@@ -284,7 +284,7 @@ def choose_plain_backward(
         key=_levels(
             block_n,
             lambda run: _key_config(min(most, run)),
-            _pooled_config(capability, head_dim, block_m),
+            _coarse_config(capability, head_dim, block_m),
         ),
     )
 
@@ -293,16 +293,16 @@ def _key_config(keys: int) -> KeyGradConfig:
     return KeyGradConfig(keys=keys, rows=64, warps=max(4, keys // 16), stages=2)
 
 
-def _pooled_config(capability: tuple[int, int], head_dim: int, block_m: int) -> PooledGradConfig:
+def _coarse_config(capability: tuple[int, int], head_dim: int, block_m: int) -> CoarseGradConfig:
     if not _has_large_shared_memory(capability):
-        return PooledGradConfig(tile=64, rows=32, warps=4, stages=2)
+        return CoarseGradConfig(tile=64, rows=32, warps=4, stages=2)
     # Two programs share a multiprocessor, which leaves room for one buffer or for two.
     roomy = capability == HOPPER and block_m * head_dim < 128 * 128
-    return PooledGradConfig(tile=64, rows=block_m, warps=4, stages=2 if roomy else 1)
+    return CoarseGradConfig(tile=64, rows=block_m, warps=4, stages=2 if roomy else 1)
 
 
 def _levels(
-    block_n: int, by_key: Callable[[int], KeyGradConfig], pooled: PooledGradConfig
+    block_n: int, by_key: Callable[[int], KeyGradConfig], pooled: CoarseGradConfig
 ) -> LevelConfigs:
     """`by_key(run)` for runs of rows long enough to pay for reading queries, else `pooled`."""
     # Nothing is coarser than level 8, whose rows only the sums of slots can begin.
