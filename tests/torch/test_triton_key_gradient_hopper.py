@@ -48,9 +48,9 @@ CASES = [
     dataclasses.replace(BASE, heads=1, level=4),
 ]
 CONFIGS = [
-    HopperKeyGradConfig(rows=64, slots=1),
-    HopperKeyGradConfig(rows=64, slots=4),
-    HopperKeyGradConfig(rows=128, slots=2),
+    HopperKeyGradConfig(rows=64, stages=1),
+    HopperKeyGradConfig(rows=64, stages=4),
+    HopperKeyGradConfig(rows=128, stages=2),
 ]
 TOLERANCE = 4e-6
 

@@ -40,13 +40,13 @@ class ForwardConfig:
 class HopperForwardConfig:
     """Warp-specialised forward for compute capability 9.0: 128 queries by `tile` pooled keys.
 
-    slots: tiles of keys and of values in flight.
+    stages: tiles of keys and of values in flight.
     multiply_registers, copy_registers: per thread of each role, multiples of 8; two multiplying
         warpgroups and one that copies share 504.
     """
 
     tile: int
-    slots: int
+    stages: int
     multiply_registers: int = 232
     copy_registers: int = 40
 
@@ -69,20 +69,20 @@ class QueryGradConfig:
 class HopperQueryGradConfig:
     """Warp-specialised dq for compute capability 9.0: 128 queries by `tile` pooled keys.
 
-    slots: tiles of keys and of values in flight.
-    beside: add the keys of a tile while the weights of the next are made; needs two slots.
+    stages: tiles of keys and of values in flight.
+    beside: add the keys of a tile while the weights of the next are made; needs two stages.
     multiply_registers, copy_registers: as in `HopperForwardConfig`.
     """
 
     tile: int
-    slots: int
+    stages: int
     beside: bool = False
     multiply_registers: int = 232
     copy_registers: int = 40
 
     def __post_init__(self) -> None:
-        if self.beside and self.slots < 2:
-            raise ValueError(f"slots must be at least 2 where beside is set, got {self.slots}")
+        if self.beside and self.stages < 2:
+            raise ValueError(f"stages must be at least 2 where beside is set, got {self.stages}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +105,12 @@ class HopperKeyGradConfig:
     queries.
 
     rows: 64, or 128 where `block_m` and the registers allow it.
-    slots: tiles of q and of dout in flight.
+    stages: tiles of q and of dout in flight.
     multiply_registers, copy_registers: as in `HopperForwardConfig`.
     """
 
     rows: int
-    slots: int
+    stages: int
     multiply_registers: int = 232
     copy_registers: int = 40
 
@@ -148,20 +148,20 @@ class BackwardConfig:
 
 
 HOPPER_FORWARD = {
-    64: HopperForwardConfig(tile=128, slots=4),
-    128: HopperForwardConfig(tile=128, slots=2, multiply_registers=224, copy_registers=56),
+    64: HopperForwardConfig(tile=128, stages=4),
+    128: HopperForwardConfig(tile=128, stages=2, multiply_registers=224, copy_registers=56),
 }
 """By head dimension."""
 
 HOPPER_QUERY_GRADIENT = {
-    64: HopperQueryGradConfig(tile=128, slots=2),
-    128: HopperQueryGradConfig(tile=64, slots=4, beside=True),
+    64: HopperQueryGradConfig(tile=128, stages=2),
+    128: HopperQueryGradConfig(tile=64, stages=4, beside=True),
 }
 """By head dimension."""
 
 HOPPER_KEY_GRADIENT = {
-    64: HopperKeyGradConfig(rows=64, slots=6),
-    128: HopperKeyGradConfig(rows=64, slots=4),
+    64: HopperKeyGradConfig(rows=64, stages=6),
+    128: HopperKeyGradConfig(rows=64, stages=4),
 }
 """By head dimension."""
 

@@ -30,15 +30,15 @@ class ScoreConfig(NamedTuple):
 class HopperScoreConfig(NamedTuple):
     """Warp-specialised `pooled` and `sampled` scores for compute capability 9.0.
 
-    slots: tiles of columns in flight.
+    stages: tiles of columns in flight.
     columns: key blocks of a tile. 128 are what was measured; tests take fewer.
     """
 
-    slots: int
+    stages: int
     columns: int = 128
 
 
-HOPPER_PEAK = {64: HopperScoreConfig(slots=8), 128: HopperScoreConfig(slots=4)}
+HOPPER_PEAK = {64: HopperScoreConfig(stages=8), 128: HopperScoreConfig(stages=4)}
 """By head dimension."""
 
 
