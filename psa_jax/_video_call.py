@@ -140,6 +140,8 @@ class VideoCall(NamedTuple):
 
     def centroids(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the centroids of what the order clusters, by 'query' and 'key'."""
+        if self.order is None:
+            return {}
         sides = ("query", self.q, self.order.query_centroids), (
             "key", self.k, self.order.key_centroids
         )  # fmt: skip
@@ -186,6 +188,7 @@ class VideoCall(NamedTuple):
 
     def _sparse(self, q, k, v, stored, is_warm) -> tuple[Array, ...]:
         config, order = self.config, self.order
+        assert order is not None  # cross-attention is dense
 
         def of_shard(q, k, v, *stored):
             resumed = [Resumed(centroids, is_warm) for centroids in stored]

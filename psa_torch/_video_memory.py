@@ -157,11 +157,14 @@ def remembered_order(
     """
     run, keeps = _run_of(handle, step, branch)
     if not run.chooses:
-        return run.take(f"order {side}", tuple(tokens.shape[:3]))
+        order, inverse = run.take(f"order {side}", tuple(tokens.shape[:3]))
+        return order, inverse
     order = TokenOrder.from_config(parse_config(config), tokens.shape[2], tokens.shape[2])
     count = order.query_centroids if side == "queries" else order.key_centroids
+    assert count is not None  # only sides with clusters come here
     permutation, centroids = order._clustered(tokens, count, run.start.get(side))
     if not is_recomputation():
+        assert centroids is not None
         run.last[side] = centroids
         if keeps:
             run.kept[f"order {side}"] = tuple(x.clone() for x in permutation)

@@ -11,7 +11,7 @@ from psa_torch.kernels.scores import peaks, tiles
 from psa_torch.kernels.scores.tiles import HopperScoreConfig
 from shared_specs import PSAConfig
 from shared_specs.importance import block_scores
-from tests.torch import gluon_interpreter
+from tests.support import gluon_interpreter
 
 hopper = pytest.importorskip("psa_torch.kernels.scores.hopper.kernel")
 

@@ -13,9 +13,9 @@ from psa_torch.attention.triton.configs import HopperForwardConfig
 from psa_torch.attention.triton.forward_pass import forward
 from psa_torch.attention.triton.rows import rows_in_place
 from psa_torch.pyramid import Pyramid, build_pyramid, pool_levels
-from tests.torch import gluon_interpreter
+from tests.support import gluon_interpreter
+from tests.support.memory_layouts import rows_copied, rows_in_one_place
 from tests.torch.attention_contract import Case, expected, to_numpy
-from tests.torch.memory_layouts import rows_copied, rows_in_one_place
 from tests.torch.past_float32 import assert_rule, ordinary, past_range
 
 forward_hopper = pytest.importorskip("psa_torch.attention.triton.hopper.forward")

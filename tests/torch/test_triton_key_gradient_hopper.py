@@ -25,9 +25,9 @@ from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.attention.triton.row_statistics import launch_row_statistics
 from shared_specs.constants import LEVELS
 from shared_specs.geometry import Geometry
-from tests.torch import gluon_interpreter
+from tests.support import gluon_interpreter
+from tests.support.memory_layouts import rows_copied, rows_in_one_place, strided
 from tests.torch.attention_contract import Case, expected
-from tests.torch.memory_layouts import rows_copied, rows_in_one_place, strided
 
 kernels = pytest.importorskip("psa_torch.attention.triton.hopper.key_gradient")
 

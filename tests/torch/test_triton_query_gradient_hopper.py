@@ -13,9 +13,9 @@ from psa_torch.attention.triton.plan import query_plan
 from psa_torch.attention.triton.query_gradient import launch_query_gradient
 from psa_torch.attention.triton.row_statistics import RowStatistics
 from shared_specs.geometry import Geometry
-from tests.torch import gluon_interpreter
+from tests.support import gluon_interpreter
+from tests.support.memory_layouts import rows_copied, rows_in_one_place, strided
 from tests.torch.attention_contract import FLOAT32_TOLERANCE, Case, Results, expected
-from tests.torch.memory_layouts import rows_copied, rows_in_one_place, strided
 
 kernels = pytest.importorskip("psa_torch.attention.triton.hopper.query_gradient")
 

@@ -6,6 +6,8 @@ key it covers is its plain sum over queries; every level adds to its own sum wha
 owes and passes that down, and level 1 writes the gradients.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -138,7 +140,7 @@ def key_gradients(
     shared = (q, rows, dout, statistics)
     # Coarsest first: each level adds what the level above owes to its rows.
     for g in reversed(range(len(LEVELS))):
-        level = dict(g=g, scale=scale, config=config[g])
+        level: dict[str, Any] = dict(g=g, scale=scale, config=config[g])
         if isinstance(config[g], CoarseGradConfig):
             launch_coarse_gradient(*shared, by_query, by_key, pooled, geometry, **level)
         elif isinstance(config[g], HopperKeyGradConfig):

@@ -5,6 +5,7 @@ Shared memory and registers bound every entry; `tests/gates` compiles all of the
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -236,13 +237,13 @@ def choose_backward(
     config = choose_plain_backward(capability, head_dim, dtype, block_m, block_n)
     if hopper.unsupported(head_dim, dtype, block_m, capability):
         return config
-    by_key = (
+    key: Any = tuple(
         HOPPER_KEY_GRADIENT[head_dim]
         if g < HOPPER_KEY_LEVELS[head_dim] and block_n >> g >= HOPPER_KEY_ROWS
         else config.key[g]
         for g in range(4)
     )
-    return BackwardConfig(query=HOPPER_QUERY_GRADIENT[head_dim], key=tuple(by_key))
+    return BackwardConfig(query=HOPPER_QUERY_GRADIENT[head_dim], key=key)
 
 
 def choose_plain_backward(
@@ -306,7 +307,8 @@ def _levels(
 ) -> LevelConfigs:
     """`by_key(run)` for runs of rows long enough to pay for reading queries, else `pooled`."""
     # Nothing is coarser than level 8, whose rows only the sums of slots can begin.
-    return tuple(by_key(block_n >> g) if block_n >> g >= 16 and g < 3 else pooled for g in range(4))
+    finer, coarse = (by_key(block_n >> g) if block_n >> g >= 16 else pooled for g in (1, 2))
+    return by_key(block_n), finer, coarse, pooled
 
 
 def _has_large_shared_memory(capability: tuple[int, int]) -> bool:
