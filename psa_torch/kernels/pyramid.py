@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
+from psa_torch.kernels._launch import next_power_of_2, on_device_of, require_dtype
+from shared_specs.geometry import cdiv
 from shared_specs.pyramid import padded_length, pyramid_rows
 
 _TILE = 1024  # elements of one tile: one 16-byte load of 16-bit elements per thread of 4 warps

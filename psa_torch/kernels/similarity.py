@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
+from psa_torch.kernels._launch import next_power_of_2, on_device_of, require_dtype
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 
 def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:

@@ -23,10 +23,10 @@ from machine_code import MachineCode  # noqa: E402
 
 from psa_torch.attention.triton import (  # noqa: E402
     backward_pass,
+    coarse_gradient,
     configs,
     forward_pass,
     key_gradient,
-    pooled_gradient,
     query_gradient,
     row_statistics,
 )
@@ -55,8 +55,8 @@ KERNELS = [
     (units, "_units_kernel"),
     (key_gradient, "key_gradient"),
     (key_gradient_hopper, "key_gradient_hopper"),
-    (pooled_gradient, "pooled_partials"),
-    (pooled_gradient, "pooled_sums"),
+    (coarse_gradient, "coarse_partials"),
+    (coarse_gradient, "coarse_sums"),
 ]
 CONFIGURED = [configs, forward_hopper, query_gradient_hopper, key_gradient_hopper]
 LENGTH = 75_600
@@ -74,8 +74,8 @@ LOOP_BUDGETS = {
     ("key_gradient", 128): 720,
     ("key_gradient_hopper", 64): 466,
     ("key_gradient_hopper", 128): 525,
-    ("pooled_partials", 64): 800,
-    ("pooled_partials", 128): 1000,
+    ("coarse_partials", 64): 800,
+    ("coarse_partials", 128): 1000,
 }
 """Instructions of a main loop on sm_90 by (kernel, D): 5 % over the larger of 3.6 and 3.9."""
 
@@ -85,7 +85,7 @@ SPILLS = {
     "query_gradient_hopper": 364,
     "key_gradient": 700,
     "key_gradient_hopper": 244,
-    "pooled_partials": 620,
+    "coarse_partials": 620,
 }
 """Bytes that a kernel may spill, nearly all of it outside its loops."""
 
@@ -94,12 +94,12 @@ LOCAL_IN_LOOP = {
     ("key_gradient", True): 48,
     ("key_gradient_hopper", False): 1,
     ("key_gradient_hopper", True): 6,
-    ("pooled_partials", False): 19,
-    ("pooled_partials", True): 3,
+    ("coarse_partials", False): 19,
+    ("coarse_partials", True): 3,
 }
 """Loads and stores of spilled registers in one main loop, by (kernel, causal)."""
 
-WIDE = {"pooled_partials": "STG.128", "pooled_sums": "LDG.128"}
+WIDE = {"coarse_partials": "STG.128", "coarse_sums": "LDG.128"}
 """How a kernel moves the bulk of its numbers."""
 
 WARP_SPECIALISED = {
@@ -109,7 +109,7 @@ WARP_SPECIALISED = {
 }
 """Kernels in which some warps copy and two warpgroups multiply."""
 
-TWO_PROGRAMS = {"pooled_partials"}
+TWO_PROGRAMS = {"coarse_partials"}
 """Kernels of which two programs share a multiprocessor of sm_90."""
 
 HALF_PROCESSOR = 228 * 1024 // 2 - 1024
@@ -228,7 +228,7 @@ def _loop_breaches(case: Case, launch: Launch, code: MachineCode) -> list[str]:
         found.append(f"no loop with {wide}")
     if launch.name in TWO_PROGRAMS and code.shared_bytes > HALF_PROCESSOR:
         found.append(f"{code.shared_bytes} B of shared memory leave no room for a second program")
-    if launch.name in ("row_statistics", "pooled_sums", "_units_kernel"):
+    if launch.name in ("row_statistics", "coarse_sums", "_units_kernel"):
         return found
     specialised = launch.name in WARP_SPECIALISED
     loops = code.tensor_loops()
@@ -239,7 +239,7 @@ def _loop_breaches(case: Case, launch: Launch, code: MachineCode) -> list[str]:
     main = [x for x in loops if x.opcodes["LDGSTS.128"]]
     if specialised:
         main = sorted(loops, key=lambda x: x.size)[:2]
-    if launch.name == "pooled_partials":
+    if launch.name == "coarse_partials":
         main = sorted(loops, key=lambda x: x.size)[:1]
     if not main:
         found.append("no pipelined loop with 16-byte copies")

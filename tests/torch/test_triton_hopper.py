@@ -13,9 +13,9 @@ from psa_torch.attention.triton.configs import HopperForwardConfig
 from psa_torch.attention.triton.forward_pass import forward
 from psa_torch.attention.triton.rows import rows_in_place
 from psa_torch.pyramid import Pyramid, build_pyramid, pool_levels
-from tests.torch import gluon_interpreter
+from tests.support import gluon_interpreter
+from tests.support.memory_layouts import rows_copied, rows_in_one_place
 from tests.torch.attention_contract import Case, expected, to_numpy
-from tests.torch.memory_layouts import rows_copied, rows_in_one_place
 from tests.torch.past_float32 import assert_rule, ordinary, past_range
 
 forward_hopper = pytest.importorskip("psa_torch.attention.triton.hopper.forward")
@@ -40,7 +40,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(forward_pass, "rows_in_place", rows_in_one_place)
 
 
-CONFIGS = [HopperForwardConfig(tile=64, slots=2), HopperForwardConfig(tile=128, slots=3)]
+CONFIGS = [HopperForwardConfig(tile=64, stages=2), HopperForwardConfig(tile=128, stages=3)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -71,7 +71,7 @@ def test_past_the_range_of_float32(rng):
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_level_1_copied_is_level_1_in_place(case, rng, monkeypatch):
     inputs = case.inputs(rng)
-    config = HopperForwardConfig(tile=64, slots=2)
+    config = HopperForwardConfig(tile=64, stages=2)
     settings = {**case.settings(), "scale": 0.125, "config": config}
     in_place = forward(*inputs[:4], **settings)
     monkeypatch.setattr(forward_pass, "rows_in_place", rows_copied)
@@ -84,7 +84,7 @@ def test_strided_queries(padding, rng):
     """Heads inside rows, in memory that is NaN between them."""
     case = dataclasses.replace(BASE, batch=2, q_len=500, is_causal=True)
     inputs, settings = case.inputs(rng), {**case.settings(), "scale": 0.125}
-    config = HopperForwardConfig(tile=64, slots=2)
+    config = HopperForwardConfig(tile=64, stages=2)
     want = forward(*inputs[:4], config=config, **settings)
     wide = torch.full((2, 500, inputs.q.shape[1], 64 + padding), torch.nan)
     q = wide[..., :64].transpose(1, 2)

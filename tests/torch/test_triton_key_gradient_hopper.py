@@ -10,9 +10,9 @@ import torch
 from psa_torch.attention.triton import hopper
 from psa_torch.attention.triton.backward_pass import key_gradients
 from psa_torch.attention.triton.configs import (
+    CoarseGradConfig,
     HopperKeyGradConfig,
     KeyGradConfig,
-    PooledGradConfig,
 )
 from psa_torch.attention.triton.hopper.units import (
     LEAST_RUN,
@@ -25,9 +25,9 @@ from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.attention.triton.row_statistics import launch_row_statistics
 from shared_specs.constants import LEVELS
 from shared_specs.geometry import Geometry
-from tests.torch import gluon_interpreter
+from tests.support import gluon_interpreter
+from tests.support.memory_layouts import rows_copied, rows_in_one_place, strided
 from tests.torch.attention_contract import Case, expected
-from tests.torch.memory_layouts import rows_copied, rows_in_one_place, strided
 
 kernels = pytest.importorskip("psa_torch.attention.triton.hopper.key_gradient")
 
@@ -48,9 +48,9 @@ CASES = [
     dataclasses.replace(BASE, heads=1, level=4),
 ]
 CONFIGS = [
-    HopperKeyGradConfig(rows=64, slots=1),
-    HopperKeyGradConfig(rows=64, slots=4),
-    HopperKeyGradConfig(rows=128, slots=2),
+    HopperKeyGradConfig(rows=64, stages=1),
+    HopperKeyGradConfig(rows=64, stages=4),
+    HopperKeyGradConfig(rows=128, stages=2),
 ]
 TOLERANCE = 4e-6
 
@@ -79,7 +79,7 @@ def gradients(
     """dk and dv, by the kernel under test up to level `2**coarsest` where blocks have `shortest`
     rows; lse and out are the oracle's `want`."""
     q, k, v, levels, dout, dlse = inputs
-    pooled = PooledGradConfig(tile=32, rows=64, warps=4, stages=1)
+    pooled = CoarseGradConfig(tile=32, rows=64, warps=4, stages=1)
     here = tuple(config if g <= coarsest and block_n >> g >= shortest else pooled for g in range(4))
     out, lse = torch.from_numpy(want.out).float(), torch.from_numpy(want.lse).float()
     block_m, is_causal = settings["block_m"], settings["is_causal"]

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from psa_torch.attention.triton.pooled_gradient.rounds import Round, Rounds, share_out  # noqa: E402
+from psa_torch.attention.triton.coarse_gradient.rounds import Round, Rounds, share_out  # noqa: E402
 
 BLOCK = 1000
 """Bytes of one query block of one query head."""

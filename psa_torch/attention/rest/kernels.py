@@ -13,7 +13,8 @@ from psa_torch._triton.constants import LN2, LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.rest.mean_kernel import dense_rows, load_rows, means_of_blocks
 from psa_torch.attention.rest.means import Call
-from psa_torch.kernels._launch import cdiv, on_device_of, padded_head_dim, resident_programs
+from psa_torch.kernels._launch import on_device_of, padded_head_dim, resident_programs
+from shared_specs.geometry import cdiv
 
 __all__ = ["add_gradients", "add_means", "means_of_blocks"]
 

@@ -6,21 +6,23 @@ key it covers is its plain sum over queries; every level adds to its own sum wha
 owes and passes that down, and level 1 writes the gradients.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from psa_torch.attention.triton import configs
+from psa_torch.attention.triton.coarse_gradient import launch_coarse_gradient
 from psa_torch.attention.triton.configs import (
     BackwardConfig,
+    CoarseGradConfig,
     HopperKeyGradConfig,
     HopperQueryGradConfig,
     LevelConfigs,
-    PooledGradConfig,
 )
 from psa_torch.attention.triton.hopper.units import build_units
 from psa_torch.attention.triton.key_gradient import launch_key_gradient
 from psa_torch.attention.triton.plan import Plan, key_plan, query_plan
-from psa_torch.attention.triton.pooled_gradient import launch_pooled_gradient
 from psa_torch.attention.triton.query_gradient import launch_query_gradient
 from psa_torch.attention.triton.row_statistics import RowStatistics, launch_row_statistics
 from psa_torch.attention.triton.rows import Rows, aligned_rows, rows_in_place, rows_of_pyramid
@@ -138,9 +140,9 @@ def key_gradients(
     shared = (q, rows, dout, statistics)
     # Coarsest first: each level adds what the level above owes to its rows.
     for g in reversed(range(len(LEVELS))):
-        level = dict(g=g, scale=scale, config=config[g])
-        if isinstance(config[g], PooledGradConfig):
-            launch_pooled_gradient(*shared, by_query, by_key, pooled, geometry, **level)
+        level: dict[str, Any] = dict(g=g, scale=scale, config=config[g])
+        if isinstance(config[g], CoarseGradConfig):
+            launch_coarse_gradient(*shared, by_query, by_key, pooled, geometry, **level)
         elif isinstance(config[g], HopperKeyGradConfig):
             # Gluon kernels cannot be interpreted: nothing else may import them.
             from psa_torch.attention.triton.hopper.key_gradient import launch_key_gradient_hopper

@@ -1,7 +1,7 @@
 """dk and dv of one level, one program per group of pyramid rows of one key block.
 
 For rows enough to pay for reading the query blocks that see them; shorter runs of rows take
-`pooled_gradient`.
+`coarse_gradient`.
 """
 
 import triton

@@ -238,7 +238,7 @@ def attention_forward_hopper(
     D: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
-    SLOTS: gl.constexpr,
+    STAGES: gl.constexpr,
     MULTIPLY_REGISTERS: gl.constexpr,
     COPY_REGISTERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
@@ -258,20 +258,20 @@ def attention_forward_hopper(
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
     # Two query blocks, of which each multiplying warpgroup has half.
     q_tiles = gl.allocate_shared_memory(dtype, [4, 64, D], q_layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [SLOTS, TILE, D], tile_layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [SLOTS, TILE, D], tile_layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], tile_layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], tile_layout)
     queries = Ring(q_tiles, new_barriers(2), new_barriers(2))
-    keys = Ring(k_tiles, new_barriers(SLOTS), new_barriers(SLOTS))
-    values = Ring(v_tiles, new_barriers(SLOTS), new_barriers(SLOTS))
+    keys = Ring(k_tiles, new_barriers(STAGES), new_barriers(STAGES))
+    values = Ring(v_tiles, new_barriers(STAGES), new_barriers(STAGES))
     # All threads that copy arrive as their copies land; each multiplying warpgroup once.
-    for slot in gl.static_range(2):
-        mbarrier.init(queries.full.index(slot), count=COPY_THREADS)
-        mbarrier.init(queries.empty.index(slot), count=2)
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(keys.full.index(slot), count=COPY_THREADS)
-        mbarrier.init(keys.empty.index(slot), count=2)
-        mbarrier.init(values.full.index(slot), count=COPY_THREADS)
-        mbarrier.init(values.empty.index(slot), count=2)
+    for stage in gl.static_range(2):
+        mbarrier.init(queries.full.index(stage), count=COPY_THREADS)
+        mbarrier.init(queries.empty.index(stage), count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys.full.index(stage), count=COPY_THREADS)
+        mbarrier.init(keys.empty.index(stage), count=2)
+        mbarrier.init(values.full.index(stage), count=COPY_THREADS)
+        mbarrier.init(values.empty.index(stage), count=2)
 
     lists = Lists(entries, counts, full_counts)
     sizes = Sizes(heads, group, q_len, kv_len, padded_len, q_blocks, k_blocks, items)
@@ -334,7 +334,7 @@ def launch(
         D=head_dim,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         TILE=config.tile,
-        SLOTS=config.slots,
+        STAGES=config.stages,
         MULTIPLY_REGISTERS=config.multiply_registers,
         COPY_REGISTERS=config.copy_registers,
         num_warps=4,

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of
+from psa_torch.kernels._launch import next_power_of_2, on_device_of
 from psa_torch.kernels.table import plan_of_blocks, warps_for_row
-from shared_specs.geometry import Geometry
+from shared_specs.geometry import Geometry, cdiv
 
 UNIT_ROWS = 128
 """Pyramid rows of a unit, half of them for each warpgroup that multiplies."""

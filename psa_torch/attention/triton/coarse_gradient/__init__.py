@@ -14,26 +14,26 @@ import math
 from torch import Tensor
 
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.attention.triton.configs import PooledGradConfig
-from psa_torch.attention.triton.plan import Plan
-from psa_torch.attention.triton.pooled_gradient.partials import pooled_partials
-from psa_torch.attention.triton.pooled_gradient.rounds import share_out
-from psa_torch.attention.triton.pooled_gradient.sums import (
+from psa_torch.attention.triton.coarse_gradient.partials import coarse_partials
+from psa_torch.attention.triton.coarse_gradient.rounds import share_out
+from psa_torch.attention.triton.coarse_gradient.sums import (
     LIST_WIDTH,
     SLOTS_AT_ONCE,
     WARP_BYTES,
-    pooled_sums,
+    coarse_sums,
 )
+from psa_torch.attention.triton.configs import CoarseGradConfig
+from psa_torch.attention.triton.plan import Plan
 from psa_torch.attention.triton.row_statistics import RowStatistics
 from psa_torch.attention.triton.rows import Rows
 from psa_torch.kernels._launch import resident_programs
 from shared_specs.geometry import Geometry
 
 PROGRAMS_PER_PROCESSOR = 2
-"""Programs of `pooled_partials` that share a multiprocessor."""
+"""Programs of `coarse_partials` that share a multiprocessor."""
 
 
-def launch_pooled_gradient(
+def launch_coarse_gradient(
     q: Tensor,
     rows: Rows,
     dout: Tensor,
@@ -45,7 +45,7 @@ def launch_pooled_gradient(
     *,
     g: int,
     scale: float,
-    config: PooledGradConfig,
+    config: CoarseGradConfig,
 ) -> None:
     """Level `2**g > 1` of the gradients, into its rows of `pooled`.
 
@@ -78,7 +78,7 @@ def launch_pooled_gradient(
     for part in rounds.places():
         place = (part.first_head * group, part.first_query, rounds.queries_per_round)
         launch_kernel(
-            pooled_partials,
+            coarse_partials,
             (part.queries, part.heads * group),
             q,
             k,
@@ -117,7 +117,7 @@ def launch_pooled_gradient(
             num_stages=config.stages,
         )
         launch_kernel(
-            pooled_sums,
+            coarse_sums,
             (k_blocks, part.heads, 2),
             slots,
             by_key.entries,

@@ -6,17 +6,17 @@ import triton.language as tl
 from psa_torch.attention.triton.walk import level_start, load4, select4
 
 SLOTS_AT_ONCE = 8
-"""Slots that a program of `pooled_sums` has on their way at once."""
+"""Slots that a program of `coarse_sums` has on their way at once."""
 
 WARP_BYTES = 512
 """What a warp loads at once, 16 bytes a thread."""
 
 LIST_WIDTH = 128
-"""Entries of the table that a program of `pooled_sums` looks at in one step."""
+"""Entries of the table that a program of `coarse_sums` looks at in one step."""
 
 
 @triton.jit(do_not_specialize=["first_head", "first_block", "round_blocks"])
-def pooled_sums(
+def coarse_sums(
     slots,
     entries,
     counts,

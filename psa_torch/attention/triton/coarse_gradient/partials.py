@@ -8,7 +8,7 @@ from psa_torch.attention.triton.walk import gather_rows, level_start, load4, sel
 
 
 @triton.jit(do_not_specialize=["first_head", "first_block", "round_blocks"])
-def pooled_partials(
+def coarse_partials(
     q_pointer,
     k_pointer,
     v_pointer,
