@@ -48,7 +48,7 @@ def is_eager(*tensors: Any) -> bool:
     )
 
 
-def eager(operator: torch.library.CustomOpDef) -> Callable:
+def eager(operator: Any) -> Callable:
     """`operator`, or in an eager call the function it was made of.
 
     For operators without a gradient: nobody else asks whether one is wanted.

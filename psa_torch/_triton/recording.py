@@ -23,6 +23,7 @@ from psa_torch._triton.direct import (
     stream_of,
     why_not,
 )
+from shared_specs.geometry import cdiv
 
 ALIGNMENT = 512
 """Bytes; memory that PyTorch allocates on a GPU starts at multiples of it."""
@@ -196,7 +197,7 @@ def _packed(pieces: list[_Allocation]) -> tuple[list[int], int]:
     same time may lie in the same place."""
     placed: list[tuple[int, int, _Allocation]] = []
     for piece in pieces:
-        size = -(-piece.size // ALIGNMENT) * ALIGNMENT
+        size = cdiv(piece.size, ALIGNMENT) * ALIGNMENT
         others = sorted(
             (start, end)
             for start, end, other in placed

@@ -1,9 +1,12 @@
 """Attention over a pyramid at given levels (specification, section 4)."""
 
+from typing import Literal, Unpack, overload
+
 from torch import Tensor
 
 from psa_torch._checks import absorb_scale, checked_inputs, levels_form, require_tensor
 from psa_torch._eager import is_eager, wants_gradient
+from psa_torch._types import SparseArguments
 from psa_torch.attention import (
     flops,  # noqa: F401  registers the formulas
     ops,
@@ -17,6 +20,36 @@ from shared_specs.config import resolve_scale
 __all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
 
 
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **arguments: Unpack[SparseArguments],
+) -> Tensor: ...
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    return_lse: Literal[True],
+    **arguments: Unpack[SparseArguments],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    return_lse: bool,
+    **arguments: Unpack[SparseArguments],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -75,7 +108,7 @@ def sparse_attention(
     require_tensor("levels", levels)
     inputs = checked_inputs(q, k, v)
     q, k, v = inputs.tensors
-    q, scale = absorb_scale(q, scale)
+    q, factor = absorb_scale(q, scale)
     form = levels_form(levels, inputs, block_m=block_m, block_n=block_n)
     levels = levels.detach()
     out, lse = attend(
@@ -85,7 +118,7 @@ def sparse_attention(
         from_segments(levels) if form == "segments" else levels,
         block_m=block_m,
         block_n=block_n,
-        scale=scale,
+        scale=factor,
         is_causal=is_causal,
         rest=rest,
         implementation=implementation,
