@@ -18,7 +18,6 @@ import numpy as np
 from psa_jax.attention.mosaic.geometry import CHUNK, TiledGeometry
 from psa_jax.table import build_table
 from shared_specs.constants import LEVELS
-from shared_specs.geometry import cdiv
 
 MASKED = -1e30
 """Bias of a row that is not there: finite, so that no difference of two of them is NaN."""
@@ -123,7 +122,7 @@ def query_plan(levels: jax.Array, geometry: TiledGeometry) -> QueryPlan:
     covers = jnp.where(real, pack_covers(covered, last), 0)
 
     ends = jnp.cumsum(jnp.where(dense, tiles, 0), -1)
-    tails = cdiv(chunk_ends[..., -1:], per_tile)
+    tails = -(-chunk_ends[..., -1:] // per_tile)
     spans = jnp.concatenate([ends, first, half[..., None], tails], -1).astype(jnp.int32)
     spans = jnp.pad(spans, [(0, 0)] * 3 + [(0, SPANS - spans.shape[-1])])
     return QueryPlan(

@@ -158,7 +158,7 @@ def coarse_plan(levels: jax.Array, walk: QueryPlan, rounds: Rounds) -> CoarsePla
     listed, whole = (x.sum(-1, dtype=jnp.int32) for x in (seen, whole))
     first = walk.spans[:, FIRST][:, g].reshape(lead)
     full = whole // rounds.slots_per_tile
-    tails = cdiv(listed, rounds.slots_per_tile) - full
+    tails = -(-listed // rounds.slots_per_tile) - full
     spans = _pad_queries(jnp.stack([full, tails, first, listed], -1), rounds)
     covers = _tail_covers(walk.entries.reshape(levels.shape), full, first, listed, rounds)
     slots, counts = _slots(seen, rounds)
