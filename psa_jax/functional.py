@@ -38,7 +38,8 @@ def psa_attention(
 ) -> Array | tuple[Array, ...]:
     """Pyramid sparse attention: choose a level for every block, attend over pooled keys.
 
-    Differentiable in q, k and v for the levels chosen; the choice itself has no gradient. Works
+    Differentiable once in q, k and v, in forward and in reverse mode, for the levels chosen; the
+    choice itself has no gradient. Works
     under `jit` (the configuration is static), `vmap`, `jax.checkpoint`, `lax.scan`, `jax.export`
     and `jax.shard_map`; nothing between q, k, v and the output makes the host wait. Arrays sharded
     over batch and heads stay where they are (under a mesh with automatic axes, kernels need the

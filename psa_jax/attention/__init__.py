@@ -9,7 +9,7 @@ from jax import Array, lax
 from psa_jax._arrays import absorb_scale, describe, is_array
 from psa_jax._sharding import per_shard, vary_alike
 from psa_jax._switches import numpy_rules
-from psa_jax.attention.differentiable import Call, attention, attention_with_lse
+from psa_jax.attention.differentiable import Call, attention
 from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
 from psa_jax.masks import check_levels_of_form, from_segments
 from shared_specs import checks
@@ -35,8 +35,8 @@ def sparse_attention(
 ) -> Array | tuple[Array, Array]:
     """Attention of every query over the pooled keys that its block's levels select.
 
-    Differentiable (reverse mode, once) in q, k and v, through out and lse; levels get no
-    gradient. Works under `jit`, `vmap`, `jax.checkpoint`, `lax.scan`, `jax.export` and
+    Differentiable once in q, k and v, in forward and in reverse mode, through out and lse; levels
+    get no gradient. Works under `jit`, `vmap`, `jax.checkpoint`, `lax.scan`, `jax.export` and
     `jax.shard_map`; arrays sharded over batch and heads stay where they are (under a mesh with
     automatic axes, a kernel needs the call to be inside `jax.shard_map` for that).
 
@@ -96,4 +96,5 @@ def sparse_attention(
 def _attend(q, k, v, levels, *, call: Call, form: str, return_lse: bool):
     dense = from_segments(levels) if form == "segments" else levels.astype(jnp.int32)
     arrays = vary_alike((q, k, v, dense))
-    return (attention_with_lse if return_lse else attention)(call, *arrays)
+    out, lse = attention(call, *arrays)
+    return (out, lse) if return_lse else out

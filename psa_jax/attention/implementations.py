@@ -1,5 +1,6 @@
 """The implementations of attention by name, and which of them runs."""
 
+import logging
 from typing import Protocol
 
 from jax import Array
@@ -51,6 +52,24 @@ class Implementation(Protocol):
     ) -> tuple[Array, Array, Array]:
         """dq, dk and dv in the dtypes of q, k and v."""
 
+    def tangent(
+        self,
+        tq: Array,
+        tk: Array,
+        tv: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        levels: Array,
+        lse: Array,
+        *,
+        block_m: int,
+        block_n: int,
+        scale: float,
+        is_causal: bool,
+    ) -> gather.Moved:
+        """Forward mode: what the tangents of out and lse are made of."""
+
 
 class _Mosaic:
     """`psa_jax.attention.mosaic`, imported when it is first used: it brings Pallas along."""
@@ -72,6 +91,17 @@ class _Mosaic:
         from psa_jax.attention import mosaic
 
         return mosaic.backward(*args, **kwargs)
+
+    @staticmethod
+    def tangent(*args, **kwargs) -> gather.Moved:
+        announce(
+            "forward-mode derivatives of %r are computed by 'gather': %s",
+            "mosaic",
+            "no kernel makes them; selected rows are copied for each query block, which costs "
+            "memory traffic that a kernel would not have",
+            level=logging.WARNING,
+        )
+        return gather.tangent(*args, **kwargs)
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {"mosaic": _Mosaic(), "gather": gather}
