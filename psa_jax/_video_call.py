@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from psa_jax._arrays import describe
+from psa_jax._arrays import check_inputs
 from psa_jax._sharding import per_shard
 from psa_jax._switches import numpy_rules
 from psa_jax.attention import IMPLEMENTATIONS, sparse_attention
@@ -125,7 +125,7 @@ class VideoCall(NamedTuple):
         checks.check_flag("cross_attention", cross_attention)
         checks.check_flag("return_lse", return_lse)
         checks.check_implementation(implementation, IMPLEMENTATIONS)
-        checks.check_qkv(describe("q", q), describe("k", k), describe("v", v))
+        check_inputs(q, k, v)
         check_branch(branch)
         step = _checked_step(step)
         order = None
@@ -184,7 +184,7 @@ class VideoCall(NamedTuple):
         if memory is not None:
             # A warm-up step opens a run: whatever was clustered before it is another video's.
             memory = memory._replace(last=tuple(last)).reset(warming_up)
-        return Called(tuple(results), density.mean(0), warming_up, memory)
+        return Called(tuple(results), density.sum(0) / max(1, q.shape[0]), warming_up, memory)
 
     def _sparse(self, q, k, v, stored, is_warm) -> tuple[Array, ...]:
         config, order = self.config, self.order

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from psa_jax._arrays import absorb_scale, describe, is_array
+from psa_jax._arrays import absorb_scale, check_inputs, describe, is_array
 from psa_jax._sharding import per_shard, vary_alike
 from psa_jax._switches import numpy_rules
 from psa_jax.attention.differentiable import Call, attention
 from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
 from psa_jax.masks import check_levels_of_form, from_segments
+from psa_jax.pyramid import accumulator
 from shared_specs import checks
 from shared_specs.config import resolve_scale
 
@@ -74,8 +75,7 @@ def sparse_attention(
     checks.check_flag("return_lse", return_lse)
     checks.check_rest(rest)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    sizes = describe("q", q), describe("k", k), describe("v", v)
-    checks.check_qkv(*sizes)
+    sizes = check_inputs(q, k, v)
     q, scale = absorb_scale(q, scale)
     form = checks.check_levels_shape(
         describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
@@ -83,6 +83,9 @@ def sparse_attention(
     check_levels_of_form(levels, form)
     scale = resolve_scale(scale, q.shape[-1])
 
+    if not q.shape[0]:  # an empty batch: no implementation has to know
+        out, lse = jnp.zeros_like(q), jnp.zeros(q.shape[:3], accumulator(q.dtype))
+        return (out, lse) if return_lse else out
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     call = Call(name, block_m, block_n, scale, is_causal, rest)
     run = functools.partial(_attend, call=call, form=form, return_lse=return_lse)
