@@ -116,7 +116,7 @@ def choose(
     Args:
         implementation: a key of `IMPLEMENTATIONS`, used or refused; or None: `mosaic` on a GPU
             where it supports the input, else `gather`. That choice is logged once with its
-            reason (logger `psa_jax`, level info).
+            reason (logger `psa_jax`, level info; on a GPU that `mosaic` cannot use, warning).
 
     Raises:
         ValueError: the name is unknown, or what was chosen cannot run on this input.
@@ -130,5 +130,13 @@ def choose(
 
     chosen, passed_over = dispatch.choose(implementation, IMPLEMENTATIONS, reason_against)
     if implementation is None:
-        announce("attention runs as %r: %s", chosen, passed_over or f"q is on {where}")
+        message = "attention runs as %r: %s"
+        if chosen == "gather" and where == "gpu":
+            cost = (
+                "; it copies the selected rows of every query block through memory, which a kernel "
+                "does not"
+            )
+            announce(message + cost, chosen, passed_over, level=logging.WARNING)
+        else:
+            announce(message, chosen, passed_over or f"q is on {where}")
     return chosen
