@@ -33,6 +33,7 @@ from benchmarks.machine import describe
 from benchmarks.measure import host_seconds
 from psa_torch.integrations.diffusers import Applied, apply
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 from shared_specs.order import gilbert_order
 
 TOLERANCE = 1e-2
@@ -88,12 +89,15 @@ class Row:
     Attributes:
         backend: diffusers' backend of every dense attention, also of that beside PSA.
         config: of PSA in the self-attention; None where that is dense too.
-        order: as in `apply`.
+        order, refresh_every: as in `apply`.
+        compiled: with `compile_repeated_blocks`; there is no way back, so these rows come last.
     """
 
     backend: str
     config: PSAConfig | None = None
     order: str = "model"
+    refresh_every: int = 1
+    compiled: bool = False
 
 
 DEFAULT, CUDNN = "native", "_native_cudnn"
@@ -104,6 +108,9 @@ ROWS = {
     "psa-topk15-gilbert-in-every-layer": Row(CUDNN, CONFIG, "layer"),
     "psa-topk15-gilbert-beside-default": Row(DEFAULT, CONFIG),
     "psa-topk15-no-order": Row(CUDNN, dataclasses.replace(CONFIG, rearrange_method=None)),
+    "psa-topk15-gilbert-refresh-4": Row(CUDNN, CONFIG, refresh_every=4),
+    "compiled-dense-cudnn": Row(CUDNN, compiled=True),
+    "compiled-psa-topk15-gilbert": Row(CUDNN, CONFIG, compiled=True),
 }
 
 
@@ -211,7 +218,8 @@ def attending(model: nn.Module, row: Row, record: bool = False) -> Iterator[Appl
     if row.config is None:
         yield None
         return
-    with apply(model, config=row.config, order=row.order, record=record) as psa:
+    about = {"order": row.order, "refresh_every": row.refresh_every, "record": record}
+    with apply(model, config=row.config, **about) as psa:
         psa.step = 0
         yield psa
 
@@ -232,33 +240,47 @@ def attention_ms(step: Callable[[], Tensor], psa: Applied | None, device: str) -
 
 
 def measure(model: nn.Module, arguments: tuple, row: Row, device: str, repeats: int) -> dict:
-    """One row: times, memory, density."""
+    """One row: times, memory, density; of the self-attention only where nothing is compiled.
+
+    Args:
+        model, arguments: of a step.
+        row: how it attends.
+        device: 'cpu' or 'cuda'.
+        repeats: timed steps; more if a row keeps its choice for more.
+    """
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def step() -> Tensor:
-        return model(*arguments, return_dict=False)[0]
-
     about: dict[str, Any] = {}
-    if row.config is not None:
+
+    def stepping(psa: Applied | None) -> Callable[[], Tensor]:
+        def step() -> Tensor:
+            if psa is not None:
+                psa.step += 1
+            return model(*arguments, return_dict=False)[0]
+
+        return step
+
+    if row.config is not None and not row.compiled:
         with attending(model, row, record=True) as psa:
-            step()
-            densities = [record.density for record in psa.records.read()]
-            about["density"] = statistics.fmean(densities)
+            stepping(psa)()
+            about["density"] = statistics.fmean(record.density for record in psa.records.read())
     with attending(model, row) as psa:
+        step = stepping(psa)
         step()
         wait()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         clock = Clock(device)
-        for _ in range(repeats):
+        # Whole rounds of choosing and keeping, and their mean: the median would be of keeping.
+        for _ in range(cdiv(repeats, row.refresh_every) * row.refresh_every):
             clock.timed(step)
         about["step_ms"] = clock.milliseconds()
         if device == "cuda":
             about["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        about["attention_ms"] = attention_ms(step, psa, device)
+        if not row.compiled and row.refresh_every == 1:
+            about["attention_ms"] = attention_ms(step, psa, device)
         about["host_ms"] = 1e3 * host_seconds(step, lambda _: wait(), 1)[0]
-    about["median_step_ms"] = statistics.median(about["step_ms"])
-    about["attention_share"] = about["attention_ms"] / about["median_step_ms"]
+    middle = statistics.median if row.refresh_every == 1 else statistics.fmean
+    about["middle_step_ms"] = middle(about["step_ms"])
     return about
 
 
@@ -296,7 +318,13 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def run(
-    names: list[str], device: str, *, rows: list[str], repeats: int, layers: int | None
+    names: list[str],
+    device: str,
+    *,
+    rows: list[str],
+    repeats: int,
+    layers: int | None,
+    compiler: str = "inductor",
 ) -> Iterator[dict[str, Any]]:
     """Rows of the models named, each after its model was checked.
 
@@ -306,7 +334,9 @@ def run(
         rows: keys of `ROWS`.
         repeats: timed steps.
         layers: only the first so many of each model; None: all.
+        compiler: backend of the compiled rows.
     """
+    rows = sorted(rows, key=lambda row: ROWS[row].compiled)
     for name in names:
         geometry = MODELS[name]
         if layers is not None:
@@ -326,8 +356,12 @@ def run(
         with torch.inference_mode():
             backends = [DEFAULT, CUDNN] if device == "cuda" else [DEFAULT]
             errors = check(model, arguments, geometry, backends)
+            compiled = False
             for row in rows:
                 chosen = ROWS[row]
+                if chosen.compiled and not compiled:
+                    model.compile_repeated_blocks(backend=compiler)
+                    compiled = True
                 if device == "cpu" and chosen.backend == CUDNN:
                     chosen = dataclasses.replace(chosen, backend=DEFAULT)
                 found = measure(model, arguments, chosen, device, repeats)
@@ -336,6 +370,20 @@ def run(
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def line(row: dict[str, Any], base: float) -> str:
+    """A row in words; `base` is the time of the step that it is compared with."""
+    step = row["middle_step_ms"]
+    parts = [f"  {row['provider']:34s} step {step:9.1f} ms {base / step:5.2f}x"]
+    if "attention_ms" in row:
+        parts.append(f"attention {row['attention_ms']:9.1f} ms {row['attention_ms'] / step:4.0%}")
+    parts.append(f"host {row['host_ms']:7.1f} ms")
+    if "density" in row:
+        parts.append(f"density {row['density']:.1%}")
+    if "peak_gib" in row:
+        parts.append(f"peak {row['peak_gib']:.1f} GiB")
+    return "  ".join(parts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -347,6 +395,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--row", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, help="only so many layers of each model")
+    parser.add_argument("--compiler", default="inductor", help="of the compiled rows")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines are appended")
     args = parser.parse_args(argv)
     for name in ("repeats", "layers"):
@@ -356,21 +405,20 @@ def main(argv: list[str] | None = None) -> int:
     first: dict[str, float] = {}
     with args.output.open("a", encoding="utf-8") as file:
         for row in run(
-            args.model, args.device, rows=args.row, repeats=args.repeats, layers=args.layers
+            args.model,
+            args.device,
+            rows=args.row,
+            repeats=args.repeats,
+            layers=args.layers,
+            compiler=args.compiler,
         ):
             file.write(json.dumps(row) + "\n")
             file.flush()
-            base = first.setdefault(row["model"], row["median_step_ms"])
-            if row["provider"] == args.row[0]:
+            if row["model"] not in first:
                 errors = ", ".join(f"{key} {value:.1e}" for key, value in row["errors"].items())
                 print(f"\n{row['model']}, {row['layers']} layers, {row['tokens']} tokens: {errors}")
-            print(
-                f"  {row['provider']:36s} step {row['median_step_ms']:9.1f} ms, "
-                f"{base / row['median_step_ms']:.2f}x  attention {row['attention_ms']:9.1f} ms "
-                f"({row['attention_share']:.0%})  host {row['host_ms']:7.1f} ms  "
-                f"density {row.get('density', 1):.1%}  peak {row.get('peak_gib', 0):.1f} GiB",
-                flush=True,
-            )
+            base = first.setdefault(row["model"], row["middle_step_ms"])
+            print(line(row, base), flush=True)
     return 0
 
 

@@ -29,6 +29,18 @@ def test_rows_are_of_a_checked_model_and_say_what_they_cost(tmp_path, capsys):
     assert "tiny, 2 layers, 288 tokens" in capsys.readouterr().out
 
 
+def test_rows_that_keep_their_choice_or_are_compiled(tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    rows = ["compiled-psa-topk15-gilbert", "psa-topk15-gilbert-refresh-4", "dense-cudnn"]
+    arguments = ["--device", "cpu", "--model", "tiny", "--repeats", "1", "--output", str(output)]
+    assert model_step.main([*arguments, "--compiler", "aot_eager", "--row", *rows]) == 0
+    found = {row["provider"]: row for row in map(json.loads, output.read_text().splitlines())}
+    assert list(found)[-1] == rows[0]  # compiled rows come last
+    assert len(found[rows[1]]["step_ms"]) == 4 and 0 < found[rows[1]]["density"] < 0.5
+    assert "attention_ms" in found[rows[2]] and "attention_ms" not in found[rows[0]]
+    assert "compiled-psa" in capsys.readouterr().out
+
+
 def test_a_model_that_level_one_does_not_reproduce_is_not_timed(monkeypatch):
     monkeypatch.setattr(model_step, "LEVEL_ONE", model_step.CONFIG)
     with pytest.raises(ValueError, match="level 1 differs from dense attention"):
