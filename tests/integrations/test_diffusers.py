@@ -156,7 +156,9 @@ def test_two_graphs_for_all_layers_and_steps(how, layers):
             expected.append(run(model, arguments, {}))
         if how == "blocks":
             model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
-        compiled = torch.compile(model, backend="aot_eager") if how == "whole" else model
+        compiled = model
+        if how == "whole":
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         for psa.step in range(12):
             out = run(compiled, arguments, {})
             assert relative(out, expected[psa.step >= 2]) < 1e-4
