@@ -11,7 +11,7 @@ from models import SPARSE, WAN, build, perturbed, times, video  # noqa: E402
 
 from psa_torch.integrations.diffusers import apply  # noqa: E402
 
-CLUSTERS = dataclasses.replace(SPARSE, rearrange_method="SemanticAware")
+CLUSTERS = dataclasses.replace(SPARSE, rearrange_method="Clusters")
 
 
 def run(model, arguments, keywords):
