@@ -19,6 +19,7 @@ from psa_torch._config import Settings, parse_config
 from psa_torch._vmap import fold
 from psa_torch.functional import choose_levels
 from psa_torch.order import Centroids, Permutation, TokenOrder
+from shared_specs.geometry import cdiv
 
 _layers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _ids = itertools.count()
@@ -198,7 +199,7 @@ def remembered_levels(
 
 
 def _levels_shape(q: Tensor, k: Tensor, config) -> tuple[int, ...]:
-    rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+    rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
     return (*q.shape[:2], rows, columns)
 
 
