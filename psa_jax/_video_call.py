@@ -262,7 +262,7 @@ def call_with(call: VideoCall, memory: Memory | None) -> tuple[Called, Memory | 
     return called, memory
 
 
-def _with_run(memory: Memory, run: Run, sides: tuple[str, ...]) -> Memory:
+def _with_run(memory: Memory, run: Any, sides: tuple[str, ...]) -> Memory:
     memory = {**memory, "centroids_step": run.step}
     for name, start, last in zip(sides, run.start, run.last, strict=True):
         memory["start_is_warm"] = run.is_warm

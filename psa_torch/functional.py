@@ -149,7 +149,7 @@ def psa_attention(
             keep_lse=return_lse,
             keep_choice=return_levels,
         )
-        chosen = Chosen(listed, scores)
+        chosen = None if listed is None else Chosen(listed, scores)
     else:
         dense = from_segments(levels) if form == "segments" else levels.detach()
         chosen = Chosen(dense, None)
@@ -168,7 +168,7 @@ def psa_attention(
     results = [order.undo(out, state)]
     if return_lse:
         results.append(order.undo(lse, state))
-    if return_levels:
+    if chosen is not None and return_levels:
         results.append(serial_levels(chosen, settings))
     return results[0] if len(results) == 1 else tuple(results)
 

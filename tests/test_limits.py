@@ -18,8 +18,9 @@ WIDE = {
     # The contract's twelve arguments, and tile sizes for tests and benchmarks.
     "psa_torch/attention/triton/backward_pass.py": {"backward"},
     "psa_jax/attention/mosaic/api.py": {"backward"},
-    # Called by flax.linen, which names what it passes.
+    # Called by flax.linen, which names what it passes; and the signature of JAX's own function.
     "psa_jax/linen.py": {"attend"},
+    "psa_jax/sdpa.py": {"dot_product_attention"},
 }
 """Functions with more arguments because of who calls them."""
 

@@ -124,7 +124,7 @@ def sparse_attention(
         implementation=implementation,
         keep_lse=return_lse,
     )
-    return (out, lse) if return_lse else out
+    return out if lse is None or not return_lse else (out, lse)
 
 
 def attend(

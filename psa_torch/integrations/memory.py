@@ -25,11 +25,12 @@ class Memory:
         self._state = VideoState(records=_Unread())
         self._forwards = 0
         self._ordered: bool | None = None
+        self._videos: list[PSAVideoAttention] = []
         for layer in layers:
-            layer.video = PSAVideoAttention(
+            layer.video = video = PSAVideoAttention(
                 refresh_every=refresh_every, layer=layer.name, state=self._state
             )
-        self._layers = layers
+            self._videos.append(video)
 
     def begin(self, step: int, config: PSAConfig, records: DensityLog | None) -> None:
         """A forward of `step` starts.
@@ -55,14 +56,14 @@ class Memory:
         self._state.step = step
         self._state.branch = str(self._forwards - 1)
         self._state.records = _Unread() if records is None else records
-        for layer in self._layers:
-            layer.video.config = config
+        for video in self._videos:
+            video.config = config
 
     def forget(self) -> None:
         """Before another video, and in dense steps."""
         self._forwards = 0
-        for layer in self._layers:
-            layer.video.reset()
+        for video in self._videos:
+            video.reset()
 
 
 class _Unread(DensityLog):
