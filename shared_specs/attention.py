@@ -38,7 +38,7 @@ def sparse_attention(
 
     Args:
         q: `[B, H, Lq, D]`, any float dtype.
-        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`.
+        k, v: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`, `H % Hk == 0`.
         levels: `[B, H, Nq, Nk]`, or segments `[B, H, Nq, Nk + 5]`.
         block_m, block_n: queries and keys per block.
         scale: factor on q.k; None means `D ** -0.5`.
@@ -48,11 +48,11 @@ def sparse_attention(
         return_lse: also return the natural log of the sum of exponentials.
 
     Returns:
-        out `[B, H, Lq, D]` and, if asked, lse `[B, H, Lq]`, float64 (long double for long double
+        out `[B, H, Lq, Dv]` and, if asked, lse `[B, H, Lq]`, float64 (long double for long double
         inputs). A row that sees nothing has out 0 and lse -inf.
     """
     q, k, v = (_wide(x) for x in (q, k, v))
-    out = np.zeros_like(q)
+    out = np.zeros((*q.shape[:3], v.shape[3]), q.dtype)
     lse = np.full(q.shape[:3], -np.inf, q.dtype)
     for at in _visits(q, k, v, levels, block_m, block_n, scale, is_causal, rest):
         out[at.head][at.rows] = at.weights @ at.values
@@ -77,12 +77,12 @@ def sparse_attention_grad(
     """Gradients of `sum(out * dout) + sum(lse * dlse)` with the levels held fixed.
 
     Args:
-        dout: `[B, H, Lq, D]`.
+        dout: `[B, H, Lq, Dv]`.
         rest: as in `sparse_attention`.
         dlse: `[B, H, Lq]` or None for 0; ignored on rows that see nothing.
 
     Returns:
-        dq `[B, H, Lq, D]`, dk and dv `[B, Hk, Lk, D]`, float64.
+        dq `[B, H, Lq, D]`, dk `[B, Hk, Lk, D]` and dv `[B, Hk, Lk, Dv]`, float64.
     """
     q, k, v, dout = (_wide(x) for x in (q, k, v, dout))
     factor = resolve_scale(scale, q.shape[-1])

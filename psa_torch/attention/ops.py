@@ -39,7 +39,7 @@ def attention_forward(
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     check_level_values(levels)
     if not q.shape[0]:  # an empty batch: no implementation has to know
-        return _like_forward(q)
+        return _like_forward(q, v)
     with without_autocast(q):
         return IMPLEMENTATIONS[name].forward(
             q,
@@ -55,12 +55,12 @@ def attention_forward(
 
 @attention_forward.register_fake
 def _(q, k, v, levels, implementation, block_m, block_n, scale, is_causal):
-    return _like_forward(q)
+    return _like_forward(q, v)
 
 
-def _like_forward(q: Tensor) -> tuple[Tensor, Tensor]:
+def _like_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.custom_op("psa::attention_backward", mutates_args=())
@@ -136,7 +136,7 @@ def attention_tangent(
             "jacrev) runs on every one"
         )
     if not q.shape[0]:
-        return _like_forward(q)
+        return _like_forward(q, v)
     sizes = {"block_m": block_m, "block_n": block_n}
     with without_autocast(q):
         return walk(
@@ -146,7 +146,7 @@ def attention_tangent(
 
 @attention_tangent.register_fake
 def _(tq, tk, tv, q, k, v, levels, out, lse, implementation, block_m, block_n, scale, is_causal):
-    return q.new_empty(q.shape), lse.new_empty(lse.shape)
+    return _like_forward(q, v)
 
 
 def _setup_context(ctx, inputs, output):

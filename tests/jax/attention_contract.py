@@ -50,6 +50,7 @@ class Case:
     q_len: int = 200
     kv_len: int = 200
     head_dim: int = 32
+    value_dim: int | None = None  # None: head_dim
     batch: int = 2
     heads: int = 2
     kv_heads: int = 2
@@ -71,12 +72,14 @@ class Case:
 
     def inputs(self, rng: np.random.Generator) -> Inputs:
         q_shape = (self.batch, self.heads, self.q_len, self.head_dim)
-        kv_shape = (self.batch, self.kv_heads, self.kv_len, self.head_dim)
+        k_shape = (self.batch, self.kv_heads, self.kv_len, self.head_dim)
+        width = self.value_dim or self.head_dim
+        v_shape, out_shape = (*k_shape[:3], width), (*q_shape[:3], width)
 
         def normal(shape):
             return jnp.asarray(rng.standard_normal(shape), self.dtype)
 
-        q, k, v, dout = (normal(shape) for shape in (q_shape, kv_shape, kv_shape, q_shape))
+        q, k, v, dout = (normal(shape) for shape in (q_shape, k_shape, v_shape, out_shape))
         dlse = normal(q_shape[:3]).astype(lse_dtype(self.dtype))
         return Inputs(q, k, v, self.levels(rng), dout, dlse)
 
@@ -113,7 +116,7 @@ def run(inputs: Inputs, implementation: str | None, **settings) -> Results:
         return *results, *pull((dout, dlse))
 
     results = both(*inputs)
-    wanted = (inputs.q, None, *inputs[:3])
+    wanted = (inputs.dout, None, *inputs[:3])
     for x, like in zip(results, wanted, strict=True):
         if like is not None:
             assert x.shape == like.shape and x.dtype == like.dtype

@@ -45,6 +45,7 @@ class Case:
     q_len: int = 200
     kv_len: int = 200
     head_dim: int = 32
+    value_dim: int | None = None  # None: head_dim
     batch: int = 2
     heads: int = 2
     kv_heads: int = 2
@@ -71,12 +72,14 @@ class Case:
 
     def inputs(self, rng: np.random.Generator, device: str = "cpu") -> Inputs:
         q_shape = (self.batch, self.heads, self.q_len, self.head_dim)
-        kv_shape = (self.batch, self.kv_heads, self.kv_len, self.head_dim)
+        k_shape = (self.batch, self.kv_heads, self.kv_len, self.head_dim)
+        width = self.value_dim or self.head_dim
+        v_shape, out_shape = (*k_shape[:3], width), (*q_shape[:3], width)
 
         def normal(shape):
             return torch.from_numpy(rng.standard_normal(shape)).to(device, self.dtype)
 
-        q, k, v, dout = (normal(shape) for shape in (q_shape, kv_shape, kv_shape, q_shape))
+        q, k, v, dout = (normal(shape) for shape in (q_shape, k_shape, v_shape, out_shape))
         dlse = normal(q_shape[:3]).to(lse_dtype(self.dtype))
         return Inputs(q, k, v, self.levels(rng).to(device), dout, dlse)
 
@@ -106,7 +109,7 @@ def run(inputs: Inputs, implementation: str | None, **settings) -> Results:
         *leaves, inputs.levels, implementation=implementation, return_lse=True, **settings
     )
     grads = torch.autograd.grad((out, lse), leaves, (inputs.dout, inputs.dlse))
-    assert out.shape == inputs.q.shape and out.dtype == inputs.q.dtype
+    assert out.shape == inputs.dout.shape and out.dtype == inputs.q.dtype
     assert lse.shape == inputs.q.shape[:3] and lse.dtype == lse_dtype(inputs.q.dtype)
     for grad, x in zip(grads, leaves, strict=True):
         assert grad.shape == x.shape and grad.dtype == x.dtype
@@ -193,6 +196,10 @@ OTHERS = [
     Case(scale=-1.5, is_causal=True),
     Case(head_dim=64),
     Case(head_dim=128),
+    Case(head_dim=8),
+    Case(head_dim=72, is_causal=True, heads=4),
+    Case(head_dim=48, value_dim=32),
+    Case(head_dim=16, value_dim=72, is_causal=True, block_n=32),
 ]
 
 

@@ -32,3 +32,16 @@ def test_level_1_counts_as_dense_attention(rng):
     with FlopCounterMode(display=False) as counter:
         sparse_attention(q, q, q, levels, block_m=128, block_n=64)
     assert counter.get_total_flops() == 4 * 2 * 256 * 256 * 16
+
+
+def test_values_of_another_head_dimension_count_by_theirs(rng):
+    """MLA: keys of 192, values of 128."""
+    q, v = (torch.from_numpy(rng.normal(size=(1, 2, 256, d))).requires_grad_() for d in (192, 128))
+    levels = torch.ones(1, 2, 2, 4, dtype=torch.int32)
+    pairs = 2 * 256 * 256
+    with FlopCounterMode(display=False) as counter:
+        out = sparse_attention(q, q, v, levels, block_m=128, block_n=64)
+    assert counter.get_total_flops() == 2 * pairs * (192 + 128)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * pairs * (3 * 192 + 2 * 128)

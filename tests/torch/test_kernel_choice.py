@@ -57,16 +57,16 @@ def test_of_attention(row, monkeypatch):
     capability, head_dim, dtype, block_m, block_n, *want = row
     monkeypatch.setattr(configs, "capability", lambda _: capability)
     q = OnGPU((1, 2, 4096, head_dim), dtype)
-    backward = configs.backward_config(q, block_m, block_n)
-    chosen = (configs.forward_config(q, block_m, block_n), backward.query, *backward.key)
+    backward = configs.backward_config(q, q, block_m, block_n)
+    chosen = (configs.forward_config(q, q, block_m, block_n), backward.query, *backward.key)
     assert [type(config) for config in chosen] == want
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_interpreter_gets_kernels_that_it_can_run(head_dim):
     q = torch.empty(1, 2, 256, head_dim, dtype=BRAIN)
-    backward = configs.backward_config(q, 128, 64)
-    chosen = (configs.forward_config(q, 128, 64), backward.query, *backward.key)
+    backward = configs.backward_config(q, q, 128, 64)
+    chosen = (configs.forward_config(q, q, 128, 64), backward.query, *backward.key)
     assert [type(config) for config in chosen] == [*PLAIN, KEY, KEY, KEY, POOLED]
 
 

@@ -49,9 +49,10 @@ def backward(
     """Gradients of q, k and v at the given levels, the same bit for bit from run to run.
 
     Args:
-        dout: `[B, H, Lq, D]`, gradient of `out`.
+        dout: `[B, H, Lq, Dv]`, gradient of `out`.
         dlse: float32 `[B, H, Lq]`, gradient of `lse`, or None for 0.
-        q: `[B, H, Lq, D]`; k, v: `[B, Hk, Lk, D]`, float32, float16 or bfloat16.
+        q: `[B, H, Lq, D]`; k: `[B, Hk, Lk, D]`; v: `[B, Hk, Lk, Dv]`; float32, float16 or
+            bfloat16.
         levels: int32 `[B, H, Nq, Nk]`.
         out, lse: what the forward returned.
         block_m, block_n: queries and keys per block.
@@ -64,7 +65,7 @@ def backward(
     """
     geometry = dict(block_m=block_m, block_n=block_n, is_causal=is_causal)
     lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
-    config = config or configs.backward_config(q, block_m, block_n)
+    config = config or configs.backward_config(q, v, block_m, block_n)
     if isinstance(config.query, HopperQueryGradConfig):
         rows = rows_in_place(k, v, block_n)
     else:
@@ -144,12 +145,12 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dk and dv of `backward_planned`, level by level."""
     batch, kv_heads, _, head_dim = rows.k.shape
+    value_dim = rows.v.shape[3]
     padded_len = padded_length(kv_len, block_n)
-    pooled = rows.k.new_empty(
-        2, batch, kv_heads, padded_len - padded_len // 8, head_dim, dtype=torch.float32
-    )
+    sizes = (2, batch, kv_heads, padded_len - padded_len // 8, max(head_dim, value_dim))
+    pooled = rows.k.new_empty(sizes, dtype=torch.float32)
     dk = rows.k.new_empty(batch, kv_heads, kv_len, head_dim)
-    dv = torch.empty_like(dk)
+    dv = rows.v.new_empty(batch, kv_heads, kv_len, value_dim)
     if any(isinstance(level, HopperKeyGradConfig) for level in config):
         q, dout = aligned_rows(q), aligned_rows(dout)
     shared = (q, rows, dout, statistics)

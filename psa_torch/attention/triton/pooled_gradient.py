@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch.attention.triton.configs import PooledGradConfig
+from psa_torch.attention.triton.columns import in_columns, load_columns
+from psa_torch.attention.triton.configs import PooledGradConfig, widths
 from psa_torch.attention.triton.plan import Plan
 from psa_torch.attention.triton.products import load_queries, weights
 from psa_torch.attention.triton.row_statistics import RowStatistics
@@ -60,6 +61,9 @@ def pooled_partials(
     Q_STRIDE_M: tl.constexpr,
     DOUT_STRIDE_M: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     LOG_BLOCK_N: tl.constexpr,
     G: tl.constexpr,
@@ -72,10 +76,10 @@ def pooled_partials(
     sees at level 2**G.
 
     k_pointer, v_pointer, head_rows, skipped: see `Rows.of_level`.
-    dk_slots, dv_slots: `[heads, round_blocks, padded_len >> G, D]` in the dtype of q. A row holds
-    what it owes to each key that it covers, dk before the factor `scale` but times `dk_unit`,
-    which is about as large. Key blocks that are not listed stay as they are. Rows that cover no
-    key are written like others, and end in sums that nothing reads.
+    dk_slots, dv_slots: `[heads, round_blocks, padded_len >> G, max(D, DV)]` in the dtype of q. A
+    row holds what it owes to each key that it covers, dk before the factor `scale` but times
+    `dk_unit`, which is about as large. Key blocks that are not listed stay as they are. Rows that
+    cover no key are written like others, and end in sums that nothing reads.
     """
     # Of a causal round the last blocks have most to do.
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -83,10 +87,11 @@ def pooled_partials(
     batch = (batch_head // heads).to(tl.int64)
     head = batch_head % heads
     kv_head = batch * (heads // group) + head // group
-    pyramid = (kv_head * head_rows - skipped) * D
-    k_pointer += pyramid
-    v_pointer += pyramid
-    slots = (tl.program_id(1).to(tl.int64) * round_blocks + slot) * (padded_len >> G) * D
+    pyramid = kv_head * head_rows - skipped
+    k_pointer += pyramid * D
+    v_pointer += pyramid * DV
+    ROW: tl.constexpr = D if D > DV else DV
+    slots = (tl.program_id(1).to(tl.int64) * round_blocks + slot) * (padded_len >> G) * ROW
     dk_slots += slots
     dv_slots += slots
     q_base = q_pointer + batch * q_stride_b + head.to(tl.int64) * q_stride_h
@@ -106,11 +111,24 @@ def pooled_partials(
     if IS_CAUSAL:
         full = tl.load(full_counts + table_row.to(tl.int64) * 4 + G)
         unmasked = (full << (LOG_BLOCK_N - G)) // TILE
-    d = tl.arange(0, D)
+    d = tl.arange(0, WIDTH)[None, :]
+    e = tl.arange(0, V_WIDTH)[None, :]
     # The query block stays in shared memory where it fits, else its parts come by in turn.
     RESIDENT: tl.constexpr = ROWS == BLOCK_M
     if RESIDENT:
-        q, dout = load_queries(q_base, dout_base, first, q_len, Q_STRIDE_M, DOUT_STRIDE_M, ROWS, D)
+        q, dout = load_queries(
+            q_base,
+            dout_base,
+            first,
+            q_len,
+            Q_STRIDE_M,
+            DOUT_STRIDE_M,
+            ROWS,
+            D,
+            DV,
+            WIDTH,
+            V_WIDTH,
+        )
     for MASKED in tl.static_range(0, 2 if IS_CAUSAL else 1):
         begin = unmasked if MASKED else 0
         end = tiles if MASKED else unmasked
@@ -120,13 +138,12 @@ def pooled_partials(
             # Places past the end repeat the last row, and are not stored.
             position = tl.minimum(position, stream - 1)
             rows = gather_rows(entries, 0, position, G, padded_len, LOG_BLOCK_N)
-            at = rows[:, None] * D + d[None, :]
-            k = tl.load(k_pointer + at)
-            v = tl.load(v_pointer + at)
+            k = load_columns(k_pointer + (rows[:, None] * D + d), d, D, WIDTH)
+            v = load_columns(v_pointer + (rows[:, None] * DV + e), e, DV, V_WIDTH)
             run = rows - level_start(padded_len, G)
             last = tl.minimum((run + 1) << G, kv_len) - 1
-            dk = tl.zeros([TILE, D], tl.float32)
-            dv = tl.zeros([TILE, D], tl.float32)
+            dk = tl.zeros([TILE, WIDTH], tl.float32)
+            dv = tl.zeros([TILE, V_WIDTH], tl.float32)
             if RESIDENT:
                 p, ds = weights(
                     k,
@@ -156,6 +173,9 @@ def pooled_partials(
                         DOUT_STRIDE_M,
                         ROWS,
                         D,
+                        DV,
+                        WIDTH,
+                        V_WIDTH,
                     )
                     p, ds = weights(
                         k,
@@ -174,11 +194,19 @@ def pooled_partials(
                     )
                     dv = tl.dot(p, dout, dv, input_precision="ieee")
                     dk = tl.dot(ds, q, dk, input_precision="ieee")
-            here = run[:, None] * D + d[None, :]
+            here = run[:, None] * ROW
             dk *= dk_unit / (1 << G)
             dv *= 1.0 / (1 << G)
-            tl.store(dk_slots + here, dk.to(dk_slots.dtype.element_ty), mask=live[:, None])
-            tl.store(dv_slots + here, dv.to(dv_slots.dtype.element_ty), mask=live[:, None])
+            tl.store(
+                dk_slots + (here + d),
+                dk.to(dk_slots.dtype.element_ty),
+                mask=in_columns(live[:, None], d, D, WIDTH),
+            )
+            tl.store(
+                dv_slots + (here + e),
+                dv.to(dv_slots.dtype.element_ty),
+                mask=in_columns(live[:, None], e, DV, V_WIDTH),
+            )
 
 
 @triton.jit(do_not_specialize=["first_head", "first_block", "round_blocks"])
@@ -198,10 +226,12 @@ def pooled_sums(
     first_block,
     round_blocks,
     D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
     LOG_BLOCK_N: tl.constexpr,
     G: tl.constexpr,
     SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    LIST: tl.constexpr,
     FIRST_ROUND: tl.constexpr,
 ):
     """Adds the slots of one round to the rows of one key block, `SLOTS` at a time.
@@ -219,12 +249,17 @@ def pooled_sums(
     which = tl.program_id(2)
     slots += which.to(tl.int64) * slots_of_one
     pooled += which.to(tl.int64) * pooled_of_one
-    pooled += batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * D
-    d = tl.arange(0, D)
+    ROW: tl.constexpr = D if D > DV else DV
+    pooled += batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * ROW
+    d = tl.arange(0, WIDTH)[None, :]
+    if D == DV:
+        columns = D
+    else:
+        columns = tl.where(which == 0, D, DV)
     run = key_block * RUN + tl.arange(0, RUN)
-    own = run[:, None] * D + d[None, :]
-    slot_numbers = (padded_len >> G).to(tl.int64) * D
-    total = tl.zeros([RUN, D], tl.float32)
+    own = run[:, None] * ROW + d
+    slot_numbers = (padded_len >> G).to(tl.int64) * ROW
+    total = tl.zeros([RUN, WIDTH], tl.float32)
     for member in tl.range(0, group, num_stages=1):
         batch_head = batch_kv_head * group + member
         table_row = batch_head * k_blocks + key_block
@@ -235,8 +270,8 @@ def pooled_sums(
         # Entries ascend, so those of this round are the ones between two counts.
         begin = 0
         end = 0
-        for at in tl.range(0, count, WIDTH, num_stages=1):
-            place = at + tl.arange(0, WIDTH)
+        for at in tl.range(0, count, LIST, num_stages=1):
+            place = at + tl.arange(0, LIST)
             of_round = tl.load(listed + place, mask=place < count, other=2**30) - first_block
             begin += tl.sum((of_round < 0).to(tl.int32), 0)
             end += tl.sum((of_round < round_blocks).to(tl.int32), 0)
@@ -246,18 +281,33 @@ def pooled_sums(
                 live = at + ahead < end
                 slot = base + tl.load(listed + at + ahead, mask=live, other=first_block)
                 live = tl.full([RUN, 1], at + ahead, tl.int32) < end
+                if WIDTH > D or WIDTH > DV:
+                    live = live & (d < columns)
                 here = tl.load(slots + slot * slot_numbers + own, mask=live, other=0.0)
                 total += here.to(tl.float32)
     total *= tl.where(which == 0, 1.0 / dk_unit, 1.0)
 
-    here = (level_start(padded_len, G) - padded_len) * D + own
+    here = (level_start(padded_len, G) - padded_len) * ROW + own
     if FIRST_ROUND:
         if G < 3:
             above = level_start(padded_len, G + 1) - padded_len + (run >> 1)
-            total += tl.load(pooled + (above[:, None] * D + d[None, :]))
+            total += _load_sums(pooled + (above[:, None] * ROW + d), d, columns, D, DV, WIDTH)
     else:
-        total += tl.load(pooled + here)
-    tl.store(pooled + here, total)
+        total += _load_sums(pooled + here, d, columns, D, DV, WIDTH)
+    if WIDTH > D or WIDTH > DV:
+        tl.store(pooled + here, total, mask=d < columns)
+    else:
+        tl.store(pooled + here, total)
+
+
+@triton.jit
+def _load_sums(pointer, d, columns, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr):
+    """The first `columns` columns, D or DV of WIDTH; zeros in the others."""
+    if WIDTH > D or WIDTH > DV:
+        x = tl.load(pointer, mask=d < columns, other=0.0)
+    else:
+        x = tl.load(pointer)
+    return x
 
 
 SLOTS_AT_ONCE = 8
@@ -322,23 +372,27 @@ def launch_pooled_gradient(
 
     Args:
         by_query, by_key: the plans of the level mask.
-        pooled: float32 `[2, B, Hk, P - Lk', D]`, whose rows of coarser levels are complete.
+        pooled: float32 `[2, B, Hk, P - Lk', max(D, Dv)]`, whose rows of coarser levels are
+            complete.
     """
     batch, heads, q_len, head_dim = q.shape
     k, v, head_rows, skipped = rows.of_level(g)
+    row = max(head_dim, v.shape[3])
+    columns = widths(head_dim, v.shape[3])
     kv_heads = k.shape[1]
     padded_len = padded_length(kv_len, block_n)
     q_blocks, k_blocks = by_query.entries.shape[2:]
     slot_rows = padded_len >> g
     group = heads // kv_heads
     round_heads, round_blocks = round_size(
-        q, group, 2 * slot_rows * head_dim, config.workspace, q_blocks
+        q, group, 2 * slot_rows * row, config.workspace, q_blocks
     )
-    slots = q.new_empty(2, round_heads, round_blocks, slot_rows, head_dim)
+    slots = q.new_empty(2, round_heads, round_blocks, slot_rows, row)
     # A power of two near `scale`, so that a slot of dk has the size of dk; 1 for scale 0.
     dk_unit = 2.0 ** max(-32, min(32, math.frexp(scale)[1]))
     log_block_n = block_n.bit_length() - 1
-    slot_bytes = (block_n >> g) * head_dim * q.element_size()
+    width = max(columns["WIDTH"], columns["V_WIDTH"])
+    slot_bytes = (block_n >> g) * width * q.element_size()
     rounds = itertools.product(
         range(0, batch * heads, round_heads), range(0, q_blocks, round_blocks)
     )
@@ -373,7 +427,7 @@ def launch_pooled_gradient(
             round_blocks,
             Q_STRIDE_M=q.stride(2),
             DOUT_STRIDE_M=dout.stride(2),
-            D=head_dim,
+            **columns,
             BLOCK_M=block_m,
             LOG_BLOCK_N=log_block_n,
             G=g,
@@ -400,10 +454,12 @@ def launch_pooled_gradient(
             first_block,
             round_blocks,
             D=head_dim,
+            DV=v.shape[3],
+            WIDTH=width,
             LOG_BLOCK_N=log_block_n,
             G=g,
             SLOTS=SLOTS_AT_ONCE,
-            WIDTH=LIST_WIDTH,
+            LIST=LIST_WIDTH,
             FIRST_ROUND=first_block == 0,
             num_warps=max(1, min(4, slot_bytes // WARP_BYTES)),
         )
