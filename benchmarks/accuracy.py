@@ -85,6 +85,7 @@ def _expected(inputs, levels, block_n, workload, head, row) -> np.ndarray:
         block_n=block_n,
         scale=config.scale,
         is_causal=config.causal,
+        rest=config.rest,
     )
     return out[0, 0]
 

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.measure import host_seconds, seconds
 from benchmarks.session import DENSE, GIVEN, PART, WHOLE, Provider
 from benchmarks.workloads import BACKWARD, FORWARD, Workload
-from shared_specs.demo.baselines import chunked_dense
+from shared_specs.tools.demo.baselines import chunked_dense
 
 # Runs dispatched one after the other before waiting, so that the host's part of a run hides
 # behind the device's: at least this long in all.
@@ -145,6 +145,7 @@ class JaxSession:
                 block_n=config.block_n,
                 scale=config.scale,
                 is_causal=config.causal,
+                rest=config.rest,
                 implementation=implementation,
             )
 

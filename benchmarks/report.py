@@ -11,7 +11,13 @@ from typing import Any
 
 from benchmarks.session import BINARY, DENSE, GIVEN, PART, WHOLE
 from benchmarks.workloads import BACKWARD, BOTH, FORWARD
-from shared_specs.figures import LINE_COLOURS, LINE_MARKERS, require_pyplot, save_figure, style
+from shared_specs.tools.figures import (
+    LINE_COLOURS,
+    LINE_MARKERS,
+    require_pyplot,
+    save_figure,
+    style,
+)
 
 BEGIN, END = "<!-- benchmark rows: begin -->", "<!-- benchmark rows: end -->"
 DEMO_BEGIN, DEMO_END = "<!-- demo table: begin -->", "<!-- demo table: end -->"

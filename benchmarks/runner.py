@@ -179,10 +179,17 @@ def _rates(row: dict, provider: Provider, workload: Workload, which: str) -> dic
     else:
         config, levels = workload.config, provider.levels()
         sizes = (workload.length, workload.length, workload.head_dim)
-        flops = attention_flops(levels, *sizes, config.block_m, provider.block_n)
         wide = dataclasses.replace(config, block_n=provider.block_n)
         candidates = candidate_blocks(workload.length, workload.length, wide)
-        share = density(levels, candidates=candidates)
+        flops = attention_flops(
+            levels,
+            *sizes,
+            config.block_m,
+            provider.block_n,
+            rest=config.rest,
+            candidates=candidates,
+        )
+        share = density(levels, candidates=candidates, rest_share=wide.rest_share)
     flops = int(flops * _PASS_FLOPS[which])
     return {
         "density": share,

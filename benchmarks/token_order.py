@@ -18,11 +18,11 @@ from typing import Any
 
 from benchmarks.machine import describe
 from shared_specs.config import REARRANGE_METHODS, PSAConfig
-from shared_specs.demo.clip import SHIPPED, read_frames, shipped_clip
-from shared_specs.demo.masks import scaled
-from shared_specs.demo.tokens import TEMPERATURES, video_tokens
-from shared_specs.figures import plot_error_by_density, require_pyplot, save_figure, style
 from shared_specs.masks import density, from_segments
+from shared_specs.tools.demo.clip import SHIPPED, read_frames, shipped_clip
+from shared_specs.tools.demo.masks import scaled
+from shared_specs.tools.demo.tokens import TEMPERATURES, video_tokens
+from shared_specs.tools.figures import plot_error_by_density, require_pyplot, save_figure, style
 
 CONTROL = "control: keys' clusters for both"
 

@@ -181,6 +181,7 @@ class TorchSession:
                 block_n=config.block_n,
                 scale=config.scale,
                 is_causal=config.causal,
+                rest=config.rest,
                 implementation=implementation,
             )
 

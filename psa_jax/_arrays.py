@@ -1,11 +1,16 @@
-"""How jax arrays meet the checks of `shared_specs.checks`."""
+"""How jax arrays meet the checks of `shared_specs.checks`, where they are, and what is said."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from shared_specs.checks import Described
+from shared_specs.checks import Described, check_scale
+from shared_specs.dispatch import Announcer
+
+announce = Announcer("psa_jax")
 
 
 def describe(name: str, x: Any) -> Described:
@@ -14,9 +19,46 @@ def describe(name: str, x: Any) -> Described:
     Raises:
         TypeError: `x` is not a jax or NumPy array.
     """
-    if not isinstance(x, (jax.Array, np.ndarray)):
+    if not is_array(x):
         raise TypeError(f"{name} must be a jax.Array, got {type(x).__name__}")
     return Described(tuple(x.shape), str(x.dtype))
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array, of JAX (traced or not) or of NumPy, and not a number."""
+    return isinstance(x, (jax.Array, np.ndarray))
+
+
+def absorb_scale(q: Array, scale: Any) -> tuple[Array, Any]:
+    """q and the number that is left of `scale`: an array is multiplied into q, which keeps its
+    gradient; anything else is for the checks of numbers to judge.
+
+    Args:
+        q: `[B, H, Lq, D]`.
+        scale: a floating array, 0-d or `[H]`, traced or not; or anything else.
+
+    Raises:
+        TypeError: an array that is not floating.
+        ValueError: an array of another shape, or one that is known not to be finite in float32.
+    """
+    if not is_array(scale):
+        return q, scale
+    if not jnp.issubdtype(scale.dtype, jnp.floating):
+        raise TypeError(f"scale must be a number or a floating array, got {scale.dtype}")
+    heads = q.shape[1]
+    if scale.shape not in ((), (heads,)):
+        raise ValueError(
+            f"scale must be a number, or an array of shape () or [H] = ({heads},), "
+            f"got shape {tuple(scale.shape)}"
+        )
+    if is_known(scale):
+        for factor in np.asarray(scale, np.float64).ravel():
+            check_scale(factor)
+    # In float32, or float64 if one of them is that, and rounded once to the dtype of q.
+    wide = "float64" if "float64" in (str(q.dtype), str(scale.dtype)) else "float32"
+    wide = jax.dtypes.canonicalize_dtype(wide)
+    factor = jnp.asarray(scale, wide).reshape(1, -1, 1, 1)
+    return (q.astype(wide) * factor).astype(q.dtype), 1.0
 
 
 def is_known(x: Any) -> bool:

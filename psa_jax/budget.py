@@ -15,7 +15,7 @@ def budget_levels(
     *,
     block_n: int,
     levels: tuple[int, ...] = LEVELS,
-    rest_cost: int = 0,
+    rest_keys: int = 0,
 ) -> Array:
     """Levels of least total defect that a budget allows, in int32.
 
@@ -26,15 +26,15 @@ def budget_levels(
         forced: bool `[Nq, Nk]`, candidates that get level 1 whatever they cost.
         limit: int32 `[Nq, 1]` (a budget for each row) or `[1, 1]` (for each head), from
             `shared_specs.budget.cost_limits`.
-        block_n, levels, rest_cost: as in `shared_specs.budget.budget_levels`.
+        block_n, levels, rest_keys: as in `shared_specs.budget.budget_levels`.
 
     Returns:
         int32 `[B, H, Nq, Nk]`, values in {0, 1, 2, 4, 8}.
 
     Raises:
-        ValueError: `levels` or `rest_cost` is not accepted.
+        ValueError: `levels` or `rest_keys` is not accepted.
     """
-    choices = options(block_n, levels, rest_cost)
+    choices = options(block_n, levels, rest_keys)
     bits = precision_bits(block_n)
     # A single row is a head of its own: both readings of [1, 1] are then the same group.
     dims = (-1,) if limit.shape[0] == defects.shape[2] else (-2, -1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from psa_jax._arrays import describe
+from psa_jax._arrays import absorb_scale, describe, is_array
 from psa_jax._sharding import per_shard
 from psa_jax.attention import IMPLEMENTATIONS, choose, sparse_attention
 from psa_jax.importance import block_scores
@@ -18,7 +18,7 @@ from psa_jax.selection import select_levels
 from psa_jax.similarity import similarity_cap
 from shared_specs import checks
 from shared_specs.budget import check_costs
-from shared_specs.config import PSAConfig
+from shared_specs.config import PSAConfig, check_config
 
 
 def psa_attention(
@@ -55,7 +55,8 @@ def psa_attention(
         return_levels: also return the levels, in the serial form that `config.attn_impl` names:
             segments for 'new_mask_type', dense for 'old_mask_type'.
         implementation: a key of `psa_jax.attention.IMPLEMENTATIONS`, or None for the best one.
-        **overrides: fields of `PSAConfig` that replace those of `config`.
+        **overrides: fields of `PSAConfig` that replace those of `config`. `scale` may be an array,
+            0-d or `[H]`: it is multiplied into q and gets a gradient.
 
     Returns:
         out `[B, H, Lq, Dv]` in the dtype of q, then lse, then levels, each if asked for.
@@ -64,12 +65,16 @@ def psa_attention(
         TypeError: an argument has a type or dtype that is not accepted, or is unknown.
         ValueError: a value, a shape or a combination is not accepted; the message says what is.
     """
+    scale = overrides.get("scale")
+    if is_array(scale):
+        overrides["scale"] = 1.0
     config = resolve_config(config, overrides)
     checks.check_flag("return_lse", return_lse)
     checks.check_flag("return_levels", return_levels)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     sizes = describe("q", q), describe("k", k), describe("v", v)
     checks.check_qkv(*sizes)
+    q, _ = absorb_scale(q, scale)
     TokenOrder.from_config(config, q.shape[2], k.shape[2])  # refuses lengths that do not fit
     form, given = None, ()
     blocks = {"block_m": config.block_m, "block_n": config.block_n}
@@ -121,6 +126,7 @@ def _attend(
         block_n=config.block_n,
         scale=config.scale,
         is_causal=config.causal,
+        rest=config.rest,
         implementation=implementation,
         return_lse=return_lse,
     )
@@ -168,10 +174,7 @@ def resolve_config(config: PSAConfig | None, overrides: dict) -> PSAConfig:
         TypeError: `config` is not a PSAConfig, or an override is not one of its fields.
         ValueError: the result is not a valid configuration.
     """
-    if config is None:
-        config = PSAConfig()
-    elif not isinstance(config, PSAConfig):
-        raise TypeError(f"config must be a PSAConfig or None, got {type(config).__name__}")
+    config = check_config(config)
     fields = [field.name for field in dataclasses.fields(PSAConfig)]
     unknown = [name for name in overrides if name not in fields]
     if unknown:

@@ -5,7 +5,6 @@ a time, all heads together, so that nothing of size Lq x Lk exists and sharded h
 """
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,15 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from psa_jax._arrays import platform_of
+from psa_jax._arrays import announce, platform_of
 from psa_jax._sharding import per_shard
 from psa_jax.defect import defect_scores
 from psa_jax.kernels.device import interpreter
 from psa_jax.pyramid import accumulator, group_means, split_tokens
 from shared_specs.config import PSAConfig
 from shared_specs.sampling import SamplePlan
-
-logger = logging.getLogger("psa_jax")
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "gpu": 1 << 26}
 """Logits held at one time, unless one query block of all heads alone has more: what stays in a
@@ -46,7 +43,8 @@ def block_scores(q: Array, k: Array, config: PSAConfig) -> Array:
     """
     q, k = lax.stop_gradient(q), lax.stop_gradient(k)
     against = _against_kernel(q, k, config)
-    _announce("XLA" if against else "a kernel", against or f"q is on {platform_of(q)}")
+    by, why = ("XLA", against) if against else ("a kernel", f"q is on {platform_of(q)}")
+    announce("scores are made by %s: %s", by, why)
     if against is None:
         from psa_jax.kernels.scores import peak_scores
 
@@ -78,15 +76,6 @@ def _against_kernel(q: Array, k: Array, config: PSAConfig) -> str | None:
     from psa_jax.kernels import scores  # brings Pallas along
 
     return scores.unsupported(q, k, config)
-
-
-_announced: set[tuple[str, str]] = set()
-
-
-def _announce(by: str, why: str) -> None:
-    if (by, why) not in _announced:
-        _announced.add((by, why))
-        logger.info("scores are made by %s: %s", by, why)
 
 
 def pooled_scores(q: Array, k: Array, config: PSAConfig) -> Array:

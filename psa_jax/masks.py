@@ -79,13 +79,14 @@ def from_segments(segments: Array) -> Array:
     return put_along_last(jnp.zeros((*segments.shape[:-1], n + 1), jnp.int32), ids, value)[..., :n]
 
 
-def density(levels: Array, *, candidates: Any = None) -> float | Array:
-    """Mean of 1/level (0 where skipped) over the candidate blocks (section 9).
+def density(levels: Array, *, candidates: Any = None, rest_share: float = 0.0) -> float | Array:
+    """Mean of 1/level (`rest_share` at level 0) over the candidate blocks (section 9).
 
     Args:
         levels: integer `[..., Nq, Nk]`.
         candidates: integer `[Nq]`, the leading blocks of each row that can be seen at all (see
             `shared_specs.selection.candidate_blocks`); None means all of them.
+        rest_share: of a block of level 0, `PSAConfig.rest_share`.
 
     Returns:
         A Python float, or inside `jit` a float32 scalar.
@@ -93,8 +94,10 @@ def density(levels: Array, *, candidates: Any = None) -> float | Array:
     check_level_values(levels)
     if not isinstance(levels, jax.core.Tracer):
         candidates = None if candidates is None else np.asarray(candidates)
-        return specification.density(np.asarray(levels), candidates=candidates)
-    cost = jnp.where(levels > 0, 1.0 / jnp.maximum(levels, 1).astype(jnp.float32), 0.0)
+        return specification.density(
+            np.asarray(levels), candidates=candidates, rest_share=rest_share
+        )
+    cost = jnp.where(levels > 0, 1.0 / jnp.maximum(levels, 1).astype(jnp.float32), rest_share)
     if candidates is None:
         return cost.mean()
     seen = jnp.arange(levels.shape[-1]) < jnp.asarray(candidates)[:, None]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from psa_jax._arrays import is_known
+from psa_jax._arrays import describe, is_known
 from psa_jax.budget import budget_levels
 from psa_jax.masks import put_along_last
 from shared_specs.budget import cost_limits
@@ -47,7 +47,7 @@ def select_levels(
         No gradient flows from it to the scores.
 
     Raises:
-        TypeError: scores are not float32.
+        TypeError: scores are not float32, or the cap does not hold integers.
         ValueError: shapes do not fit the lengths, scores are known to be negative or defects to be
             infinite, or a budget has costs that do not fit int32 or a cap.
     """
@@ -88,28 +88,19 @@ def _budget_levels(
         jnp.asarray(limit, jnp.int32),
         block_n=config.block_n,
         levels=config.budget_levels,
-        rest_cost=int(config.is_rest_mean),
+        rest_keys=int(config.is_rest_mean),
     )
     ranked, _ = _rank(defects[..., 3], candidates)
     return _fill_empty_rows(levels, ranked[..., :1])
 
 
 def _check(scores, config: PSAConfig, q_len: int, kv_len: int, cap) -> None:
-    check_scores(scores.shape, cap is not None, config, q_len, kv_len)
-    n_k = scores.shape[3]
-    if scores.dtype != jnp.float32:
-        raise TypeError(f"scores must be float32, got {scores.dtype}")
+    described = None if cap is None else describe("cap", cap)
+    check_scores(describe("scores", scores), described, config, q_len, kv_len)
     if is_known(scores) and (np.asarray(scores) < 0).any():
         raise ValueError(f"scores must be at least 0, got {np.nanmin(np.asarray(scores))}")
     if config.mask_mode == "budget" and is_known(scores) and np.isinf(np.asarray(scores)).any():
         raise ValueError("scores must be finite or NaN with mask_mode='budget', got inf")
-    if cap is not None:
-        heads = cap.shape[1] if cap.ndim == 3 else 0
-        if heads < 1 or scores.shape[1] % heads or cap.shape != (scores.shape[0], heads, n_k):
-            raise ValueError(
-                f"cap must be [{scores.shape[0]}, Hk, {n_k}] with Hk a divisor of "
-                f"{scores.shape[1]}, got {tuple(cap.shape)}"
-            )
 
 
 def _rank(scores: Array, candidates: np.ndarray) -> tuple[Array, Array]:

@@ -20,7 +20,7 @@ from shared_specs import checks, presets
 from shared_specs.config import PSAConfig
 from shared_specs.records import DensityRecord, DensityRecords
 from shared_specs.selection import candidate_blocks
-from shared_specs.video import check_count, is_cross_attention, require_step
+from shared_specs.video import is_cross_attention, require_step
 
 STATE = "psa"
 """The Flax variable collection that holds centroids and density records."""
@@ -102,13 +102,13 @@ class PSAVideoAttention(nn.Module):
                 shape than the last call's, or there are warm-up steps and no step.
         """
         config = resolve_config(self.config, {})
-        check_count("warmup_steps", self.warmup_steps)
-        check_count("record_steps", self.record_steps)
+        checks.check_integer("warmup_steps", self.warmup_steps)
+        checks.check_integer("record_steps", self.record_steps)
         checks.check_flag("cross_attention", cross_attention)
         checks.check_flag("return_lse", return_lse)
         checks.check_implementation(implementation, IMPLEMENTATIONS)
         checks.check_qkv(describe("q", q), describe("k", k), describe("v", v))
-        _check_step(step)
+        step = _checked_step(step)
 
         if is_cross_attention(q.shape[2], k.shape[2], config, cross_attention):
             return _one_or_pair(_dense(q, k, v, config, False, return_lse))
@@ -181,14 +181,20 @@ class _Called(NamedTuple):
     centroids: tuple[Array, ...]
 
 
-def _check_step(step: Any) -> None:
-    if step is None or isinstance(step, (bool, int)):
-        if step is not None:
-            check_count("step", step)
-        return
+def _checked_step(step: Any) -> int | Array | None:
+    """A step that is known as a Python integer, whatever it came as.
+
+    Raises:
+        TypeError, ValueError: it is no step.
+    """
+    if step is None:
+        return None
+    if isinstance(step, (bool, int, np.integer)):
+        return checks.check_integer("step", step)
     shape, dtype = getattr(step, "shape", None), getattr(step, "dtype", None)
     if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"step must be an integer or an integer scalar, got {step!r}")
+    return step
 
 
 def _clustered(state: Mapping[str, Any]) -> list[str]:
@@ -222,13 +228,16 @@ def _sparse(q, k, v, stored, order, config, return_lse, implementation) -> _Call
             block_n=config.block_n,
             scale=config.scale,
             is_causal=config.causal,
+            rest=config.rest,
             implementation=implementation,
             return_lse=return_lse,
         )
         results = [order.undo(x, order_state) for x in (attended if return_lse else (attended,))]
-        candidates = candidate_blocks(q.shape[2], k.shape[2], config).sum()
-        cost = (levels > 0) / jnp.maximum(levels, 1).astype(jnp.float32)
-        density = cost.sum((2, 3)) / max(1, int(candidates))
+        candidates = int(candidate_blocks(q.shape[2], k.shape[2], config).sum())
+        listed = levels > 0
+        cost = (listed / jnp.maximum(levels, 1).astype(jnp.float32)).sum((2, 3))
+        cost += (candidates - listed.sum((2, 3))) * config.rest_share
+        density = cost / max(1, candidates)
         centroids = [x for x in order_state.centroids if x is not None] if stored else []
         return *results, density, *centroids
 

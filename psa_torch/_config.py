@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from shared_specs.config import PSAConfig
+from shared_specs.config import PSAConfig, check_config
 
 
 class Settings(NamedTuple):
@@ -26,6 +26,7 @@ class Settings(NamedTuple):
     attn_impl: str
     use_sim_mask: bool
     causal: bool
+    rest: str
     scale: float | None
     rearrange_method: str | None
     grid: tuple[int, int, int] | None
@@ -46,10 +47,7 @@ def settings_of(config: PSAConfig | None, overrides: dict) -> Settings:
         TypeError: `config` is not a PSAConfig, or an override is not one of its fields.
         ValueError: the result is not a valid configuration.
     """
-    if config is None:
-        config = _DEFAULT
-    elif not isinstance(config, PSAConfig):
-        raise TypeError(f"config must be a PSAConfig or None, got {type(config).__name__}")
+    config = check_config(config)
     if not overrides:
         return Settings(*_constants(config.to_json()))
     return Settings(*_constants(_override(config.to_json(), tuple(overrides.items()))))
@@ -59,9 +57,6 @@ def settings_of(config: PSAConfig | None, overrides: dict) -> Settings:
 def parse_config(text: str) -> PSAConfig:
     """The inverse of `config.to_json()`."""
     return PSAConfig.from_json(text)
-
-
-_DEFAULT = PSAConfig()
 
 
 @torch.compiler.assume_constant_result

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-logger = logging.getLogger("psa_torch")
+from shared_specs.dispatch import Announcer
+
+announce = Announcer("psa_torch")
 
 _forced = False
-
 
 MIN_CAPABILITY = (8, 0)
 
@@ -31,14 +32,9 @@ def use_kernels(x: Tensor) -> bool:
 def _kernels_run_on(index: int) -> bool:
     against = _reason_against(index)
     if against is not None:
-        logger.warning("pyramid, scores, selection and table run as plain torch: %s", against)
+        rooms = "pyramid, scores, selection and table"
+        announce("%s run as plain torch: %s", rooms, against, level=logging.WARNING)
     return against is None
-
-
-@functools.cache
-def announce_plain(room: str, why: str) -> None:
-    """Say once that tensors which kernels take run as plain torch in a room, and why."""
-    logger.info("%s run as plain torch: %s", room, why)
 
 
 def _reason_against(index: int) -> str | None:

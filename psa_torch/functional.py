@@ -96,6 +96,7 @@ def psa_attention(
         **blocks,
         scale=settings.scale,
         is_causal=settings.causal,
+        rest=settings.rest,
         implementation=implementation,
     )
     results = [order.undo(out, state)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psa_torch._checks import without_autocast
 from psa_torch._config import parse_config
-from psa_torch._dispatch import announce_plain, use_kernels
+from psa_torch._dispatch import announce, use_kernels
 from psa_torch._vmap import register_batch_rule
 from psa_torch.defect import defect_scores
 from psa_torch.pyramid import accumulator, group_means
@@ -44,7 +44,7 @@ def _block_scores(q: Tensor, k: Tensor, config: str) -> Tensor:
     settings = parse_config(config)
     if settings.importance == "defect":
         if use_kernels(q):
-            announce_plain("defects", "they have no kernel")
+            announce("%s run as plain torch: %s", "defects", "they have no kernel")
         return defect_scores(
             q,
             k,

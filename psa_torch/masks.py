@@ -108,20 +108,21 @@ def _(segments):
 register_batch_rule(_from_segments)
 
 
-def density(levels: Tensor, *, candidates: Tensor | None = None) -> float:
-    """Mean of 1/level (0 where skipped) over the candidate blocks (section 9).
+def density(levels: Tensor, *, candidates: Tensor | None = None, rest_share: float = 0.0) -> float:
+    """Mean of 1/level (`rest_share` at level 0) over the candidate blocks (section 9).
 
     Args:
         levels: integer `[..., Nq, Nk]`.
         candidates: integer `[Nq]`, the leading blocks of each row that can be seen at all (see
             `shared_specs.selection.candidate_blocks`); None means all of them.
+        rest_share: of a block of level 0, `PSAConfig.rest_share`.
 
     Returns:
         A Python float; on a GPU reading it waits for the device.
     """
     _require_integers("levels", levels)
     check_level_values(levels)
-    cost = torch.where(levels > 0, 1.0 / levels.clamp(min=1).double(), 0.0)
+    cost = torch.where(levels > 0, 1.0 / levels.clamp(min=1).double(), rest_share)
     if candidates is None:
         return float(cost.mean())
     candidates = torch.as_tensor(candidates, device=levels.device)

@@ -5,7 +5,7 @@ import dataclasses
 from torch import Tensor, nn
 
 from psa_torch.functional import psa_attention
-from shared_specs.config import PSAConfig
+from shared_specs.config import PSAConfig, check_config
 
 
 class PSAAttention(nn.Module):
@@ -25,9 +25,7 @@ class PSAAttention(nn.Module):
 
     def __init__(self, config: PSAConfig | None = None) -> None:
         super().__init__()
-        if config is not None and not isinstance(config, PSAConfig):
-            raise TypeError(f"config must be a PSAConfig or None, got {type(config).__name__}")
-        self.config = PSAConfig() if config is None else config
+        self.config = check_config(config)
 
     def forward(
         self,

@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from psa_torch._checks import describe
 from psa_torch._config import parse_config
-from psa_torch._dispatch import announce_plain, use_kernels
+from psa_torch._dispatch import announce, use_kernels
 from psa_torch._vmap import register_batch_rule
 from psa_torch.budget import budget_levels
 from shared_specs.config import PSAConfig
@@ -37,21 +38,12 @@ def select_levels(
         No gradient flows from it to the scores.
 
     Raises:
-        TypeError: scores are not float32.
+        TypeError: scores are not float32, or the cap does not hold integers.
         ValueError: shapes do not fit the lengths, (on the CPU) a score is negative or a defect
             infinite, or a budget has costs that do not fit int32 or a cap.
     """
-    check_scores(scores.shape, cap is not None, config, q_len, kv_len)
-    n_k = scores.shape[3]
-    if scores.dtype != torch.float32:
-        raise TypeError(f"scores must be float32, got {scores.dtype}")
-    if cap is not None:
-        heads = cap.shape[1] if cap.ndim == 3 else 0
-        if heads < 1 or scores.shape[1] % heads or cap.shape != (scores.shape[0], heads, n_k):
-            raise ValueError(
-                f"cap must be [{scores.shape[0]}, Hk, {n_k}] with Hk a divisor of "
-                f"{scores.shape[1]}, got {tuple(cap.shape)}"
-            )
+    described = None if cap is None else describe("cap", cap)
+    check_scores(describe("scores", scores), described, config, q_len, kv_len)
     return _select_levels(scores.detach(), cap, q_len, kv_len, config.to_json())
 
 
@@ -62,7 +54,7 @@ def _select_levels(
     settings = parse_config(config)
     if settings.mask_mode == "budget":
         if use_kernels(scores):
-            announce_plain("levels of a budget", "they have no kernel")
+            announce("%s run as plain torch: %s", "levels of a budget", "they have no kernel")
         return _plain_budget_levels(scores, q_len, kv_len, settings)
     if use_kernels(scores):
         from psa_torch.kernels import select
@@ -122,7 +114,7 @@ def _plain_budget_levels(defects: Tensor, q_len: int, kv_len: int, config: PSACo
         limit,
         block_n=config.block_n,
         levels=config.budget_levels,
-        rest_cost=int(config.is_rest_mean),
+        rest_keys=int(config.is_rest_mean),
     )
     return _fill_empty_rows(levels, _rank(defects[..., 3], candidates)[0])
 

@@ -20,10 +20,10 @@ from psa_torch.attention import IMPLEMENTATIONS, attend, sparse_attention
 from psa_torch.functional import choose_levels
 from psa_torch.order import Centroids, TokenOrder
 from shared_specs import checks, presets
-from shared_specs.config import PSAConfig
+from shared_specs.config import PSAConfig, check_config
 from shared_specs.records import DensityRecord, DensityRecords
 from shared_specs.selection import candidate_blocks
-from shared_specs.video import check_count, is_cross_attention, require_step
+from shared_specs.video import is_cross_attention, require_step
 
 
 class DensityLog:
@@ -77,8 +77,7 @@ class VideoState:
 
     @step.setter
     def step(self, step: int) -> None:
-        check_count("step", step)
-        self._step = step
+        self._step = step = checks.check_integer("step", step)
         for warmup_steps in self._dense:
             self._dense[warmup_steps] = step < warmup_steps
 
@@ -141,11 +140,8 @@ class PSAVideoAttention(nn.Module):
         state: VideoState | None = None,
     ) -> None:
         super().__init__()
-        if config is not None and not isinstance(config, PSAConfig):
-            raise TypeError(f"config must be a PSAConfig or None, got {type(config).__name__}")
-        check_count("warmup_steps", warmup_steps)
-        self.config = PSAConfig() if config is None else config
-        self.warmup_steps = warmup_steps
+        self.config = check_config(config)
+        self.warmup_steps = checks.check_integer("warmup_steps", warmup_steps)
         self.layer = layer
         self.state = state
         if state is not None:
@@ -246,8 +242,7 @@ class PSAVideoAttention(nn.Module):
         if step is None:
             require_step(self.warmup_steps)
             return False
-        check_count("step", step)
-        return step < self.warmup_steps
+        return checks.check_integer("step", step) < self.warmup_steps
 
     def _sparse(self, q, k, v, step, branch, return_lse, implementation):
         settings = settings_of(self.config, {})
@@ -269,6 +264,7 @@ class PSAVideoAttention(nn.Module):
             block_n=settings.block_n,
             scale=settings.scale,
             is_causal=settings.causal,
+            rest=settings.rest,
             implementation=implementation,
         )
         out = order.undo(out, order_state)
@@ -318,13 +314,13 @@ def head_density(levels: Tensor, q_len: int, kv_len: int, config: PSAConfig) -> 
 
 @torch.library.custom_op("psa::head_density", mutates_args=())
 def _head_density(levels: Tensor, q_len: int, kv_len: int, config: str) -> Tensor:
-    candidates = int(candidate_blocks(q_len, kv_len, parse_config(config)).sum())
-    return _mean_cost(levels, candidates)
-
-
-def _mean_cost(levels: Tensor, candidates: int) -> Tensor:
-    cost = (levels > 0) / levels.clamp(min=1).float()
-    return cost.sum((0, 2, 3)) / max(1, levels.shape[0] * candidates)
+    config = parse_config(config)
+    candidates = int(candidate_blocks(q_len, kv_len, config).sum()) * levels.shape[0]
+    listed = levels > 0
+    cost = (listed / levels.clamp(min=1).float()).sum((0, 2, 3))
+    if config.is_rest_mean:
+        cost += (candidates - listed.sum((0, 2, 3))) * config.rest_share
+    return cost / max(1, candidates)
 
 
 @_head_density.register_fake

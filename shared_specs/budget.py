@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shared_specs.constants import LEVELS
-
-if TYPE_CHECKING:
-    from shared_specs.config import PSAConfig
 
 
 def precision_bits(block_n: int) -> int:
@@ -19,8 +15,8 @@ def precision_bits(block_n: int) -> int:
     return 30 - int(math.log2(block_n))
 
 
-def check_budget(config: PSAConfig, default_ratios: Mapping) -> None:
-    """Raise ValueError unless the fields of a budget fit each other and the rest."""
+def check_budget(config, default_ratios: Mapping) -> None:
+    """Raise ValueError unless the fields of a budget in a PSAConfig fit each other and the rest."""
     if not 0 < config.budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {config.budget}")
     if (config.mask_mode == "budget") != (config.importance == "defect"):
@@ -79,18 +75,18 @@ def cost_limits(
     return np.floor(budget * block_n * n).astype(np.int64)
 
 
-def options(block_n: int, levels: tuple[int, ...], rest_cost: int) -> list[tuple[int, int, int]]:
+def options(block_n: int, levels: tuple[int, ...], rest_keys: int) -> list[tuple[int, int, int]]:
     """(level, cost in keys, column of the defect table), coarsest first; column -1 is no defect.
 
     Raises:
-        ValueError: `levels` is not a part of (1, 2, 4, 8) with 1 in it, or `rest_cost` not 0 or 1.
+        ValueError: `levels` is not a part of (1, 2, 4, 8) with 1 in it, or `rest_keys` not 0 or 1.
     """
     if 1 not in levels or any(level not in LEVELS for level in levels):
         raise ValueError(f"levels must be a part of {LEVELS} with 1 in it, got {levels}")
-    if rest_cost not in (0, 1):
-        raise ValueError(f"rest_cost must be 0 (skip) or 1 (mean), got {rest_cost}")
+    if rest_keys not in (0, 1):
+        raise ValueError(f"rest_keys must be 0 (skip) or 1 (mean), got {rest_keys}")
     finer = [(level, block_n // level, LEVELS.index(level) - 1) for level in LEVELS[::-1]]
-    return [(0, rest_cost, 3)] + [option for option in finer if option[0] in levels]
+    return [(0, rest_keys, 3)] + [option for option in finer if option[0] in levels]
 
 
 def budget_levels(
@@ -101,7 +97,7 @@ def budget_levels(
     block_n: int,
     budget: float,
     levels: tuple[int, ...] = LEVELS,
-    rest_cost: int = 0,
+    rest_keys: int = 0,
     per_row: bool = False,
 ) -> np.ndarray:
     """Levels of least total defect that a budget allows.
@@ -113,7 +109,7 @@ def budget_levels(
         forced: bool `[Nq, Nk]`, candidates that get level 1 whatever they cost.
         block_n, budget, per_row: as in `cost_limits`.
         levels: levels that may be chosen; always with 1.
-        rest_cost: cost of level 0, in keys: 0 where it skips, 1 where it is seen as one mean.
+        rest_keys: cost of level 0, in keys: 0 where it skips, 1 where it is seen as one mean.
 
     Returns:
         int32 `[B, H, Nq, Nk]`, values in {0, 1, 2, 4, 8}.
@@ -121,7 +117,7 @@ def budget_levels(
     Raises:
         ValueError: a defect is negative or infinite, or `cost_limits` or `options` refuses.
     """
-    choices = options(block_n, levels, rest_cost)
+    choices = options(block_n, levels, rest_keys)
     if (defects < 0).any() or np.isinf(defects).any():
         raise ValueError("defects must be finite and at least 0, or NaN")
     free = candidate & ~forced

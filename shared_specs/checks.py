@@ -7,7 +7,7 @@ Every message names the argument, its value and what is accepted.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,10 +96,19 @@ def check_qkv(
             )
 
 
+def is_array(value: Any) -> bool:
+    """Whether `value` is an array or tensor where a number is meant.
+
+    One compares and converts as its number does, but loses its gradient on the way, and a traced
+    one fails later and without a name. NumPy's scalars are numbers.
+    """
+    return hasattr(value, "shape") and not isinstance(value, np.generic)
+
+
 def check_blocks(block_m: Any, block_n: Any) -> None:
     """Block sizes given outside a configuration."""
     for name, value, accepted in (("block_m", block_m, BLOCK_M), ("block_n", block_n, BLOCK_N)):
-        if isinstance(value, bool) or value not in accepted:
+        if isinstance(value, bool) or is_array(value) or value not in accepted:
             raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
 
 
@@ -121,6 +130,33 @@ def check_flag(name: str, value: Any) -> None:
     """A switch is True or False, nothing that merely looks like it."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_integer(name: str, value: Any, least: int = 0) -> int:
+    """A count, as a Python integer; True is none, and an array would lose what it is part of.
+
+    Raises:
+        TypeError: it is not an integer of Python or NumPy.
+        ValueError: it is below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        kind = "an integer, not an array," if is_array(value) else "an integer,"
+        raise TypeError(f"{name} must be {kind} got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def check_triple(name: str, value: Sequence[int], meaning: str) -> tuple[int, int, int]:
+    """`value` as three ints of at least 1; ValueError naming the argument otherwise."""
+    accepted = f"{name} must be {meaning}, three integers of at least 1; got {value!r}"
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
+        raise ValueError(accepted)
+    try:
+        first, second, third = (check_integer(name, side, 1) for side in value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(accepted) from error
+    return first, second, third
 
 
 def check_rest(rest: Any) -> None:

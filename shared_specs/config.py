@@ -10,10 +10,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from shared_specs import preset_files
 from shared_specs.budget import check_budget
-from shared_specs.checks import check_scale
+from shared_specs.checks import (
+    check_flag,
+    check_integer,
+    check_rest,
+    check_scale,
+    check_triple,
+    is_array,
+)
 from shared_specs.constants import BLOCK_M, BLOCK_N, LEVELS, MASK_LEVELS
 from shared_specs.sampling import SamplePlan
 
@@ -74,6 +80,8 @@ class PSAConfig:
         budget: share of the dense cost that levels may cost in 'budget', in (0, 1].
         budget_levels: levels that 'budget' may choose, ascending; always with 1.
         budget_scope: what has a budget of its own: each 'head', or each 'row' of query blocks.
+        rest: what level 0 means: 'skip', the block is not seen, or 'mean', it is seen through the
+            mean of its keys and values, in the same softmax (section 4).
         attn_impl: serial form of a mask: 'new_mask_type' (segments) or 'old_mask_type' (dense).
         use_sim_mask: cap levels where neighbouring keys differ (section 7); old_mask_type only.
         sim_2x_threshold, sim_4x_threshold, sim_8x_threshold: cosine above which a key block may
@@ -109,6 +117,7 @@ class PSAConfig:
     budget: float = 0.15
     budget_levels: tuple[int, ...] = LEVELS
     budget_scope: str = "head"
+    rest: str = "skip"
     attn_impl: str = "new_mask_type"
     use_sim_mask: bool = False
     sim_2x_threshold: float = 0.0
@@ -132,12 +141,12 @@ class PSAConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "tile_n", "importance_pool", "antidiagonal_stride"):
-            self._set(name, _integer(name, getattr(self, name), 1))
+            self._set(name, check_integer(name, getattr(self, name), 1))
         for name in ("sample_seed", "sink_blocks", "text_length"):
-            self._set(name, _integer(name, getattr(self, name), 0))
+            self._set(name, check_integer(name, getattr(self, name), 0))
         for name in ("sample_m", "sample_n"):
             if getattr(self, name) is not None:
-                self._set(name, _integer(name, getattr(self, name), 1))
+                self._set(name, check_integer(name, getattr(self, name), 1))
         for name in ("sim_2x_threshold", "sim_4x_threshold", "sim_8x_threshold"):
             self._set(name, _number(name, getattr(self, name)))
         for name in ("min_full_ratio", "budget"):
@@ -147,12 +156,14 @@ class PSAConfig:
             self._set("scale", _number("scale", self.scale))
             check_scale(self.scale)
         for name in ("use_sim_mask", "causal"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            check_flag(name, getattr(self, name))
         for name in ("grid", "tile_size"):
-            self._set(name, _triple(name, getattr(self, name)))
+            if getattr(self, name) is not None:
+                meaning = "None or (depth, height, width)"
+                self._set(name, check_triple(name, getattr(self, name), meaning))
         _choice("mask_mode", self.mask_mode, MASK_MODES)
         _choice("budget_scope", self.budget_scope, BUDGET_SCOPES)
+        check_rest(self.rest)
         _choice("attn_impl", self.attn_impl, ATTN_IMPLS)
         _choice("rearrange_method", self.rearrange_method, REARRANGE_METHODS)
         _choice("importance", self.importance, IMPORTANCE_ESTIMATORS)
@@ -210,8 +221,13 @@ class PSAConfig:
 
     @property
     def is_rest_mean(self) -> bool:
-        """Whether a block of level 0 is seen as one mean (section 4), for defects and budgets."""
-        return False
+        """Whether a block of level 0 is seen as one mean (section 4)."""
+        return self.rest == "mean"
+
+    @property
+    def rest_share(self) -> float:
+        """Cost of a block of level 0 as a share of that of a whole one (section 9)."""
+        return 1 / self.block_n if self.is_rest_mean else 0.0
 
     @property
     def ratio_ends(self) -> tuple[tuple[int, float], ...]:
@@ -331,10 +347,26 @@ class PSAConfig:
         Args:
             name: one of `shared_specs.presets.names()`.
             video_size: (width, height, frames) in pixels and frames; fills `grid`.
-        """
-        from shared_specs.presets import load_preset
 
-        return load_preset(name, video_size)
+        Raises:
+            ValueError: no preset has this name, or it cannot give such a video a grid.
+        """
+        data = preset_files.read(name)
+        grid = preset_files.grid_of(name, data["divisors"], video_size)
+        return cls.from_dict({**data["config"], "grid": grid})
+
+
+def check_config(config: Any) -> PSAConfig:
+    """`config`, or the default one for None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if config is None:
+        return _DEFAULT
+    if not isinstance(config, PSAConfig):
+        raise TypeError(f"config must be a PSAConfig or None, got {type(config).__name__}")
+    return config
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:
@@ -342,19 +374,9 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else float(scale)
 
 
-def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    value = value.__index__()
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
 def _number(name: str, value: Any) -> float:
-    # An array of a framework has __float__ too, but a number made of it loses its gradient.
-    array = hasattr(value, "shape") and not isinstance(value, np.generic)
-    if isinstance(value, (bool, str, bytes)) or array or not hasattr(value, "__float__"):
+    text = isinstance(value, (bool, str, bytes))
+    if text or is_array(value) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, not an array, got {value!r}")
     try:
         value = float(value)
@@ -365,18 +387,10 @@ def _number(name: str, value: Any) -> float:
     return value
 
 
-def _triple(name: str, value: Any) -> tuple[int, int, int] | None:
-    if value is None:
-        return None
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
-        raise TypeError(f"{name} must be None or (depth, height, width), got {value!r}")
-    return tuple(_integer(f"{name}[{i}]", side, 1) for i, side in enumerate(value))
-
-
 def _levels(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
         raise TypeError(f"{name} must be levels such as {LEVELS}, got {value!r}")
-    levels = tuple(_integer(f"{name}[{i}]", level, 1) for i, level in enumerate(value))
+    levels = tuple(check_integer(f"{name}[{i}]", level, 1) for i, level in enumerate(value))
     if levels != tuple(level for level in LEVELS if level in levels) or 1 not in levels:
         raise ValueError(f"{name} must be a part of {LEVELS} with 1 in it, ascending, got {levels}")
     return levels
@@ -429,3 +443,6 @@ def _file_kind(path: Path) -> str:
     if path.suffix not in (".json", ".toml"):
         raise ValueError(f"path must end in .json or .toml, got {str(path)!r}")
     return path.suffix
+
+
+_DEFAULT = PSAConfig()

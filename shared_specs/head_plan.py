@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from shared_specs.checks import check_integer
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadPlan:
@@ -41,10 +43,7 @@ def head_plan(batch: int, heads: int, kv_heads: int, world: int) -> HeadPlan:
         ("kv_heads", kv_heads),
         ("world", world),
     ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be a Python integer, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_integer(name, value, 1)
     if heads % kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads ({kv_heads}), got {heads}")
     units, group = batch * kv_heads, heads // kv_heads

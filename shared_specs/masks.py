@@ -81,18 +81,19 @@ def check_levels(levels: np.ndarray) -> None:
 
 
 def density(
-    levels: np.ndarray, *, candidates: np.ndarray | None = None, rest_cost: float = 0.0
+    levels: np.ndarray, *, candidates: np.ndarray | None = None, rest_share: float = 0.0
 ) -> float:
-    """Mean of 1/level (`rest_cost` at level 0) over the candidate blocks (section 9).
+    """Mean of 1/level (`rest_share` at level 0) over the candidate blocks (section 9).
 
     Args:
         levels: int `[..., Nq, Nk]`.
         candidates: int `[Nq]`, the leading blocks of each row that can be seen at all (see
             `selection.candidate_blocks`); None means all of them.
-        rest_cost: of a block of level 0: 0 for rest='skip', `1 / block_n` for rest='mean'.
+        rest_share: of a block of level 0, `PSAConfig.rest_share`: 0 for rest='skip', `1 / block_n`
+            for rest='mean'.
     """
     check_levels(levels)
-    cost = np.where(levels > 0, 1.0 / np.maximum(levels, 1), rest_cost)
+    cost = np.where(levels > 0, 1.0 / np.maximum(levels, 1), rest_share)
     if candidates is None:
         return float(cost.mean())
     seen = np.arange(levels.shape[-1]) < np.asarray(candidates)[:, None]

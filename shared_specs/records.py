@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
-from shared_specs.figures import require_pyplot, style
-
 
 @dataclasses.dataclass(frozen=True)
 class DensityRecord:
@@ -29,7 +27,7 @@ class DensityRecord:
 
 
 class DensityRecords:
-    """A list of `DensityRecord` that can be stored and drawn."""
+    """A list of `DensityRecord`, to store; `shared_specs.tools.figures.plot_density` draws it."""
 
     def __init__(self, records: Iterable[DensityRecord] = ()):
         self._records = list(records)
@@ -83,33 +81,3 @@ class DensityRecords:
             for layer in layers
         ]
         return layers, steps, density
-
-    def plot(self, path: str | Path | None = None, ax=None):
-        """Density over layers and steps as a picture; needs matplotlib (the `viz` extra).
-
-        Args:
-            path: where to save the figure; None saves nothing.
-            ax: a matplotlib Axes to draw on; None makes a figure.
-
-        Returns:
-            The Axes.
-
-        Raises:
-            ValueError: there are no records.
-        """
-        if not self._records:
-            raise ValueError("there are no density records to plot")
-        layers, steps, density = self.by_layer_and_step()
-        with style():
-            if ax is None:
-                size = (2 + 0.15 * len(steps), 1.2 + 0.15 * len(layers))
-                ax = require_pyplot().subplots(figsize=size, layout="constrained")[1]
-            image = ax.imshow(density, vmin=0, vmax=1, aspect="auto", cmap="Blues")
-            ax.set_xticks(range(len(steps)), steps, rotation=90)
-            ax.set_yticks(range(len(layers)), layers)
-            ax.set_xlabel("denoising step")
-            ax.set_ylabel("layer")
-            ax.figure.colorbar(image, ax=ax, label="density, mean over heads")
-            if path is not None:
-                ax.figure.savefig(path)
-        return ax

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from shared_specs.budget import budget_levels, check_costs
+from shared_specs.checks import INTEGER_DTYPES, Described
 from shared_specs.config import PSAConfig
 
 
@@ -41,11 +42,13 @@ def select_levels(
         int32 `[B, H, Nq, Nk]`, values in {0, 1, 2, 4, 8}, at least one above 0 in every row.
 
     Raises:
+        TypeError: the cap does not hold integers.
         ValueError: shapes do not fit the lengths, scores are negative, or a budget has costs that
             do not fit int32 or a cap.
     """
     scores = np.asarray(scores, np.float32)
-    check_scores(scores.shape, cap is not None, config, q_len, kv_len)
+    described = None if cap is None else Described(cap.shape, str(cap.dtype))
+    check_scores(Described(scores.shape, "float32"), described, config, q_len, kv_len)
     n_k = scores.shape[3]
     if (scores < 0).any():
         raise ValueError(f"scores must be at least 0, got {np.nanmin(scores)}")
@@ -58,7 +61,7 @@ def select_levels(
             block_n=config.block_n,
             budget=config.budget,
             levels=config.budget_levels,
-            rest_cost=int(config.is_rest_mean),
+            rest_keys=int(config.is_rest_mean),
             per_row=config.budget_scope == "row",
         )
         return _fill_empty_rows(levels, rank_blocks(scores[..., 3], candidates))
@@ -79,20 +82,39 @@ def select_levels(
 
 
 def check_scores(
-    shape: tuple[int, ...], has_cap: bool, config: PSAConfig, q_len: int, kv_len: int
+    scores: Described, cap: Described | None, config: PSAConfig, q_len: int, kv_len: int
 ) -> None:
-    """Raise ValueError unless scores of this shape, and a cap, are what the mode takes."""
+    """Refuse scores, or a cap, that selection does not take, before any work.
+
+    Raises:
+        TypeError: scores are not float32, or the cap does not hold integers.
+        ValueError: a shape does not fit the lengths or the mode, or a budget has a cap or costs
+            that do not fit int32.
+    """
     n_q, n_k = _blocks(q_len, config.block_m), _blocks(kv_len, config.block_n)
-    expected = (n_q, n_k, 4) if config.mask_mode == "budget" else (n_q, n_k)
-    if len(shape) != 2 + len(expected) or tuple(shape[2:]) != expected:
+    is_budget = config.mask_mode == "budget"
+    expected = (n_q, n_k, 4) if is_budget else (n_q, n_k)
+    if len(scores.shape) != 2 + len(expected) or tuple(scores.shape[2:]) != expected:
         raise ValueError(
             f"scores must be [B, H, {', '.join(map(str, expected))}] for q_len={q_len}, "
-            f"kv_len={kv_len}, mask_mode={config.mask_mode!r}, got {tuple(shape)}"
+            f"kv_len={kv_len}, mask_mode={config.mask_mode!r}, got {tuple(scores.shape)}"
         )
-    if config.mask_mode == "budget":
+    if scores.dtype != "float32":
+        raise TypeError(f"scores must be float32, got {scores.dtype}")
+    if is_budget:
         check_costs(n_q, n_k, config.block_n)
-        if has_cap:
-            raise ValueError("cap must be None with mask_mode='budget', got one")
+    if cap is None:
+        return
+    if is_budget:
+        raise ValueError("cap must be None with mask_mode='budget', got one")
+    if cap.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"cap must hold integers, got {cap.dtype}")
+    batch, heads = scores.shape[:2]
+    kv_heads = cap.shape[1] if len(cap.shape) == 3 else 0
+    if kv_heads < 1 or heads % kv_heads or tuple(cap.shape) != (batch, kv_heads, n_k):
+        raise ValueError(
+            f"cap must be [{batch}, Hk, {n_k}] with Hk a divisor of {heads}, got {tuple(cap.shape)}"
+        )
 
 
 def rank_blocks(scores: np.ndarray, candidates: np.ndarray) -> np.ndarray:

@@ -1,16 +1,6 @@
 """What the video attention modules of both frameworks decide alike."""
 
-from typing import Any
-
 from shared_specs.config import PSAConfig
-
-
-def check_count(name: str, value: Any) -> None:
-    """A step or a number of steps is a Python integer of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a Python integer, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def require_step(warmup_steps: int) -> None:

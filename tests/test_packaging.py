@@ -99,7 +99,7 @@ def test_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel):
         entry_points = archive.read(info["entry_points.txt"]).decode()
     assert names == expected
     assert {f"{package}/py.typed" for package in PACKAGES} <= names
-    assert "psa = shared_specs.cli:main" in entry_points
+    assert "psa = shared_specs.tools.cli:main" in entry_points
     assert "LICENSE" in info
 
 
@@ -115,5 +115,5 @@ def test_import_rules_hold_for_the_wheel_outside_the_checkout(wheel, tmp_path):
     assert foreign == {"numpy", "shared_specs"}
     assert "jax" not in loaded_by("psa_torch", **where)
     assert "torch" not in loaded_by("psa_jax", **where)
-    listed = fresh("from shared_specs.cli import main; main(['presets'])", **where)
+    listed = fresh("from shared_specs.tools.cli import main; main(['presets'])", **where)
     assert "wan2.1-14b" in listed.stdout, listed.stderr

@@ -28,7 +28,7 @@ def test_examples_run_as_written(example):
 
 
 def test_every_command_named_exists(capsys):
-    from shared_specs.cli import build_parser
+    from shared_specs.tools.cli import build_parser
 
     usage = build_parser().format_help()
     for command in re.findall(r"^\| `psa (\w+)", README, flags=re.MULTILINE):

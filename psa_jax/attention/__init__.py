@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from psa_jax._arrays import describe
+from psa_jax._arrays import absorb_scale, describe, is_array
 from psa_jax._sharding import per_shard, vary_alike
 from psa_jax.attention.differentiable import Call, attention, attention_with_lse
 from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
@@ -25,8 +25,9 @@ def sparse_attention(
     *,
     block_m: int,
     block_n: int,
-    scale: float | None = None,
+    scale: float | Array | None = None,
     is_causal: bool = False,
+    rest: str = "skip",
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -46,9 +47,12 @@ def sparse_attention(
             CPU. Elsewhere a block with a value outside the set is skipped.
         block_m: queries per block, 64 or 128.
         block_n: keys per block, 32, 64 or 128.
-        scale: factor on q.k; None means `D ** -0.5`. A Python number: it is static under `jit`.
+        scale: factor on q.k; None means `D ** -0.5`. A number is static under `jit`; an array, 0-d
+            or `[H]`, is multiplied into q and gets a gradient.
         is_causal: a pooled key is visible iff its last covered key is at or before
             `row + Lk - Lq`.
+        rest: what level 0 means: 'skip', the block is not seen, or 'mean', it is seen through the
+            mean of its keys and values.
         implementation: a key of `IMPLEMENTATIONS`, or None for the best one that supports the
             input (logged once through the logger `psa_jax`).
         return_lse: also return the natural log of the sum of exponentials.
@@ -63,12 +67,15 @@ def sparse_attention(
             implementation asked for cannot run on this input.
     """
     checks.check_blocks(block_m, block_n)
-    checks.check_scale(scale)
+    if not is_array(scale):
+        checks.check_scale(scale)
     checks.check_flag("is_causal", is_causal)
     checks.check_flag("return_lse", return_lse)
+    checks.check_rest(rest)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     sizes = describe("q", q), describe("k", k), describe("v", v)
     checks.check_qkv(*sizes)
+    q, scale = absorb_scale(q, scale)
     form = checks.check_levels_shape(
         describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
     )
@@ -76,7 +83,7 @@ def sparse_attention(
     scale = resolve_scale(scale, q.shape[-1])
 
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
-    call = Call(name, block_m, block_n, scale, is_causal)
+    call = Call(name, block_m, block_n, scale, is_causal, rest)
     run = functools.partial(_attend, call=call, form=form, return_lse=return_lse)
     levels = lax.stop_gradient(levels)
     return per_shard(run, q, k, v, levels, along_sequence=1 + return_lse)

@@ -8,6 +8,7 @@ from jax import Array
 
 from psa_jax._sharding import vary_alike
 from psa_jax._vmap import vmap_as_batch
+from psa_jax.attention import rest as means_of_rest
 from psa_jax.attention.implementations import IMPLEMENTATIONS
 
 
@@ -20,6 +21,7 @@ class Call:
     block_n: int
     scale: float
     is_causal: bool
+    rest: str = "skip"
 
     def _options(self) -> dict:
         return {
@@ -31,17 +33,28 @@ class Call:
 
     def forward(self, *arrays: Array) -> tuple[Array, Array]:
         """out and lse of q, k, v and levels."""
-        run = functools.partial(IMPLEMENTATIONS[self.implementation].forward, **self._options())
-        return vary_alike(vmap_as_batch(run)(*arrays), *arrays)
+        return vary_alike(vmap_as_batch(self._forward)(*arrays), *arrays)
+
+    def _forward(self, *arrays: Array) -> tuple[Array, Array]:
+        found = IMPLEMENTATIONS[self.implementation].forward(*arrays, **self._options())
+        if self.rest == "mean":
+            found = means_of_rest.add_means(*arrays, *found, **self._options())
+        return found
 
     def backward(self, dout: Array, dlse: Array | None, *arrays: Array) -> tuple[Array, ...]:
         """dq, dk and dv; arrays are q, k, v, levels, out and lse."""
-        run = functools.partial(IMPLEMENTATIONS[self.implementation].backward, **self._options())
+        run = self._backward
         if dlse is None:
             gradients = vmap_as_batch(lambda dout, *rest: run(dout, None, *rest))(dout, *arrays)
         else:
             gradients = vmap_as_batch(run)(dout, dlse, *arrays)
         return vary_alike(gradients, *arrays)
+
+    def _backward(self, *arrays: Array | None) -> tuple[Array, ...]:
+        found = IMPLEMENTATIONS[self.implementation].backward(*arrays, **self._options())
+        if self.rest == "mean":
+            found = means_of_rest.add_gradients(*arrays, found, **self._options())
+        return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

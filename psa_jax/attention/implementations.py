@@ -1,15 +1,12 @@
 """The implementations of attention by name, and which of them runs."""
 
-import logging
 from typing import Protocol
 
 from jax import Array
 
-from psa_jax._arrays import platform_of
+from psa_jax._arrays import announce, platform_of
 from psa_jax.attention import gather
-from shared_specs.checks import check_implementation
-
-logger = logging.getLogger("psa_jax")
+from shared_specs import dispatch
 
 
 class Implementation(Protocol):
@@ -77,9 +74,8 @@ class _Mosaic:
         return mosaic.backward(*args, **kwargs)
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"gather": gather, "mosaic": _Mosaic()}
-
-_announced: set[tuple[str, str]] = set()
+IMPLEMENTATIONS: dict[str, Implementation] = {"mosaic": _Mosaic(), "gather": gather}
+"""Best first: what runs by itself is the first that can."""
 
 
 def choose(
@@ -95,30 +91,14 @@ def choose(
     Raises:
         ValueError: the name is unknown, or what was chosen cannot run on this input.
     """
-    check_implementation(implementation, IMPLEMENTATIONS)
+    where = platform_of(q)
 
     def reason_against(name: str) -> str | None:
+        if implementation is None and name == "mosaic" and where != "gpu":
+            return f"q is on {where}, not gpu"
         return IMPLEMENTATIONS[name].unsupported(q, k, v, block_m, block_n)
 
+    chosen, passed_over = dispatch.choose(implementation, IMPLEMENTATIONS, reason_against)
     if implementation is None:
-        platform = platform_of(q)
-        against = reason_against("mosaic") if platform == "gpu" else f"q is on {platform}, not gpu"
-        if against is None:
-            _announce("mosaic", f"q is on {platform}")
-            return "mosaic"
-        _announce("gather", f"mosaic cannot run: {against}")
-        implementation = "gather"
-    against = reason_against(implementation)
-    if against is not None:
-        raise ValueError(
-            f"implementation {implementation!r} cannot run on this input: {against}. "
-            f"implementation=None picks one that can, if any of "
-            f"{', '.join(map(repr, IMPLEMENTATIONS))} does"
-        )
-    return implementation
-
-
-def _announce(name: str, why: str) -> None:
-    if (name, why) not in _announced:
-        _announced.add((name, why))
-        logger.info("attention runs as %r: %s", name, why)
+        announce("attention runs as %r: %s", chosen, passed_over or f"q is on {where}")
+    return chosen

@@ -23,6 +23,7 @@ def sparse_attention(
     block_n: int,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
+    rest: str = "skip",
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -46,6 +47,8 @@ def sparse_attention(
             and gets a gradient.
         is_causal: a pooled key is visible iff its last covered key is at or before
             `row + Lk - Lq`.
+        rest: what level 0 means: 'skip', the block is not seen, or 'mean', it is seen through the
+            mean of its keys and values.
         implementation: a key of `IMPLEMENTATIONS`, or None for the best one that supports the
             input (logged once through the logger `psa_torch`).
         return_lse: also return the natural log of the sum of exponentials.
@@ -64,6 +67,7 @@ def sparse_attention(
         checks.check_scale(scale)
     checks.check_flag("is_causal", is_causal)
     checks.check_flag("return_lse", return_lse)
+    checks.check_rest(rest)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     require_tensor("levels", levels)
     (q, k, v), sizes = checked_inputs(q, k, v)
@@ -81,6 +85,7 @@ def sparse_attention(
         block_n=block_n,
         scale=scale,
         is_causal=is_causal,
+        rest=rest,
         implementation=implementation,
     )
     return (out, lse) if return_lse else out
@@ -96,6 +101,7 @@ def attend(
     block_n: int,
     scale: float | None,
     is_causal: bool,
+    rest: str,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse of `sparse_attention`, for arguments that passed its checks.
@@ -105,4 +111,4 @@ def attend(
         levels: dense, without a graph.
     """
     scale = resolve_scale(scale, q.shape[-1])
-    return attention(q, k, v, levels, implementation, block_m, block_n, scale, is_causal)
+    return attention(q, k, v, levels, implementation, block_m, block_n, scale, is_causal, rest)

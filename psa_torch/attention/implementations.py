@@ -1,15 +1,13 @@
 """The implementations of attention by name, and which of them runs."""
 
 import importlib.util
-import logging
 from typing import Protocol
 
 from torch import Tensor
 
+from psa_torch._dispatch import announce
 from psa_torch.attention import gather
-from shared_specs.checks import check_implementation
-
-logger = logging.getLogger("psa_torch")
+from shared_specs import dispatch
 
 
 class Implementation(Protocol):
@@ -81,9 +79,8 @@ class _Triton:
         return triton.backward(*args, **kwargs)
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"gather": gather, "triton": _Triton()}
-
-_announced: set[tuple[str, str]] = set()
+IMPLEMENTATIONS: dict[str, Implementation] = {"triton": _Triton(), "gather": gather}
+"""Best first: what runs by itself is the first that can."""
 
 
 def choose(
@@ -99,29 +96,14 @@ def choose(
     Raises:
         ValueError: the name is unknown, or what was chosen cannot run on this input.
     """
-    check_implementation(implementation, IMPLEMENTATIONS)
+    where = q.device.type
 
     def reason_against(name: str) -> str | None:
+        if implementation is None and name == "triton" and not q.is_cuda:
+            return f"q is on {where}, not cuda"
         return IMPLEMENTATIONS[name].unsupported(q, k, v, block_m, block_n)
 
+    chosen, passed_over = dispatch.choose(implementation, IMPLEMENTATIONS, reason_against)
     if implementation is None:
-        against = reason_against("triton") if q.is_cuda else f"q is on {q.device.type}, not cuda"
-        if against is None:
-            _announce("triton", f"q is on {q.device.type}")
-            return "triton"
-        _announce("gather", f"triton cannot run: {against}")
-        implementation = "gather"
-    against = reason_against(implementation)
-    if against is not None:
-        raise ValueError(
-            f"implementation {implementation!r} cannot run on this input: {against}. "
-            f"implementation=None picks one that can, if any of "
-            f"{', '.join(map(repr, IMPLEMENTATIONS))} does"
-        )
-    return implementation
-
-
-def _announce(name: str, why: str) -> None:
-    if (name, why) not in _announced:
-        _announced.add((name, why))
-        logger.info("attention runs as %r: %s", name, why)
+        announce("attention runs as %r: %s", chosen, passed_over or f"q is on {where}")
+    return chosen

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from psa_torch._checks import without_autocast
 from psa_torch._vmap import register_batch_rule
+from psa_torch.attention import rest as means_of_rest
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
 from psa_torch.masks import check_level_values
 
@@ -30,6 +31,7 @@ def attention_forward(
     block_n: int,
     scale: float,
     is_causal: bool,
+    rest: str,
 ) -> tuple[Tensor, Tensor]:
     """out and lse; arguments as in `psa_torch.sparse_attention`, dense integer levels.
 
@@ -40,22 +42,23 @@ def attention_forward(
     check_level_values(levels)
     if not q.shape[0]:  # an empty batch: no implementation has to know
         return _like_forward(q, v)
+    levels = levels.int()
+    settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
-        return IMPLEMENTATIONS[name].forward(
-            q,
-            k,
-            v,
-            levels.int(),
-            block_m=block_m,
-            block_n=block_n,
-            scale=scale,
-            is_causal=is_causal,
-        )
+        found = IMPLEMENTATIONS[name].forward(q, k, v, levels, **settings)
+        if rest == "mean":
+            found = means_of_rest.add_means(q, k, v, levels, *found, **settings)
+    return found
 
 
 @attention_forward.register_fake
-def _(q, k, v, levels, implementation, block_m, block_n, scale, is_causal):
+def _(q, k, v, *_):
     return _like_forward(q, v)
+
+
+def _settings(block_m: int, block_n: int, scale: float, is_causal: bool) -> dict:
+    """What every pass of an implementation takes by name."""
+    return {"block_m": block_m, "block_n": block_n, "scale": scale, "is_causal": is_causal}
 
 
 def _like_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,30 +81,23 @@ def attention_backward(
     block_n: int,
     scale: float,
     is_causal: bool,
+    rest: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, from the gradients of out and lse (None for 0) and what forward returned."""
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     if not q.shape[0]:
         return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    arrays = q, k, v, levels.int(), out, lse
+    settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
-        return IMPLEMENTATIONS[name].backward(
-            dout,
-            dlse,
-            q,
-            k,
-            v,
-            levels.int(),
-            out,
-            lse,
-            block_m=block_m,
-            block_n=block_n,
-            scale=scale,
-            is_causal=is_causal,
-        )
+        found = IMPLEMENTATIONS[name].backward(dout, dlse, *arrays, **settings)
+        if rest == "mean":
+            found = means_of_rest.add_gradients(dout, dlse, *arrays, found, **settings)
+    return found
 
 
 @attention_backward.register_fake
-def _(dout, dlse, q, k, v, levels, out, lse, implementation, block_m, block_n, scale, is_causal):
+def _(dout, dlse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -121,6 +117,7 @@ def attention_tangent(
     block_n: int,
     scale: float,
     is_causal: bool,
+    rest: str,
 ) -> tuple[Tensor, Tensor]:
     """Tangents of out and lse, from those of q, k and v and what forward returned.
 
@@ -137,15 +134,17 @@ def attention_tangent(
         )
     if not q.shape[0]:
         return _like_forward(q, v)
-    sizes = {"block_m": block_m, "block_n": block_n}
+    arrays = tq, tk, tv, q, k, v, levels.int(), out, lse
+    settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
-        return walk(
-            tq, tk, tv, q, k, v, levels.int(), out, lse, **sizes, scale=scale, is_causal=is_causal
-        )
+        found = walk(*arrays, **settings)
+        if rest == "mean":
+            found = means_of_rest.add_tangents(*arrays, found, **settings)
+    return found
 
 
 @attention_tangent.register_fake
-def _(tq, tk, tv, q, k, v, levels, out, lse, implementation, block_m, block_n, scale, is_causal):
+def _(tq, tk, tv, q, k, v, *_):
     return _like_forward(q, v)
 
 

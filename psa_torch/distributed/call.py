@@ -146,9 +146,7 @@ def _checked_lengths(
         raise TypeError(
             f"lengths must be a sequence of Python integers, got {type(lengths).__name__}"
         )
-    for value in lengths:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"lengths must hold Python integers, got {value!r}")
+    lengths = [checks.check_integer(f"lengths[{i}]", value) for i, value in enumerate(lengths)]
     if len(lengths) != world or min(lengths) < 1 or lengths[rank] != length:
         raise ValueError(
             f"lengths must have {world} entries of at least 1, that of rank {rank} being {length}, "

@@ -21,7 +21,6 @@ from psa_torch.integrations.settings import config_and_warmup
 from psa_torch.video import DensityLog
 from shared_specs import checks
 from shared_specs.config import PSAConfig
-from shared_specs.video import check_count
 
 __all__ = ["FAMILIES", "Applied", "Family", "apply"]
 
@@ -197,9 +196,7 @@ class Applied:
 
     @step.setter
     def step(self, value: int | None) -> None:
-        if value is not None:
-            check_count("step", value)
-        self._step = value
+        self._step = None if value is None else checks.check_integer("step", value)
 
     def on_step_end(self, pipe, step: int, timestep, callback_kwargs: dict) -> dict:
         """For `callback_on_step_end=`: the next step, or 0 after the last."""
@@ -294,9 +291,9 @@ def apply(
     """
     config, usual = config_and_warmup(preset, config)
     warmup_steps = usual if warmup_steps is None else warmup_steps
-    check_count("warmup_steps", warmup_steps)
+    warmup_steps = checks.check_integer("warmup_steps", warmup_steps)
     if text != "model":
-        check_count("text", text)
+        text = checks.check_integer("text", text)
     checks.check_flag("record", record)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     if isinstance(target, nn.Module):

@@ -1,7 +1,7 @@
 """What every integration is given to run with: a preset's name or a configuration."""
 
 from shared_specs import presets
-from shared_specs.config import PSAConfig
+from shared_specs.config import PSAConfig, check_config
 
 
 def config_and_warmup(preset: str | None, config: PSAConfig | None) -> tuple[PSAConfig, int]:
@@ -16,6 +16,4 @@ def config_and_warmup(preset: str | None, config: PSAConfig | None) -> tuple[PSA
     if preset is not None:
         found = presets.load(preset)
         return found.config, found.warmup_steps
-    if not isinstance(config, PSAConfig):
-        raise TypeError(f"config must be a PSAConfig, got {type(config).__name__}")
-    return config, 0
+    return check_config(config), 0

@@ -11,7 +11,6 @@ from psa_torch.functional import psa_attention
 from psa_torch.integrations.settings import config_and_warmup
 from shared_specs import checks
 from shared_specs.config import PSAConfig
-from shared_specs.video import check_count
 
 __all__ = ["counts", "register"]
 
@@ -56,7 +55,7 @@ def register(
     config, _ = config_and_warmup(preset, config)
     if not config.causal:
         raise ValueError("config must have causal=True: a decoder attends to the past")
-    check_count("min_length", min_length)
+    checks.check_integer("min_length", min_length)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     if name in AttentionInterface().valid_keys() or name in AttentionMaskInterface().valid_keys():
         raise ValueError(f"name {name!r} is registered with transformers already: take another")

@@ -81,7 +81,7 @@ class TokenOrderBase(ABC):
         With `rearrange_method=None` the result moves nothing, for any lengths.
 
         Raises:
-            ValueError: causal attention; no grid; q_len != kv_len; length not grid + text.
+            ValueError: no grid; q_len != kv_len; length not grid + text.
         """
         if config.rearrange_method is not None:
             check_order_lengths(config, q_len, kv_len)

@@ -1,18 +1,8 @@
 """Checks on the arguments of a token order."""
 
 from collections.abc import Sequence
-from numbers import Integral
 
-
-def check_triple(name: str, value: Sequence[int], meaning: str) -> tuple[int, int, int]:
-    """`value` as three ints of at least 1; ValueError naming the argument otherwise."""
-    accepted = f"{name} must be {meaning}, three integers of at least 1; got {value!r}"
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 3:
-        raise ValueError(accepted)
-    if any(not isinstance(side, Integral) or isinstance(side, bool) or side < 1 for side in value):
-        raise ValueError(accepted)
-    first, second, third = (int(side) for side in value)
-    return first, second, third
+from shared_specs.checks import check_triple
 
 
 def check_grid(grid: Sequence[int]) -> tuple[int, int, int]:
@@ -29,15 +19,10 @@ def check_order_lengths(config, q_len: int, kv_len: int) -> None:
     """Refuse what a token order cannot be applied to (specification, section 8).
 
     Raises:
-        ValueError: causal attention; no grid; queries and keys of different length; a length that
+        ValueError: no grid; queries and keys of different length; a length that
             is not the grid's tokens plus the text.
     """
     method = config.rearrange_method
-    if config.causal:
-        raise ValueError(
-            f"rearrange_method={method!r} cannot be used with causal=True: a token order moves "
-            "tokens past each other; set rearrange_method=None or causal=False"
-        )
     if config.grid is None:
         raise ValueError(
             f"rearrange_method={method!r} needs grid=(depth, height, width), the video tokens of "

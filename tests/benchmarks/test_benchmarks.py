@@ -21,9 +21,9 @@ from benchmarks.torch_session import TorchSession
 from benchmarks.workloads import BACKWARD, BOTH, FORWARD, Workload, workloads
 from shared_specs import PSAConfig
 from shared_specs.attention import sparse_attention
-from shared_specs.demo.baselines import chunked_dense
 from shared_specs.importance import block_scores
 from shared_specs.selection import select_levels
+from shared_specs.tools.demo.baselines import chunked_dense
 
 ROOT = Path(__file__).resolve().parents[2]
 

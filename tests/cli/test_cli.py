@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shared_specs import PSAConfig, __version__
-from shared_specs.cli import main
+from shared_specs.tools.cli import main
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from shared_specs import PSAConfig
-from shared_specs.cli import main
-from shared_specs.demo import report
-from shared_specs.demo.clip import read_frames, shipped_clip
-from shared_specs.demo.compare import BINARY, PYRAMID, Comparison, MethodResult
-from shared_specs.demo.masks import binary_of_equal_cost, scaled
-from shared_specs.demo.run import Size, run_demo
-from shared_specs.demo.tokens import video_tokens
 from shared_specs.masks import density
 from shared_specs.selection import select_levels
+from shared_specs.tools.cli import main
+from shared_specs.tools.demo import report
+from shared_specs.tools.demo.clip import read_frames, shipped_clip
+from shared_specs.tools.demo.compare import BINARY, PYRAMID, Comparison, MethodResult
+from shared_specs.tools.demo.masks import binary_of_equal_cost, scaled
+from shared_specs.tools.demo.run import Size, run_demo
+from shared_specs.tools.demo.tokens import video_tokens
 
 matplotlib.use("Agg")
 

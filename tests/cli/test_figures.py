@@ -9,8 +9,15 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 
-from shared_specs.figures import LEVEL_COLOURS, plot_error_by_density, plot_levels, save_figure
 from shared_specs.masks import to_segments
+from shared_specs.records import DensityRecord, DensityRecords
+from shared_specs.tools.figures import (
+    LEVEL_COLOURS,
+    plot_density,
+    plot_error_by_density,
+    plot_levels,
+    save_figure,
+)
 
 matplotlib.use("Agg")
 
@@ -93,11 +100,26 @@ def test_error_curves_are_sorted_by_density_and_saved(tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_density_is_drawn_over_layers_and_steps(rng, tmp_path):
+    records = DensityRecords(
+        DensityRecord(layer, step, head, float(rng.random()))
+        for step in (0, 1, 4)
+        for layer in ("blocks.0", "blocks.1")
+        for head in range(3)
+    )
+    ax = plot_density(records, tmp_path / "density.png")
+    assert (tmp_path / "density.png").stat().st_size > 1000
+    np.testing.assert_array_equal(ax.images[0].get_array(), records.by_layer_and_step()[2])
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["blocks.0", "blocks.1"]
+    with pytest.raises(ValueError, match="records must hold at least one"):
+        plot_density(DensityRecords())
+
+
 def test_without_matplotlib_the_extra_is_named():
     code = (
         "import sys; sys.modules['matplotlib'] = None; sys.modules['matplotlib.pyplot'] = None\n"
         "import numpy as np\n"
-        "from shared_specs.figures import plot_levels\n"
+        "from shared_specs.tools.figures import plot_levels\n"
         "plot_levels(np.ones((2, 2), np.int32))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -5,8 +5,9 @@ import pytest
 
 from psa_jax import conformance as jax_adapters
 from psa_torch import conformance as torch_adapters
-from shared_specs.conformance import load_suite, parity, run_suite
+from shared_specs.conformance import load_suite, run_suite
 from shared_specs.conformance.runner import FAILED, PASSED
+from shared_specs.tools import parity
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 

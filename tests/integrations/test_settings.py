@@ -28,7 +28,7 @@ def test_a_configuration_has_none():
         (None, None, ValueError, "exactly one"),
         ("wan2.1-14b", PSAConfig(), ValueError, "exactly one"),
         ("no such", None, ValueError, "no such"),
-        (None, {"block_n": 32}, TypeError, "config must be a PSAConfig, got dict"),
+        (None, {"block_n": 32}, TypeError, "config must be a PSAConfig or None, got dict"),
     ],
 )
 def test_what_does_not_fit_is_refused(preset, config, kind, words):

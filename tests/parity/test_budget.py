@@ -55,8 +55,8 @@ def everywhere(x, candidate, forced, per_row, **settings) -> list[np.ndarray]:
 def test_same_levels_in_every_house(kind, block_n, per_row, rng):
     x = table(kind, rng, 5, 12)
     candidate, forced = places(rng, 5, 12)
-    for levels, rest_cost in (((1, 2, 4, 8), 1), ((1,), 0), ((1, 4), 0)):
-        settings = {"block_n": block_n, "levels": levels, "rest_cost": rest_cost, "budget": 0.3}
+    for levels, rest_keys in (((1, 2, 4, 8), 1), ((1,), 0), ((1, 4), 0)):
+        settings = {"block_n": block_n, "levels": levels, "rest_keys": rest_keys, "budget": 0.3}
         expected, *others = everywhere(x, candidate, forced, per_row, **settings)
         for found in others:
             assert found.dtype == np.int32
@@ -65,30 +65,30 @@ def test_same_levels_in_every_house(kind, block_n, per_row, rng):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_row", [False, True])
-@pytest.mark.parametrize("rest_cost", [0, 1])
-def test_lambda_is_the_least_that_fits(kind, per_row, rest_cost, rng, monkeypatch):
+@pytest.mark.parametrize("rest_keys", [0, 1])
+def test_lambda_is_the_least_that_fits(kind, per_row, rest_keys, rng, monkeypatch):
     """With few bits every lambda can be tried one after the other."""
     monkeypatch.setattr(rule, "precision_bits", lambda block_n: 6)
     x = table(kind, rng, 4, 9)
     candidate, forced = places(rng, 4, 9)
-    settings = {"block_n": 32, "budget": 0.3, "rest_cost": rest_cost, "per_row": per_row}
+    settings = {"block_n": 32, "budget": 0.3, "rest_keys": rest_keys, "per_row": per_row}
     found = rule.budget_levels(x, candidate, forced, **settings)
     free = candidate & ~forced
     groups = [[i] for i in range(4)] if per_row else [list(range(4))]
     for b, h in np.ndindex(2, 2):
         for rows in groups:
-            expected = _searched(x[b, h, rows], candidate[rows], free[rows], rest_cost)
+            expected = _searched(x[b, h, rows], candidate[rows], free[rows], rest_keys)
             np.testing.assert_array_equal(found[b, h, rows], expected)
 
 
-def _searched(x, candidate, free, rest_cost: int) -> np.ndarray:
+def _searched(x, candidate, free, rest_keys: int) -> np.ndarray:
     """Levels of one group: every block by its own loop, every lambda from 0 up."""
     x = np.nan_to_num(x, nan=0.0).astype(float)
     largest = max([x[at][3] for at in zip(*np.nonzero(free), strict=True)], default=0.0)
     power = 2.0**-200
     while power < largest:
         power *= 2
-    costs = [rest_cost, 4, 8, 16, 32]
+    costs = [rest_keys, 4, 8, 16, 32]
     allowed, before = int(0.3 * 32 * candidate.sum()), None
     for lam in range(65):
         levels, spent = np.where(candidate, 1, 0), 32 * int((candidate & ~free).sum())
@@ -105,10 +105,10 @@ def _searched(x, candidate, free, rest_cost: int) -> np.ndarray:
     return levels
 
 
-@pytest.mark.parametrize("levels, rest_cost", [((2, 4), 0), ((1, 3), 0), ((1,), 2)])
-def test_refuses(levels, rest_cost, rng):
+@pytest.mark.parametrize("levels, rest_keys", [((2, 4), 0), ((1, 3), 0), ((1,), 2)])
+def test_refuses(levels, rest_keys, rng):
     flags = np.ones((2, 3), bool)
-    with pytest.raises(ValueError, match="levels must|rest_cost must"):
+    with pytest.raises(ValueError, match="levels must|rest_keys must"):
         rule.budget_levels(
             table("random", rng, 2, 3),
             flags,
@@ -116,7 +116,7 @@ def test_refuses(levels, rest_cost, rng):
             block_n=64,
             budget=0.2,
             levels=levels,
-            rest_cost=rest_cost,
+            rest_keys=rest_keys,
         )
 
 

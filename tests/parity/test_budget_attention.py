@@ -249,7 +249,7 @@ def test_jax_transforms(rng):
 
 def test_where_kernels_run_the_plain_path_says_so_once(rng, caplog):
     q, k, _ = map(torch.from_numpy, inputs(rng, 130, 300))
-    _dispatch.announce_plain.cache_clear()
+    _dispatch.announce.forget()
     expected = torch_scores(q, k, SMALL)
     with _dispatch.forced_kernels(), caplog.at_level(logging.INFO, "psa_torch"):
         for _ in range(2):

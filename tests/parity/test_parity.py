@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from psa_jax.conformance import JaxAdapter
 from psa_torch.conformance import TorchAdapter
 from shared_specs import PSAConfig
-from shared_specs.cli import main
-from shared_specs.conformance import parity
 from shared_specs.masks import from_segments, to_segments
 from shared_specs.selection import select_levels
 from shared_specs.table import build_table
+from shared_specs.tools import parity
+from shared_specs.tools.cli import main
 
 TORCH, JAX = TorchAdapter("gather"), JaxAdapter("gather")
 

@@ -1,5 +1,6 @@
 """Every refusal names the argument, its value and what is accepted."""
 
+import numpy as np
 import pytest
 
 from shared_specs.checks import (
@@ -7,9 +8,11 @@ from shared_specs.checks import (
     check_blocks,
     check_flag,
     check_implementation,
+    check_integer,
     check_levels_shape,
     check_qkv,
     check_scale,
+    check_triple,
 )
 
 Q = Described((2, 4, 100, 64), "bfloat16", "cuda:0")
@@ -97,3 +100,15 @@ def test_levels_form_follows_from_the_shape():
 def test_scalars(call, error, word):
     with pytest.raises(error, match=word):
         call()
+
+
+def test_integers_and_triples_come_back_as_python_has_them():
+    assert type(check_integer("step", np.int64(3))) is int
+    assert check_triple("grid", [np.int32(2), 3, 4], "three") == (2, 3, 4)
+    for value in (True, 1.0, "1", None, np.ones((), np.int32)):
+        with pytest.raises(TypeError, match="step must be an integer,.* got"):
+            check_integer("step", value)
+        with pytest.raises(ValueError, match="grid must be three, three integers of at least 1"):
+            check_triple("grid", (2, 3, value), "three")
+    with pytest.raises(ValueError, match="count must be at least 2, got 1"):
+        check_integer("count", 1, 2)

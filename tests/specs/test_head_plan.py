@@ -40,7 +40,7 @@ def test_every_row_is_computed_once_beside_its_keys(batch, kv_heads, group, worl
 @pytest.mark.parametrize(
     ("arguments", "kind", "words"),
     [
-        ((1, 4, 4, 2.0), TypeError, "world must be a Python integer, got 2.0"),
+        ((1, 4, 4, 2.0), TypeError, "world must be an integer, got 2.0"),
         ((True, 4, 4, 2), TypeError, "batch"),
         ((1, 0, 4, 2), ValueError, "heads must be at least 1"),
         ((1, 6, 4, 2), ValueError, "heads must be a multiple of kv_heads"),

@@ -1,4 +1,4 @@
-"""Density records: stored as JSON lines, drawn as a picture."""
+"""Density records, stored as JSON lines."""
 
 import json
 
@@ -44,15 +44,3 @@ def test_means_by_layer_and_step(rng):
     expected = np.mean([r.density for r in records if (r.layer, r.step) == ("blocks.0", 1)])
     np.testing.assert_allclose(density[0][1], expected)
     assert np.isnan(density[1][2]) and np.isfinite(density[1][1])
-
-
-def test_the_picture_shows_layers_and_steps(rng, tmp_path):
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    records = make(rng)
-    ax = records.plot(tmp_path / "density.png")
-    assert (tmp_path / "density.png").stat().st_size > 1000
-    np.testing.assert_array_equal(ax.images[0].get_array(), records.by_layer_and_step()[2])
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["blocks.0", "blocks.1"]
-    with pytest.raises(ValueError, match="no density records"):
-        DensityRecords().plot()

@@ -180,7 +180,7 @@ def test_density_counts_candidates_only():
     assert density(levels) == pytest.approx((1 + 0.5 + 0.125 + 1) / 8)
     assert density(levels, candidates=np.array([1, 3])) == pytest.approx((1 + 1.625) / 4)
     assert density(levels, candidates=np.array([0, 0])) == 0.0
-    got = density(levels, candidates=np.array([2, 4]), rest_cost=1 / 64)
+    got = density(levels, candidates=np.array([2, 4]), rest_share=1 / 64)
     assert got == pytest.approx((1 + 1.625 + 2 / 64) / 6)
 
 

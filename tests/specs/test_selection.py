@@ -182,3 +182,22 @@ def test_bad_scores(scores, words):
         select_levels(scores, PSAConfig(), q_len=128, kv_len=192)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cap", "error", "words"),
+    [
+        (np.ones((1, 3, 3), np.int32), ValueError, "cap must be .1, Hk, 3. .* of 4, got .1, 3, 3."),
+        (np.ones((2, 4, 3), np.int32), ValueError, "got .2, 4, 3."),
+        (np.ones((1, 4, 2), np.int32), ValueError, "got .1, 4, 2."),
+        (np.ones((4, 3), np.int32), ValueError, "got .4, 3."),
+        (np.ones((1, 4, 3), np.float32), TypeError, "cap must hold integers, got float32"),
+    ],
+)
+def test_bad_caps(cap, error, words):
+    scores = np.ones((1, 4, 1, 3), np.float32)
+    with pytest.raises(error, match=words):
+        select_levels(scores, PSAConfig(), q_len=128, kv_len=192, cap=cap)
+    for kv_heads in (1, 2, 4):
+        good = np.ones((1, kv_heads, 3), np.int32)
+        select_levels(scores, PSAConfig(), q_len=128, kv_len=192, cap=good)

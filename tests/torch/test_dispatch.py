@@ -52,6 +52,7 @@ def test_who_takes_the_kernels():
 def test_gpus_without_kernels_are_named(change, reason, monkeypatch, caplog):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (9, 0))
     assert _dispatch._kernels_run_on.__wrapped__(0)
+    _dispatch.announce.forget()
     monkeypatch.setattr(*change)
     assert not _dispatch._kernels_run_on.__wrapped__(0)
     assert reason in caplog.text

@@ -269,7 +269,7 @@ REFUSED = {
     "implementation": (
         {"implementation": "cuda"},
         ValueError,
-        "implementation must be None or one of 'gather', 'triton', got 'cuda'",
+        "implementation must be None or one of 'triton', 'gather', got 'cuda'",
     ),
     "unable": (
         {name: torch.rand(shape).double() for name, shape in GOOD.items()}

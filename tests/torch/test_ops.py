@@ -18,20 +18,20 @@ def attend(case, *tensors, **options):
     return sparse_attention(*tensors, **case.settings(), **options)
 
 
-def settings(case, implementation="gather"):
+def settings(case, implementation="gather", rest="skip"):
     scale = 0.3 if case.scale is None else case.scale
-    return implementation, case.block_m, case.block_n, scale, case.is_causal
+    return implementation, case.block_m, case.block_n, scale, case.is_causal, rest
 
 
 def leaves(inputs):
     return [x.clone().requires_grad_() for x in inputs[:3]]
 
 
-@pytest.mark.parametrize("implementation", [None, "gather"])
+@pytest.mark.parametrize("implementation, rest", [(None, "skip"), ("gather", "mean")])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case, implementation, rng):
+def test_opcheck(case, implementation, rest, rng):
     inputs = case.inputs(rng)
-    arguments = settings(case, implementation)
+    arguments = settings(case, implementation, rest)
     torch.library.opcheck(attention_forward, (*leaves(inputs), inputs.levels, *arguments))
     out, lse = attention_forward(*inputs[:4], *arguments)
     for dlse in (inputs.dlse, None):

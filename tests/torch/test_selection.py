@@ -170,7 +170,7 @@ def test_refusals(rng):
     lengths = {"q_len": 256, "kv_len": 256}
     with pytest.raises(ValueError, match=r"scores must be \[B, H, 2, 5\] .* got \(1, 4, 2, 4\)"):
         select_levels(scores, PSAConfig(), q_len=256, kv_len=300)
-    with pytest.raises(TypeError, match="scores must be float32, got torch.float64"):
+    with pytest.raises(TypeError, match="scores must be float32, got float64"):
         select_levels(scores.double(), PSAConfig(), **lengths)
     with pytest.raises(ValueError, match="scores must be at least 0, got -1.0"):
         select_levels(scores - 1 - scores, PSAConfig(), **lengths)

@@ -76,7 +76,7 @@ def test_a_missing_or_bad_step_is_refused(rng):
     with pytest.raises(ValueError, match="step must be given with warmup_steps=1"):
         module(*qkv)
     for step in (True, 1.0, torch.tensor(1)):
-        with pytest.raises(TypeError, match="step must be a Python integer"):
+        with pytest.raises(TypeError, match="step must be an integer"):
             module(*qkv, step=step)
     with pytest.raises(ValueError, match="step must be at least 0, got -1"):
         module(*qkv, step=-1)

@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"psa {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        import_module(f"shared_specs.cli.{name}").add_parser(subparsers)
+        import_module(f"shared_specs.tools.cli.{name}").add_parser(subparsers)
     return parser
 
 

@@ -33,11 +33,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the mask and print each head's density."""
-    from shared_specs.figures import plot_levels, require_pyplot, save_figure
     from shared_specs.importance import block_scores
     from shared_specs.masks import density
     from shared_specs.selection import candidate_blocks, select_levels
     from shared_specs.similarity import similarity_cap
+    from shared_specs.tools.figures import plot_levels, require_pyplot, save_figure
 
     require_pyplot()
     config = _config(args)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     candidates = candidate_blocks(lengths["q_len"], lengths["kv_len"], config)
     titles = []
     for head, mask in zip(heads, levels[0], strict=True):
-        share = density(mask[None, None], candidates=candidates)
+        share = density(mask[None, None], candidates=candidates, rest_share=config.rest_share)
         titles.append(f"head {head}, density {share:.1%}")
         print(titles[-1])
     axes = plot_levels(levels[0], titles=titles)

@@ -39,9 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the suite; 0 when nothing failed."""
-    from shared_specs.cli.progress import track
     from shared_specs.conformance import load_adapter, load_suite, report, run_suite
     from shared_specs.conformance.runner import FAILED, PASSED
+    from shared_specs.tools.cli.progress import track
 
     sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a local module can be named
     adapter = load_adapter(args.adapter)

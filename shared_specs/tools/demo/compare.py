@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from shared_specs.config import PSAConfig
-from shared_specs.demo.frameworks import Framework, dense_levels, timed
-from shared_specs.demo.masks import binary_of_equal_cost, scaled
 from shared_specs.masks import density
+from shared_specs.tools.demo.frameworks import Framework, dense_levels, timed
+from shared_specs.tools.demo.masks import binary_of_equal_cost, scaled
 
 PYRAMID, BINARY = "pyramid", "binary"
 METHODS = (PYRAMID, BINARY)

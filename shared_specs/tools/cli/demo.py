@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from shared_specs.demo.clip import SHIPPED
-from shared_specs.demo.frameworks import DEVICES
+from shared_specs.tools.demo.clip import SHIPPED
+from shared_specs.tools.demo.frameworks import DEVICES
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo."""
-    from shared_specs.demo.run import run_demo
+    from shared_specs.tools.demo.run import run_demo
 
     run_demo(video=args.video, clip=args.clip, output=args.output, device=args.device)
     return 0

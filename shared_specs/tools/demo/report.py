@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from shared_specs.demo.compare import BINARY, METHODS, PYRAMID, Comparison
-from shared_specs.demo.masks import level_shares
-from shared_specs.demo.tokens import TEMPERATURES
-from shared_specs.figures import (
+from shared_specs.tools.demo.compare import BINARY, METHODS, PYRAMID, Comparison
+from shared_specs.tools.demo.masks import level_shares
+from shared_specs.tools.demo.tokens import TEMPERATURES
+from shared_specs.tools.figures import (
     LINE_COLOURS,
     plot_error_by_density,
     plot_levels,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register the subcommand."""
-    from shared_specs.conformance.parity import DTYPES, SIZES
+    from shared_specs.tools.parity import DTYPES, SIZES
 
     parser = subparsers.add_parser(
         "parity", help="compare the implementations that run here with the oracle and each other"
@@ -24,8 +24,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print, and return 1 when anything is over its limit."""
-    from shared_specs.cli.progress import track
-    from shared_specs.conformance import parity
+    from shared_specs.tools import parity
+    from shared_specs.tools.cli.progress import track
 
     adapters, missing = parity.find_adapters(args.device)
     for name, reason in missing.items():
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.figure:
-        from shared_specs.figures import plot_parity
+        from shared_specs.tools.figures import plot_parity
 
         plot_parity(results).savefig(args.figure, dpi=150, bbox_inches="tight")
     over = parity.failures(results)
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tables(results: dict, names: list[str], dtypes: list[str]) -> str:
-    from shared_specs.conformance.parity import OUTPUTS
+    from shared_specs.tools.parity import OUTPUTS
 
     lines = ["", "relative error against the float64 oracle, worst over the workloads"]
     lines.append("(in brackets: as a multiple of what plain dense attention reaches in the dtype)")

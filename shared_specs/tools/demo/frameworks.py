@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from shared_specs.config import PSAConfig
-from shared_specs.demo.baselines import chunked_dense
 from shared_specs.masks import SEPARATOR, from_segments
+from shared_specs.tools.demo.baselines import chunked_dense
 
 DEVICES = ("cpu", "gpu")
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from shared_specs.constants import MASK_LEVELS
 from shared_specs.masks import SEPARATOR, check_levels, from_segments
+from shared_specs.records import DensityRecords
 
 # One hue, darker where more keys are kept, so that a mask reads the same in grey.
 LEVEL_COLOURS = {1: "#08306b", 2: "#2b7bba", 4: "#7ab6d9", 8: "#cfe1f2", 0: "#ffffff"}
@@ -143,6 +144,40 @@ def plot_error_by_density(
     return ax
 
 
+def plot_density(records: DensityRecords, path: Any = None, ax: Any = None) -> Any:
+    """Draw the density of a video model over its layers and steps.
+
+    Args:
+        records: what its layers computed.
+        path: where to save the figure; None saves nothing.
+        ax: matplotlib Axes to draw on; None makes a figure.
+
+    Returns:
+        The Axes drawn on.
+
+    Raises:
+        ImportError: matplotlib is missing (extra `viz`).
+        ValueError: there are no records.
+    """
+    if not len(records):
+        raise ValueError("records must hold at least one density, got none")
+    layers, steps, density = records.by_layer_and_step()
+    plt = require_pyplot()
+    with style():
+        if ax is None:
+            size = (2 + 0.15 * len(steps), 1.2 + 0.15 * len(layers))
+            ax = plt.subplots(figsize=size, layout="constrained")[1]
+        image = ax.imshow(density, vmin=0, vmax=1, aspect="auto", cmap="Blues")
+        ax.set_xticks(range(len(steps)), steps, rotation=90)
+        ax.set_yticks(range(len(layers)), layers)
+        ax.set_xlabel("denoising step")
+        ax.set_ylabel("layer")
+        ax.figure.colorbar(image, ax=ax, label="density, mean over heads")
+        if path is not None:
+            ax.figure.savefig(path)
+    return ax
+
+
 def save_figure(figure: Any, path: Any) -> None:
     """Write a figure to `path` (its suffix names the format) and free it."""
     with style():
@@ -191,7 +226,7 @@ def plot_parity(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     """Errors of every implementation as multiples of their limit, one panel per dtype.
 
     Args:
-        results: from `conformance.parity.run_parity`.
+        results: from `tools.parity.run_parity`.
 
     Returns:
         The figure: a row per implementation, a column per output; each cell is the worst error

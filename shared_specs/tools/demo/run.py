@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from shared_specs.config import PSAConfig
-from shared_specs.demo import report
-from shared_specs.demo.clip import DEMO_EXTRA, read_frames, shipped_clip
-from shared_specs.demo.compare import compare, steps
-from shared_specs.demo.frameworks import load_frameworks
-from shared_specs.demo.tokens import video_tokens
-from shared_specs.figures import save_figure
+from shared_specs.tools.demo import report
+from shared_specs.tools.demo.clip import DEMO_EXTRA, read_frames, shipped_clip
+from shared_specs.tools.demo.compare import compare, steps
+from shared_specs.tools.demo.frameworks import load_frameworks
+from shared_specs.tools.demo.tokens import video_tokens
+from shared_specs.tools.figures import save_figure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
