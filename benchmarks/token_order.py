@@ -24,8 +24,6 @@ from shared_specs.tools.demo.masks import scaled
 from shared_specs.tools.demo.tokens import TEMPERATURES, video_tokens
 from shared_specs.tools.figures import plot_error_by_density, require_pyplot, save_figure, style
 
-CONTROL = "control: keys' clusters for both"
-
 FACTORS = (1 / 3, 2 / 3, 1.0, 1.5, 2.0)
 """The default ratios times these make the curve; 1 is the row of the table."""
 
@@ -91,25 +89,14 @@ def measure(clip: str, q, k, v, grid: tuple[int, int, int]) -> Iterator[Row]:
 
 
 def _orders(q, k, v, grid) -> Iterator[tuple[str, tuple, Callable]]:
-    """Name, moved q, k, v and the way back of every order, and of the control."""
-    from psa_torch.order import TokenOrder, kmeans, permute
+    """Name, moved q, k, v and the way back of every order."""
+    from psa_torch.order import TokenOrder
 
-    orders = {
-        method: TokenOrder.from_config(
-            PSAConfig(rearrange_method=method, grid=grid), q.shape[2], k.shape[2]
-        )
-        for method in REARRANGE_METHODS
-    }
-    for method, order in orders.items():
+    for method in REARRANGE_METHODS:
+        config = PSAConfig(rearrange_method=method, grid=grid)
+        order = TokenOrder.from_config(config, q.shape[2], k.shape[2])
         *moved, state = order.apply(q, k, v)
         yield method or "none", moved, partial(order.undo, state=state)
-    # The keys' clusters for the queries too: tells apart what clustering does from what ordering
-    # queries and keys differently does.
-    labels, _ = kmeans(k, orders["SemanticAware"].key_centroids)
-    order = labels.argsort(dim=-1, stable=True).int()
-    inverse = order.argsort(-1).int()
-    moved = tuple(permute(x, order, inverse) for x in (q, k, v))
-    yield CONTROL, moved, partial(permute, order=inverse, inverse=order)
 
 
 def _by_temperature(wrong, dense) -> dict[str, float]:

@@ -5,6 +5,7 @@ import numpy as np
 from jax import Array, lax
 
 from shared_specs.defect import defect_offsets
+from shared_specs.geometry import cdiv
 
 
 def defect_scores(
@@ -29,7 +30,7 @@ def defect_scores(
     offsets = defect_offsets(block_m, sample_m)
     q, k = lax.stop_gradient(q), lax.stop_gradient(k)
     (b, h, q_len, d), (_, h_kv, kv_len, _) = q.shape, k.shape
-    n_q, n_k = -(-q_len // block_m), -(-kv_len // block_n)
+    n_q, n_k = cdiv(q_len, block_m), cdiv(kv_len, block_n)
     at = np.minimum(np.arange(n_q)[:, None] * block_m + offsets, q_len - 1).astype(np.int32)
     rows = q[:, :, at].astype(jnp.float32).reshape(b, h_kv, h // h_kv, n_q, sample_m, d) * scale
     keys = jnp.pad(k.astype(jnp.float32), [(0, 0), (0, 0), (0, n_k * block_n - kv_len), (0, 0)])

@@ -19,6 +19,7 @@ from psa_jax.similarity import similarity_cap
 from shared_specs import checks
 from shared_specs.budget import check_costs
 from shared_specs.config import PSAConfig, check_config
+from shared_specs.geometry import cdiv
 
 
 def psa_attention(
@@ -152,7 +153,7 @@ def choose_levels(q: Array, k: Array, config: PSAConfig) -> Chosen:
     """Scores and levels of q and k as they stand, in whatever order their tokens are."""
     is_budget = config.mask_mode == "budget"
     if is_budget:  # refuses before any work
-        rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+        rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
         check_costs(rows, columns, config.block_n)
     scores = block_scores(q, k, config)
     cap = similarity_cap(k, config) if config.use_sim_mask else None

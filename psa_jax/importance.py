@@ -13,11 +13,12 @@ import numpy as np
 from jax import Array, lax
 
 from psa_jax._arrays import announce, platform_of
+from psa_jax._mosaic.device import interpreter
 from psa_jax._sharding import per_shard
 from psa_jax.defect import defect_scores
-from psa_jax.kernels.device import interpreter
 from psa_jax.pyramid import accumulator, group_means, split_tokens
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 from shared_specs.sampling import SamplePlan
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "gpu": 1 << 26}
@@ -101,7 +102,7 @@ def sampled_scores(q: Array, k: Array, config: PSAConfig) -> Array:
     """
 
     def side(x: Array, plan: SamplePlan) -> _Side:
-        starts = np.arange(-(-x.shape[2] // plan.block)) * plan.block
+        starts = np.arange(cdiv(x.shape[2], plan.block)) * plan.block
         at = np.minimum((starts[:, None] + plan.offsets).ravel(), x.shape[2] - 1)
         return _Side(x[:, :, at].astype(accumulator(x.dtype)), at, at)
 
@@ -142,7 +143,7 @@ class _Side(NamedTuple):
 
 
 def _spans(length: int, block: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    first = np.arange(-(-length // block) * (block // size)) * size
+    first = np.arange(cdiv(length, block) * (block // size)) * size
     return first, np.where(first < length, np.minimum(first + size, length) - 1, first)
 
 
@@ -152,11 +153,11 @@ def _scores(
     """Block scores from rows and columns, a few query blocks at a time."""
     (b, h, q_len, d), (_, h_kv, kv_len, _) = q.shape, k.shape
     scale = config.resolved_scale(d)
-    n_q, n_k, group = -(-q_len // config.block_m), -(-kv_len // config.block_n), h // h_kv
+    n_q, n_k, group = cdiv(q_len, config.block_m), cdiv(kv_len, config.block_n), h // h_kv
     m, n, width = rows.tokens.shape[2] // n_q, cols.tokens.shape[2] // n_k, rows.tokens.shape[3]
     most = CHUNK_ELEMENTS["gpu" if platform_of(q) == "gpu" else "cpu"]
     chunk = min(n_q, max(1, most // (b * h * m * n * n_k)))
-    chunks = -(-n_q // chunk)
+    chunks = cdiv(n_q, chunk)
     query = rows.tokens.reshape(b, h_kv, group, n_q, m, width) * scale
     query = jnp.pad(query, [(0, 0)] * 3 + [(0, chunks * chunk - n_q), (0, 0), (0, 0)])
     query = jnp.moveaxis(query.reshape(b, h_kv, group, chunks, chunk, m, width), 3, 0)

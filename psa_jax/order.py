@@ -57,12 +57,17 @@ class TokenOrder(TokenOrderBase):
     def _clustered(
         self, tokens: Array, count: int, warm: Array | None
     ) -> tuple[Permutation, Array]:
-        labels, centroids = kmeans(tokens[..., self.video, :], count, centroids=warm)
+        video = tokens[..., self.video, :]
+        labels, centroids = kmeans(video, count, centroids=warm, order=self.curve)
         return self.by_cluster(labels), centroids
 
     def by_cluster(self, labels: Array) -> Permutation:
-        """The order that sorts video tokens by their labels int32 `[B, H, video]`, stably."""
-        by_cluster = jnp.argsort(labels, axis=-1, stable=True) + self.video.start
+        """The order that sorts video tokens by their labels int32 `[B, H, video]`."""
+        along = labels if self.curve is None else labels[..., self.curve]
+        by_label = jnp.argsort(along, axis=-1, stable=True)
+        if self.curve is not None:
+            by_label = jnp.asarray(self.curve)[by_label]
+        by_cluster = by_label + self.video.start
         place = jnp.broadcast_to(
             jnp.arange(self.length, dtype=jnp.int32), (*labels.shape[:-1], self.length)
         )
@@ -75,7 +80,12 @@ class TokenOrder(TokenOrderBase):
 
 
 def permute(x: Array, order: Array) -> Array:
-    """Tokens of `x [B,H,L]` or `[B,H,L,D]` in the order int32 `[L]` or `[B,H,L]`: one gather."""
+    """Tokens of `x [B,H,L]` or `[B,H,L,D]` in an order: one gather.
+
+    `order` is int32 `[L]`, `[B,H,L]`, or `[B,Hk,L]` for groups of heads.
+    """
+    if order.ndim == 3 and order.shape[1] != x.shape[1]:
+        order = jnp.repeat(order, x.shape[1] // order.shape[1], axis=1)
 
     def take(tokens, index):
         # Unique and in bounds: no clamping, and the gradient is a plain scatter without atomics.
@@ -86,7 +96,11 @@ def permute(x: Array, order: Array) -> Array:
 
 
 def kmeans(
-    tokens: Array, count: int, *, centroids: Array | Resumed | None = None
+    tokens: Array,
+    count: int,
+    *,
+    centroids: Array | Resumed | None = None,
+    order: Array | None = None,
 ) -> tuple[Array, Array]:
     """Labels and centroids after a fixed number of Lloyd steps (specification, section 8).
 
@@ -98,6 +112,8 @@ def kmeans(
         count: number of centroids, 1..N.
         centroids: float32 `[B, H, count, D]` of an earlier call, for a warm start; `Resumed` where
             a traced value decides whether there is one.
+        order: int32 `[N]`, a permutation in which the tokens that a cold start takes are evenly
+            spaced; None: as they come. Labels stay in the order of `tokens`.
 
     Returns:
         int32 labels `[B, H, N]` and the float32 centroids `[B, H, count, D]` they are nearest to.
@@ -110,16 +126,17 @@ def kmeans(
     )
     check_kmeans(tokens.shape, count, None if start is None else start.shape)
     tokens = lax.stop_gradient(tokens)
-    cold = evenly_spaced_tokens(tokens, count)
+    cold = evenly_spaced_tokens(tokens, count, order)
     if start is None:
         return lloyd(tokens, cold, COLD_STEPS)
     start = jnp.where(warm, lax.stop_gradient(start), cold)
     return lloyd(tokens, start, jnp.where(warm, WARM_STEPS, COLD_STEPS))
 
 
-def evenly_spaced_tokens(tokens: Array, count: int) -> Array:
+def evenly_spaced_tokens(tokens: Array, count: int, order: Array | None = None) -> Array:
     """The cold centroids: float32 `[B, H, count, D]`."""
-    return tokens[:, :, evenly_spaced(tokens.shape[2], count)].astype(jnp.float32)
+    places = evenly_spaced(tokens.shape[2], count)
+    return tokens[:, :, places if order is None else order[places]].astype(jnp.float32)
 
 
 def lloyd(tokens: Array, centroids: Array, steps: int | Array) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Pooled keys and values (specification, section 2); the layout is `shared_specs.pyramid`'s."""
+"""Pooled keys and values (specification, section 2); the layout is `shared_specs.geometry`'s."""
 
 import functools
 import operator
@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from shared_specs.constants import LEVELS
-from shared_specs.pyramid import level_start, padded_length
+from shared_specs.geometry import cdiv, level_start, padded_length
 
 
 class Pyramid(NamedTuple):
@@ -60,7 +60,7 @@ def group_means(x: Array, size: int, groups: int | None = None) -> Array:
         `[..., groups, D]`, float32 (float64 for float64).
     """
     length, dtype = x.shape[-2], accumulator(x.dtype)
-    groups = -(-length // size) if groups is None else groups
+    groups = cdiv(length, size) if groups is None else groups
     tiles = split_tokens(x.astype(dtype), groups, size)
     # Token by token: XLA makes one vector loop of it on a CPU, and a slow one of a reduction.
     total = functools.reduce(operator.add, (tiles[..., token, :] for token in range(size)))

@@ -6,6 +6,7 @@ from jax import Array, lax
 
 from psa_jax.pyramid import split_tokens
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 MIN_NORM_PRODUCT = np.float32(1e-12)
 
@@ -35,7 +36,7 @@ def block_similarity(k: Array, block_n: int, level: int) -> Array:
         float32 `[B, Hk, Nk]`; -inf where a block has no whole group.
     """
     kv_len = k.shape[2]
-    n_k, whole = -(-kv_len // block_n), kv_len // level
+    n_k, whole = cdiv(kv_len, block_n), kv_len // level
     groups = split_tokens(k[:, :, : whole * level].astype(jnp.float32), whole, level)
     first, last = groups[..., 0, :], groups[..., -1, :]
     norms = jnp.sqrt((first * first).sum(-1)) * jnp.sqrt((last * last).sum(-1))

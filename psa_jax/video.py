@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from psa_jax._arrays import describe
-from psa_jax._sharding import per_shard
-from psa_jax.attention import IMPLEMENTATIONS, sparse_attention
-from psa_jax.functional import choose_levels, resolve_config
-from psa_jax.order import Centroids, Resumed, TokenOrder
+from psa_jax._video_call import Called, Run, VideoCall
 from shared_specs import checks, presets
 from shared_specs.config import PSAConfig
 from shared_specs.records import DensityRecord, DensityRecords
-from shared_specs.selection import candidate_blocks
-from shared_specs.video import is_cross_attention, require_step
 
 STATE = "psa"
 """The Flax variable collection that holds centroids and density records."""
@@ -34,6 +28,9 @@ class PSAVideoAttention(nn.Module):
 
     No parameters. What it remembers is in the variable collection 'psa', which `jit` carries.
     Start with `state = {}`. Without `mutable=["psa"]` it computes the same and remembers nothing.
+
+    The calls of one step start k-means from what the step before left, so they do not depend on
+    each other, and a checkpoint that runs one again in the backward pass gets what it got before.
 
     Attributes:
         config: the configuration, with the grid of the video if it orders tokens; None means the
@@ -73,6 +70,7 @@ class PSAVideoAttention(nn.Module):
         v: Array,
         *,
         step: int | Array | None = None,
+        branch: str = "",
         cross_attention: bool = False,
         return_lse: bool = False,
         implementation: str | None = None,
@@ -89,6 +87,8 @@ class PSAVideoAttention(nn.Module):
             step: the denoising step, from 0; a Python integer, or an integer scalar that `jit`
                 traces (then both kinds of attention are compiled). None, without warm-up steps
                 only: k-means starts cold and nothing is remembered.
+            branch: which branch of guidance this is, where the branches of a step are calls of
+                their own: each then has its own centroids.
             cross_attention: keys and values come from somewhere else, of whatever length.
             return_lse: also return the log of the sum of exponentials, `[B, H, Lq]`.
             implementation: of the sparse calls, as in `psa_attention`.
@@ -101,170 +101,75 @@ class PSAVideoAttention(nn.Module):
             ValueError: a shape does not fit, the length is not grid + text, centroids have another
                 shape than the last call's, or there are warm-up steps and no step.
         """
-        config = resolve_config(self.config, {})
-        checks.check_integer("warmup_steps", self.warmup_steps)
         checks.check_integer("record_steps", self.record_steps)
-        checks.check_flag("cross_attention", cross_attention)
-        checks.check_flag("return_lse", return_lse)
-        checks.check_implementation(implementation, IMPLEMENTATIONS)
-        checks.check_qkv(describe("q", q), describe("k", k), describe("v", v))
-        step = _checked_step(step)
-
-        if is_cross_attention(q.shape[2], k.shape[2], config, cross_attention):
-            return _one_or_pair(_dense(q, k, v, config, False, return_lse))
-        if step is None:
-            require_step(self.warmup_steps)
-        order = TokenOrder.from_config(config, q.shape[2], k.shape[2])
-        state = None if step is None else self._layer_state(order, q, k)
-        stored = _stored_centroids(state, step)
-
-        def dense(q, k, v, stored):
-            kept = tuple(resumed.centroids for resumed in stored)
-            ones = jnp.ones(q.shape[:2], jnp.float32)
-            return _Called(_dense(q, k, v, config, config.causal, return_lse), ones, kept)
-
-        def sparse(q, k, v, stored):
-            return _sparse(q, k, v, stored, order, config, return_lse, implementation)
-
-        if step is None or self.warmup_steps == 0:
-            warming_up, called = False, sparse(q, k, v, stored)
-        elif isinstance(step, int):
-            warming_up = step < self.warmup_steps
-            called = (dense if warming_up else sparse)(q, k, v, stored)
-        else:
-            warming_up = step < self.warmup_steps
-            called = lax.cond(warming_up, dense, sparse, q, k, v, stored)
-
-        if state is not None and self.is_mutable_collection(STATE) and not self.is_initializing():
-            self._remember(state, called, step, warming_up)
-        return _one_or_pair(called.results)
-
-    def _layer_state(self, order: TokenOrder, q: Array, k: Array) -> dict[str, nn.Variable] | None:
-        """The variables of this layer; None where the caller carries none."""
-        if not (self.is_mutable_collection(STATE) or self.has_variable(STATE, "centroids_step")):
-            return None
-        state = {"centroids_step": self.variable(STATE, "centroids_step", lambda: jnp.int32(-1))}
-        for name, x, count in (
-            ("query_centroids", q, order.query_centroids),
-            ("key_centroids", k, order.key_centroids),
-        ):
-            if count is not None:
-                shape = (*x.shape[:2], count, x.shape[3])
-                state[name] = self.variable(STATE, name, jnp.zeros, shape, jnp.float32)
-        if self.record_steps:
-            shape = (self.record_steps, q.shape[1])
-            state["density"] = self.variable(STATE, "density", jnp.full, shape, NOT_CALLED)
-        return state
-
-    def _remember(self, state, called: _Called, step, warming_up) -> None:
-        for name, centroids in zip(_clustered(state), called.centroids, strict=True):
-            state[name].value = centroids
-        # A warm-up step opens a run: whatever was clustered before it belongs to another video.
-        state["centroids_step"].value = jnp.where(warming_up, -1, step).astype(jnp.int32)
-        if self.record_steps:
-            rows = state["density"].value
-            density = called.density.mean(0)
-            state["density"].value = rows.at[step].set(density, mode="drop")
-
-
-class _Called(NamedTuple):
-    """What one call computed.
-
-    Attributes:
-        results: out, and lse if asked for.
-        density: float32 `[B, H]`.
-        centroids: those of the queries and of the keys, where they are clustered.
-    """
-
-    results: tuple[Array, ...]
-    density: Array
-    centroids: tuple[Array, ...]
-
-
-def _checked_step(step: Any) -> int | Array | None:
-    """A step that is known as a Python integer, whatever it came as.
-
-    Raises:
-        TypeError, ValueError: it is no step.
-    """
-    if step is None:
-        return None
-    if isinstance(step, (bool, int, np.integer)):
-        return checks.check_integer("step", step)
-    shape, dtype = getattr(step, "shape", None), getattr(step, "dtype", None)
-    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(f"step must be an integer or an integer scalar, got {step!r}")
-    return step
-
-
-def _clustered(state: Mapping[str, Any]) -> list[str]:
-    return [name for name in ("query_centroids", "key_centroids") if name in state]
-
-
-def _stored_centroids(state: Mapping[str, nn.Variable] | None, step) -> tuple[Resumed, ...]:
-    if state is None:
-        return ()
-    last = state["centroids_step"].value
-    # Centroids of a later step are those of an earlier run.
-    warm = (last >= 0) & (last <= step)
-    return tuple(Resumed(state[name].value, warm) for name in _clustered(state))
-
-
-def _sparse(q, k, v, stored, order, config, return_lse, implementation) -> _Called:
-    warm = [resumed.warm for resumed in stored][:1]
-
-    def of_shard(q, k, v, *stored):
-        resumed = [Resumed(centroids, *warm) for centroids in stored]
-        keys = resumed.pop() if resumed else None
-        start = Centroids(resumed.pop() if resumed else None, keys)
-        q, k, v, order_state = order.apply(q, k, v, centroids=start)
-        levels = choose_levels(q, k, config).levels
-        attended = sparse_attention(
+        call = VideoCall.checked(
             q,
             k,
             v,
-            levels,
-            block_m=config.block_m,
-            block_n=config.block_n,
-            scale=config.scale,
-            is_causal=config.causal,
-            rest=config.rest,
-            implementation=implementation,
+            config=self.config,
+            warmup_steps=self.warmup_steps,
+            step=step,
+            branch=branch,
+            cross_attention=cross_attention,
             return_lse=return_lse,
+            implementation=implementation,
         )
-        results = [order.undo(x, order_state) for x in (attended if return_lse else (attended,))]
-        candidates = int(candidate_blocks(q.shape[2], k.shape[2], config).sum())
-        listed = levels > 0
-        cost = (listed / jnp.maximum(levels, 1).astype(jnp.float32)).sum((2, 3))
-        cost += (candidates - listed.sum((2, 3))) * config.rest_share
-        density = cost / max(1, candidates)
-        centroids = [x for x in order_state.centroids if x is not None] if stored else []
-        return *results, density, *centroids
+        memory = self._memory(call, branch) if call.is_remembered else None
+        called = call.run(None if memory is None else _stored_run(memory))
+        if memory is not None and self.is_mutable_collection(STATE) and not self.is_initializing():
+            self._remember(memory, called, call.step)
+        return called.output
 
-    returned = per_shard(of_shard, q, k, v, *(resumed.centroids for resumed in stored))
-    results = returned[: 1 + return_lse]
-    return _Called(results, returned[len(results)], returned[len(results) + 1 :])
+    def _memory(self, call: VideoCall, branch: str) -> dict[str, nn.Variable] | None:
+        """The variables of this layer and branch; None where the caller carries none."""
+        suffix = f"[{branch}]" if branch else ""
+        step = "centroids_step" + suffix
+        if not (self.is_mutable_collection(STATE) or self.has_variable(STATE, step)):
+            return None
+        new = Run.new(tuple(call.centroids().values()))
+        values = {"centroids_step": new.step}
+        for place, name in enumerate(call.centroids()):
+            values["start_is_warm"] = new.is_warm
+            values[f"{name}_start"] = new.start[place]
+            values[f"{name}_centroids"] = new.last[place]
+        if self.record_steps:
+            values["density"] = jnp.full(
+                (self.record_steps, call.q.shape[1]), NOT_CALLED, jnp.float32
+            )
+        return {
+            name: self.variable(STATE, name + suffix, lambda value=value: value)
+            for name, value in values.items()
+        }
+
+    def _remember(self, memory: dict[str, nn.Variable], called: Called, step: int | Array) -> None:
+        run = called.run
+        # What other branches clustered before a warm-up step is another video's too.
+        for name in self.variables[STATE]:
+            if name.startswith("centroids_step["):
+                other = self.get_variable(STATE, name)
+                self.put_variable(STATE, name, jnp.where(called.warming_up, -1, other))
+        memory["centroids_step"].value = run.step
+        if "start_is_warm" in memory:
+            memory["start_is_warm"].value = run.is_warm
+        for place, name in enumerate(_clustered(memory)):
+            memory[f"{name}_start"].value = run.start[place]
+            memory[f"{name}_centroids"].value = run.last[place]
+        if self.record_steps:
+            rows = memory["density"].value
+            memory["density"].value = rows.at[step].set(called.density, mode="drop")
 
 
-def _dense(q, k, v, config, causal, return_lse) -> tuple[Array, ...]:
-    """Dense attention, which is attention with every block at level 1."""
-    rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
-    attended = sparse_attention(
-        q,
-        k,
-        v,
-        jnp.ones((*q.shape[:2], rows, columns), jnp.int32),
-        block_m=config.block_m,
-        block_n=config.block_n,
-        scale=config.scale,
-        is_causal=causal,
-        return_lse=return_lse,
+def _clustered(memory: Mapping[str, Any]) -> list[str]:
+    return [name for name in ("query", "key") if f"{name}_centroids" in memory]
+
+
+def _stored_run(memory: Mapping[str, nn.Variable]) -> Run:
+    sides = _clustered(memory)
+    is_warm = memory["start_is_warm"].value if sides else jnp.bool_(False)
+    start, last = (
+        tuple(memory[f"{name}_{kind}"].value for name in sides) for kind in ("start", "centroids")
     )
-    return attended if return_lse else (attended,)
-
-
-def _one_or_pair(results: tuple[Array, ...]) -> Array | tuple[Array, ...]:
-    return results[0] if len(results) == 1 else results
+    return Run(memory["centroids_step"].value, is_warm, start, last)
 
 
 def density_records(variables: Mapping[str, Any]) -> DensityRecords:
@@ -292,7 +197,7 @@ def _densities(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _densities(value, (*path, name))
-        elif name == "density":
+        elif name == "density" or name.startswith("density["):  # of a branch
             density = np.asarray(value)
             for place in np.ndindex(density.shape[:-2]):
                 yield ".".join((*path, *map(str, place))), density[place]

@@ -32,7 +32,7 @@ def use_kernels(x: Tensor) -> bool:
 def _kernels_run_on(index: int) -> bool:
     against = _reason_against(index)
     if against is not None:
-        rooms = "pyramid, scores, selection and table"
+        rooms = "pyramid, scores, selection, table and token orders"
         announce("%s run as plain torch: %s", rooms, against, level=logging.WARNING)
     return against is None
 

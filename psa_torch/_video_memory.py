@@ -15,8 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from psa_torch._config import Settings, parse_config
 from psa_torch._vmap import fold
-from psa_torch.order import Centroids, TokenOrder, kmeans
+from psa_torch.functional import choose_levels
+from psa_torch.order import Centroids, Permutation, TokenOrder
 
 _layers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _ids = itertools.count()
@@ -37,95 +39,177 @@ def is_recomputation() -> bool:
 
 @dataclasses.dataclass
 class Run:
-    """Centroids of one branch of one run.
+    """What one branch of one run remembers.
 
     Every call of a step starts from `start`, so that calls of one step do not depend on each
     other, and a recomputation clusters as the first pass did.
 
     Attributes:
         step: the latest step; -1 before the first.
-        start: what its calls start from, by side; nothing: they start cold.
-        last: what its latest call left.
+        chosen_at: the step that last chose an order and levels; -1 before the first.
+        start: the centroids that its calls started from, by side; nothing: they started cold.
+        last: the centroids that its latest call left.
+        kept: what its latest call chose, where later steps use it again: `order queries`,
+            `order keys` and `levels`.
     """
 
     step: int = -1
+    chosen_at: int = -1
     start: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     last: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    kept: dict[str, tuple[Tensor, ...]] = dataclasses.field(default_factory=dict)
 
-    def begin(self, step: int) -> None:
-        """A call of `step`: a later one starts where the last one ended, an earlier one anew."""
+    def begin(self, step: int, refresh_every: int) -> None:
+        """A call of `step`; an earlier one than the last opens a run of its own."""
         if step == self.step:
             return
-        self.start = self.last if step > self.step else {}
-        self.last, self.step = {}, step
+        is_later = step > self.step
+        if not is_later or self.chosen_at < 0 or step - self.chosen_at >= refresh_every:
+            self.start = self.last if is_later else {}
+            self.last, self.kept, self.chosen_at = {}, {}, step
+        self.step = step
+
+    @property
+    def chooses(self) -> bool:
+        """Whether calls of this step choose, instead of using what an earlier one chose."""
+        return self.chosen_at == self.step
 
     def centroids(self) -> Centroids | None:
-        """What the latest call left, None if it clustered nothing."""
+        """What the latest call that clustered left, None before one."""
         return Centroids(self.last.get("queries"), self.last.get("keys")) if self.last else None
 
+    def take(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Copies of what was kept, which must have this shape.
 
-class Place(NamedTuple):
-    """Where centroids are remembered: arguments of `remembered_kmeans`."""
-
-    handle: Tensor
-    side: str
-    step: int | None
-    branch: str | None
-
-
-def places(handle: Tensor, step: int | None, branch: str | None) -> Centroids:
-    """Where a `RememberingOrder` finds the centroids of a layer.
-
-    Args:
-        handle: of the layer.
-        step, branch: None for those of the layer's state.
-    """
-    return Centroids(*(Place(handle, side, step, branch) for side in Centroids._fields))
+        Raises:
+            ValueError: it has another, or there is none.
+        """
+        kept = self.kept.get(name, ())
+        if not kept or tuple(kept[0].shape) != shape:
+            found = tuple(kept[0].shape) if kept else None
+            raise ValueError(
+                f"{name} kept since step {self.chosen_at} must have shape {shape}, got {found}: "
+                "reset() before another video, and give calls of other shapes a branch of their own"
+            )
+        return tuple(x.clone() for x in kept)
 
 
-class RememberingOrder(TokenOrder):
-    """A token order whose `centroids` are `places`: they are read and written there."""
+def _run_of(handle: Tensor, step: int | None, branch: str | None) -> tuple[Run, bool]:
+    """The run that a call belongs to, begun for its step, and whether it keeps what it chooses.
 
-    def _labels(self, tokens: Tensor, count: int, warm: Place) -> tuple[Tensor, None]:
-        return remembered_kmeans(tokens.detach(), count, *warm), None
-
-
-@torch.library.custom_op("psa::remembered_kmeans", mutates_args=("handle",))
-def remembered_kmeans(
-    tokens: Tensor, count: int, handle: Tensor, side: str, step: int | None, branch: str | None
-) -> Tensor:
-    """Labels int32 `[B, H, N]` of k-means that starts from the layer's memory and updates it.
-
-    `handle` is said to change, because the memory behind it does.
+    Raises:
+        RuntimeError: a recomputation of a step that is no longer the latest.
     """
     layer = _layers[int(handle)]
     step = layer.state.step if step is None else step
     if branch is None:
         branch = "" if layer.state is None else layer.state.branch
     run = layer._runs.setdefault(branch, Run())
-    if is_recomputation():
-        if run.step != step:
-            raise RuntimeError(
-                f"layer {layer.layer!r} is recomputed at step {step} in a backward pass, but its "
-                f"centroids are those of step {run.step}: run backward before the next step, and "
-                "before reset()"
-            )
-        return kmeans(tokens, count, centroids=run.start.get(side))[0]
-    run.begin(step)
-    labels, run.last[side] = kmeans(tokens, count, centroids=run.start.get(side))
-    return labels
+    if not is_recomputation():
+        run.begin(step, layer.refresh_every)
+    elif run.step != step:
+        raise RuntimeError(
+            f"layer {layer.layer!r} is recomputed at step {step} in a backward pass, but what it "
+            f"remembers are those of step {run.step}: run backward before the next step, and "
+            "before reset()"
+        )
+    return run, layer.refresh_every > 1
 
 
-@remembered_kmeans.register_fake
-def _(tokens, count, handle, side, step, branch):
-    return tokens.new_empty(tokens.shape[:3], dtype=torch.int32)
+class Place(NamedTuple):
+    """Where an order is remembered: arguments of `remembered_order`."""
+
+    config: str
+    handle: Tensor
+    side: str
+    step: int | None
+    branch: str | None
 
 
-@remembered_kmeans.register_vmap
+def places(settings: Settings, handle: Tensor, step: int | None, branch: str | None) -> Centroids:
+    """Where a `RememberingOrder` finds what a layer remembers of its queries and keys.
+
+    Args:
+        settings: the configuration.
+        handle: of the layer.
+        step, branch: None for those of the layer's state.
+    """
+    text = settings.to_json()
+    return Centroids(*(Place(text, handle, side, step, branch) for side in Centroids._fields))
+
+
+class RememberingOrder(TokenOrder):
+    """A token order whose `centroids` are `places`: they are read and written there."""
+
+    def _clustered(self, tokens: Tensor, count: int, warm: Place) -> tuple[Permutation, None]:
+        return Permutation(*remembered_order(tokens.detach(), *warm)), None
+
+
+@torch.library.custom_op("psa::remembered_order", mutates_args=("handle",))
+def remembered_order(
+    tokens: Tensor, config: str, handle: Tensor, side: str, step: int | None, branch: str | None
+) -> tuple[Tensor, Tensor]:
+    """The order int32 `[B, H, L]` of clusters of `tokens [B, H, L, D]`, and its inverse.
+
+    k-means starts from the memory of the layer and updates it; in a step that keeps an earlier
+    order there is none. `handle` is said to change, because the memory behind it does.
+    """
+    run, keeps = _run_of(handle, step, branch)
+    if not run.chooses:
+        return run.take(f"order {side}", tuple(tokens.shape[:3]))
+    order = TokenOrder.from_config(parse_config(config), tokens.shape[2], tokens.shape[2])
+    count = order.query_centroids if side == "queries" else order.key_centroids
+    permutation, centroids = order._clustered(tokens, count, run.start.get(side))
+    if not is_recomputation():
+        run.last[side] = centroids
+        if keeps:
+            run.kept[f"order {side}"] = tuple(x.clone() for x in permutation)
+    return tuple(permutation)
+
+
+@remembered_order.register_fake
+def _(tokens, config, handle, side, step, branch):
+    return tuple(tokens.new_empty(tokens.shape[:3], dtype=torch.int32) for _ in range(2))
+
+
+@remembered_order.register_vmap
 def _(info, in_dims, tokens, *arguments):
     size = info.batch_size
-    labels = remembered_kmeans(fold(tokens, in_dims[0], size), *arguments)
-    return labels.unflatten(0, (size, -1)), 0
+    found = remembered_order(fold(tokens, in_dims[0], size), *arguments)
+    return tuple(x.unflatten(0, (size, -1)) for x in found), (0, 0)
+
+
+@torch.library.custom_op("psa::remembered_levels", mutates_args=("handle",))
+def remembered_levels(
+    q: Tensor, k: Tensor, config: str, handle: Tensor, step: int | None, branch: str | None
+) -> Tensor:
+    """Levels int32 `[B, H, Nq, Nk]` of ordered q and k: chosen, or kept from an earlier step."""
+    settings = parse_config(config)
+    run, _ = _run_of(handle, step, branch)
+    if not run.chooses:
+        return run.take("levels", _levels_shape(q, k, settings))[0]
+    levels = choose_levels(q, k, settings).levels
+    if not is_recomputation():
+        run.kept["levels"] = (levels.clone(),)
+    return levels
+
+
+def _levels_shape(q: Tensor, k: Tensor, config) -> tuple[int, ...]:
+    rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+    return (*q.shape[:2], rows, columns)
+
+
+@remembered_levels.register_fake
+def _(q, k, config, handle, step, branch):
+    shape = _levels_shape(q, k, parse_config(config))
+    return q.new_empty(shape, dtype=torch.int32)
+
+
+@remembered_levels.register_vmap
+def _(info, in_dims, q, k, *arguments):
+    size = info.batch_size
+    q, k = fold(q, in_dims[0], size), fold(k, in_dims[1], size)
+    return remembered_levels(q, k, *arguments).unflatten(0, (size, -1)), 0
 
 
 @torch.library.custom_op("psa::record_density", mutates_args=("handle",))

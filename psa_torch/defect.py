@@ -5,6 +5,7 @@ from torch import Tensor
 
 from psa_torch._checks import without_autocast
 from shared_specs.defect import defect_offsets
+from shared_specs.geometry import cdiv
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at one time, unless one query block of all heads alone has more."""
@@ -32,7 +33,7 @@ def defect_scores(
     """
     offsets = defect_offsets(block_m, sample_m)
     (b, h, q_len, d), (_, h_kv, kv_len, _) = q.shape, k.shape
-    n_q, n_k = -(-q_len // block_m), -(-kv_len // block_n)
+    n_q, n_k = cdiv(q_len, block_m), cdiv(kv_len, block_n)
     step, first = block_m // sample_m, int(offsets[0])
     at = torch.arange(n_q * sample_m, device=q.device) * step + first
     at = at.clamp(max=q_len - 1)

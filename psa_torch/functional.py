@@ -16,6 +16,7 @@ from psa_torch.similarity import similarity_cap
 from shared_specs import checks
 from shared_specs.budget import check_costs
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 
 def psa_attention(
@@ -145,7 +146,7 @@ def choose_levels(q: Tensor, k: Tensor, config: PSAConfig | Settings) -> Chosen:
 
     Every room detaches what it gets, so no gradient flows through the choice.
     """
-    rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+    rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
     is_budget = config.mask_mode == "budget"
     if is_budget:
         check_costs(rows, columns, config.block_n)  # refuses before any work

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from psa_torch._checks import without_autocast
 from psa_torch._config import parse_config
-from psa_torch._dispatch import announce, use_kernels
+from psa_torch._dispatch import use_kernels
+from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
 from psa_torch.defect import defect_scores
 from psa_torch.pyramid import accumulator, group_means
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 from shared_specs.sampling import SamplePlan
 
 CHUNK_ELEMENTS = 1 << 22
@@ -36,16 +38,19 @@ def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
         key is visible. For 'defect' `[B, H, Nq, Nk, 4]`: what the block loses at level 2, 4, 8
         and at rest. Detached from the graph of q and k.
     """
-    return _block_scores(q.detach(), k.detach(), config.to_json())
+    return _eager_block_scores(q.detach(), k.detach(), config.to_json())
 
 
 @torch.library.custom_op("psa::block_scores", mutates_args=())
 def _block_scores(q: Tensor, k: Tensor, config: str) -> Tensor:
     settings = parse_config(config)
     if settings.importance == "defect":
+        estimate = defect_scores
         if use_kernels(q):
-            announce("%s run as plain torch: %s", "defects", "they have no kernel")
-        return defect_scores(
+            from psa_torch.kernels import defect
+
+            estimate = defect.defect_scores
+        return estimate(
             q,
             k,
             block_m=settings.block_m,
@@ -71,12 +76,13 @@ def _block_scores(q: Tensor, k: Tensor, config: str) -> Tensor:
 @_block_scores.register_fake
 def _(q, k, config):
     settings = parse_config(config)
-    n_q, n_k = -(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n)
+    n_q, n_k = cdiv(q.shape[2], settings.block_m), cdiv(k.shape[2], settings.block_n)
     columns = (4,) if settings.importance == "defect" else ()
     return q.new_empty(*q.shape[:2], n_q, n_k, *columns, dtype=torch.float32)
 
 
 register_batch_rule(_block_scores)
+_eager_block_scores = eager(_block_scores)
 
 
 def pooled_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
@@ -134,7 +140,7 @@ class _Side(NamedTuple):
 
 def _groups(x: Tensor, block: int, size: int) -> int:
     """Groups of `size` tokens in the whole blocks that hold `x`."""
-    return -(-x.shape[2] // block) * (block // size)
+    return cdiv(x.shape[2], block) * (block // size)
 
 
 def _spans(x: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +158,7 @@ def _tiles(x: Tensor, tiles: int, size: int) -> Tensor:
 
 def _sample(x: Tensor, plan: SamplePlan) -> _Side:
     offsets = _offsets(plan, x.device)
-    starts = torch.arange(-(-x.shape[2] // plan.block), device=x.device) * plan.block
+    starts = torch.arange(cdiv(x.shape[2], plan.block), device=x.device) * plan.block
     at = (starts[:, None] + offsets).flatten().clamp(max=x.shape[2] - 1)
     return _Side(x.index_select(2, at).to(accumulator(x)), at, at)
 
@@ -174,7 +180,7 @@ def _scores(
     """Block scores from rows and columns, in chunks of (batch and key head, query blocks)."""
     (b, h, q_len, head_dim), (_, h_kv, kv_len, _) = q.shape, k.shape
     block_m, block_n, is_causal = config.block_m, config.block_n, config.causal
-    n_q, n_k, group = -(-q_len // block_m), -(-kv_len // block_n), h // h_kv
+    n_q, n_k, group = cdiv(q_len, block_m), cdiv(kv_len, block_n), h // h_kv
     m, n, d = rows.tokens.shape[2] // n_q, cols.tokens.shape[2] // n_k, rows.tokens.shape[3]
     scale = config.resolved_scale(head_dim)
     query = (rows.tokens * scale).reshape(b * h_kv, group, n_q, m, d)

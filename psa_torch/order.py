@@ -9,8 +9,9 @@ import functools
 import torch
 from torch import Tensor
 
+from psa_torch._dispatch import announce, use_kernels
 from psa_torch._transforms import is_transformed
-from psa_torch._vmap import fold, register_batch_rule
+from psa_torch._vmap import fold
 from shared_specs.order import (
     Centroids,
     OrderState,
@@ -19,7 +20,13 @@ from shared_specs.order import (
     gilbert_order,
     sta_order,
 )
-from shared_specs.order.clustering import COLD_STEPS, WARM_STEPS, check_kmeans
+from shared_specs.order.clustering import (
+    COLD_STEPS,
+    MAX_KEY_CENTROIDS,
+    MAX_QUERY_CENTROIDS,
+    WARM_STEPS,
+    check_kmeans,
+)
 
 __all__ = [
     "Centroids",
@@ -37,6 +44,10 @@ DISTANCE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 CPU; 128 MB of float32 on a GPU, where each chunk costs some kernel launches."""
 
 
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+"""Dtypes that the kernels of k-means take."""
+
+
 class TokenOrder(TokenOrderBase):
     """Moves tensors q, k and v into an order, and the output back."""
 
@@ -51,26 +62,44 @@ class TokenOrder(TokenOrderBase):
     def _clustered(
         self, tokens: Tensor, count: int, warm: Tensor | None
     ) -> tuple[Permutation, Tensor]:
-        labels, centroids = self._labels(tokens[..., self.video, :], count, warm)
-        start, stop = self.video.start, self.video.stop
-        by_cluster = torch.argsort(labels, dim=-1, stable=True) + start
-        place = torch.arange(self.length, device=tokens.device).expand(tokens.shape[:-1])
-        order = torch.cat([place[..., :start], by_cluster, place[..., stop:]], -1)
-        return Permutation(order.int(), order.argsort(-1).int()), centroids
+        curve = self._curve(tokens)
+        labels, centroids = self._labels(tokens[..., self.video, :], count, warm, curve)
+        return self.by_cluster(labels), centroids
+
+    def _curve(self, like: Tensor) -> Tensor | None:
+        """`curve` where `like` lives."""
+        if self.method != "Clusters":
+            return None
+        return self._fixed(like).order[self.video] - self.video.start
 
     def _labels(
-        self, tokens: Tensor, count: int, warm: Tensor | None
+        self, tokens: Tensor, count: int, warm: Tensor | None, curve: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        return kmeans(tokens, count, centroids=warm)
+        return kmeans(tokens, count, centroids=warm, order=curve)
+
+    def by_cluster(self, labels: Tensor) -> Permutation:
+        """The order that sorts video tokens by their labels int32 `[B, H, video]`."""
+        return Permutation(
+            *_cluster_order(labels, self._curve(labels), self.video.start, self.length)
+        )
+
+    def move(
+        self, q: Tensor, k: Tensor, v: Tensor, state: OrderState
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v in an order that was chosen before, by `apply` or `choose` of other tokens."""
+        if state.queries is None or is_transformed():
+            return super().move(q, k, v, state)
+        return _move(q, k, v, *state.queries, *state.keys)
 
     def _take(self, x: Tensor, permutation: Permutation) -> Tensor:
         return permute(x, permutation.order, permutation.inverse)
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Tokens of `x [B,H,L]` or `[B,H,L,D]` in the order int32 `[L]` or `[B,H,L]`: one gather.
+    """Tokens of `x [B,H,L]` or `[B,H,L,D]` in an order: one gather.
 
-    `inverse` undoes `order`; the gradient is one gather by it.
+    `order` is int32 `[L]`, `[B,H,L]`, or `[B,Hk,L]` for groups of heads; `inverse` undoes it, and
+    the gradient is one gather by it.
     """
     # PyTorch's own gather has every derivative, but adds up gradients that meet nowhere.
     return _gather(x, order) if is_transformed() else _permute(x, order, inverse)
@@ -82,9 +111,13 @@ def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _gather(x: Tensor, order: Tensor) -> Tensor:
+    if x.ndim == 4 and use_kernels(x) and not is_transformed():
+        from psa_torch.kernels import move
+
+        return move.move_one(x, order)
     if order.ndim == 1:
         return x.index_select(2, order)
-    index = order.long()
+    index = order.long().repeat_interleave(x.shape[1] // order.shape[1], 1)
     return x.gather(2, index if x.ndim == 3 else index[..., None].expand(x.shape))
 
 
@@ -113,6 +146,87 @@ def _(info, in_dims, x, order, inverse):
     if order.ndim > 1:  # an order per head; one for all heads is never mapped
         order, inverse = fold(order, in_dims[1], size), fold(inverse, in_dims[2], size)
     return _permute(x, order, inverse).unflatten(0, (size, -1)), 0
+
+
+@torch.library.custom_op("psa::move", mutates_args=())
+def _move(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_order: Tensor,
+    q_inverse: Tensor,
+    kv_order: Tensor,
+    kv_inverse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`permute` of q by one order, and of k and v by another: one launch on a GPU."""
+    if use_kernels(q):
+        from psa_torch.kernels import move
+
+        return tuple(move.move(q, k, v, q_order, kv_order))
+    return _gather(q, q_order), _gather(k, kv_order), _gather(v, kv_order)
+
+
+@_move.register_fake
+def _(q, k, v, *orders):
+    contiguous = torch.contiguous_format
+    return tuple(torch.empty_like(x, memory_format=contiguous) for x in (q, k, v))
+
+
+def _save_orders(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[3:])
+
+
+def _move_backward(ctx, *grads):
+    q_order, q_inverse, kv_order, kv_inverse = ctx.saved_tensors
+    moved = _move(*grads, q_inverse, q_order, kv_inverse, kv_order)
+    return *moved, None, None, None, None
+
+
+_move.register_autograd(_move_backward, setup_context=_save_orders)
+
+
+@_move.register_vmap
+def _(info, in_dims, *arguments):
+    size = info.batch_size
+    folded = [
+        x if x.ndim == 1 else fold(x, dim, size)  # an order of all heads is never mapped
+        for x, dim in zip(arguments, in_dims, strict=True)
+    ]
+    return tuple(x.unflatten(0, (size, -1)) for x in _move(*folded)), (0, 0, 0)
+
+
+@torch.library.custom_op("psa::cluster_order", mutates_args=())
+def _cluster_order(
+    labels: Tensor, curve: Tensor | None, start: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """Order and inverse int32 `[B, H, length]` that sort `start … start + N - 1` by label."""
+    n = labels.shape[-1]
+    if use_kernels(labels) and labels.numel():
+        from psa_torch.kernels import label_sort
+
+        most = max(MAX_KEY_CENTROIDS, MAX_QUERY_CENTROIDS)
+        labels = labels.contiguous()
+        found = label_sort.sort_by_label(labels, most, curve, start=start, length=length)
+        return found.order, found.inverse
+    along = labels if curve is None else labels.index_select(-1, curve)
+    by_label = torch.argsort(along, dim=-1, stable=True)
+    if curve is not None:
+        by_label = curve[by_label]
+    place = torch.arange(length, device=labels.device).expand(*labels.shape[:-1], length)
+    order = torch.cat([place[..., :start], by_label + start, place[..., start + n :]], -1)
+    return order.int(), order.argsort(-1).int()
+
+
+@_cluster_order.register_fake
+def _(labels, curve, start, length):
+    return tuple(labels.new_empty(*labels.shape[:2], length) for _ in range(2))
+
+
+@_cluster_order.register_vmap
+def _(info, in_dims, labels, curve, start, length):
+    size = info.batch_size
+    found = _cluster_order(fold(labels, in_dims[0], size), curve, start, length)
+    return tuple(x.unflatten(0, (size, -1)) for x in found), (0, 0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -151,7 +265,13 @@ def _(info, in_dims, like, *arguments):
     return _fixed_order(like, *arguments), (None, None)
 
 
-def kmeans(tokens: Tensor, count: int, *, centroids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def kmeans(
+    tokens: Tensor,
+    count: int,
+    *,
+    centroids: Tensor | None = None,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Labels and centroids after a fixed number of Lloyd steps (specification, section 8).
 
     No gradient flows through either. Sums run in a fixed order, so that equal inputs give equal
@@ -161,6 +281,8 @@ def kmeans(tokens: Tensor, count: int, *, centroids: Tensor | None = None) -> tu
         tokens: `[B, H, N, D]`.
         count: number of centroids, 1..N.
         centroids: float32 `[B, H, count, D]` of an earlier call, for a warm start.
+        order: int32 `[N]`, a permutation in which the tokens that a cold start takes are evenly
+            spaced; None: as they come. Labels stay in the order of `tokens`.
 
     Returns:
         int32 labels `[B, H, N]` and the float32 centroids `[B, H, count, D]` they are nearest to.
@@ -169,17 +291,26 @@ def kmeans(tokens: Tensor, count: int, *, centroids: Tensor | None = None) -> tu
         ValueError: count out of range, or warm centroids of another shape.
     """
     check_kmeans(tuple(tokens.shape), count, None if centroids is None else tuple(centroids.shape))
-    return _kmeans(tokens.detach(), count, None if centroids is None else centroids.detach())
+    return _kmeans(tokens.detach(), count, None if centroids is None else centroids.detach(), order)
 
 
 @torch.library.custom_op("psa::kmeans", mutates_args=())
-def _kmeans(tokens: Tensor, count: int, centroids: Tensor | None) -> tuple[Tensor, Tensor]:
+def _kmeans(
+    tokens: Tensor, count: int, centroids: Tensor | None, order: Tensor | None
+) -> tuple[Tensor, Tensor]:
     steps = WARM_STEPS
     if centroids is None:
         steps = COLD_STEPS
         places = torch.arange(count, device=tokens.device) * tokens.shape[2] // count
+        places = places if order is None else order.index_select(0, places)
         centroids = tokens.index_select(2, places)
     centroids = centroids.float()
+    if use_kernels(tokens) and tokens.numel():
+        if tokens.dtype in KERNEL_DTYPES:
+            from psa_torch.kernels import kmeans as kernels
+
+            return kernels.kmeans(tokens, centroids, steps)
+        announce("%s run as plain torch: %s", "k-means", "its kernels take 16-bit floats")
     with torch.autocast(tokens.device.type, enabled=False):
         for _ in range(steps):
             _, centroids = _lloyd_step(tokens, centroids, move=True)
@@ -188,13 +319,18 @@ def _kmeans(tokens: Tensor, count: int, centroids: Tensor | None) -> tuple[Tenso
 
 
 @_kmeans.register_fake
-def _(tokens, count, centroids):
+def _(tokens, count, centroids, order):
     b, h, n, d = tokens.shape
     labels = tokens.new_empty(b, h, n, dtype=torch.int32)
     return labels, tokens.new_empty(b, h, count, d, dtype=torch.float32)
 
 
-register_batch_rule(_kmeans)
+@_kmeans.register_vmap
+def _(info, in_dims, tokens, count, centroids, order):
+    size = info.batch_size
+    tokens, centroids = fold(tokens, in_dims[0], size), fold(centroids, in_dims[2], size)
+    found = _kmeans(tokens, count, centroids, order)  # one order for all: it is never mapped
+    return tuple(x.unflatten(0, (size, -1)) for x in found), (0, 0)
 
 
 def _lloyd_step(tokens: Tensor, centroids: Tensor, *, move: bool) -> tuple[Tensor, Tensor]:

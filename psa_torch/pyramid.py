@@ -1,4 +1,4 @@
-"""Pooled keys and values (specification, section 2); the layout is `shared_specs.pyramid`'s."""
+"""Pooled keys and values (specification, section 2); the layout is `shared_specs.geometry`'s."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from psa_torch._dispatch import use_kernels
+from psa_torch._eager import is_eager, wants_gradient
 from psa_torch._transforms import is_transformed
 from psa_torch._vmap import register_batch_rule
 from shared_specs.constants import LEVELS
-from shared_specs.pyramid import level_start, padded_length, pyramid_rows
+from shared_specs.geometry import cdiv, level_start, padded_length, pyramid_rows
 
 
 class Pyramid(NamedTuple):
@@ -34,6 +35,8 @@ def build_pyramid(k: Tensor, v: Tensor, block_n: int) -> Pyramid:
     """
     if is_transformed():
         return Pyramid(_pool_traced(k, block_n), _pool_traced(v, block_n))
+    if is_eager(k, v) and not wants_gradient(k, v):
+        return Pyramid(*_build_pyramid._init_fn(k, v, block_n))
     return Pyramid(*_build_pyramid(k, v, block_n))
 
 
@@ -105,7 +108,7 @@ def group_means(x: Tensor, size: int, groups: int | None = None) -> Tensor:
     """
     length, dtype = x.shape[-2], accumulator(x)
     if groups is None:
-        groups = -(-length // size)
+        groups = cdiv(length, size)
     x = x.to(dtype)
     if groups * size > length:
         x = torch.nn.functional.pad(x, (0, 0, 0, groups * size - length))

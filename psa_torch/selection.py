@@ -7,7 +7,8 @@ from torch import Tensor
 
 from psa_torch._checks import describe
 from psa_torch._config import parse_config
-from psa_torch._dispatch import announce, use_kernels
+from psa_torch._dispatch import use_kernels
+from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
 from psa_torch.budget import budget_levels
 from shared_specs.config import PSAConfig
@@ -44,7 +45,7 @@ def select_levels(
     """
     described = None if cap is None else describe("cap", cap)
     check_scores(describe("scores", scores), described, config, q_len, kv_len)
-    return _select_levels(scores.detach(), cap, q_len, kv_len, config.to_json())
+    return _eager_select_levels(scores.detach(), cap, q_len, kv_len, config.to_json())
 
 
 @torch.library.custom_op("psa::select_levels", mutates_args=())
@@ -54,7 +55,9 @@ def _select_levels(
     settings = parse_config(config)
     if settings.mask_mode == "budget":
         if use_kernels(scores):
-            announce("%s run as plain torch: %s", "levels of a budget", "they have no kernel")
+            from psa_torch.kernels import budget
+
+            return budget.budget_levels(scores, settings, q_len=q_len, kv_len=kv_len)
         return _plain_budget_levels(scores, q_len, kv_len, settings)
     if use_kernels(scores):
         from psa_torch.kernels import select
@@ -69,6 +72,7 @@ def _(scores, cap, q_len, kv_len, config):
 
 
 register_batch_rule(_select_levels)
+_eager_select_levels = eager(_select_levels)
 
 
 def _plain_select_levels(

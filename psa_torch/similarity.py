@@ -5,8 +5,10 @@ from torch import Tensor
 
 from psa_torch._config import parse_config
 from psa_torch._dispatch import use_kernels
+from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 MIN_NORM_PRODUCT = 1e-12
 
@@ -21,7 +23,7 @@ def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
     Returns:
         int32 `[B, Hk, Nk]` in {1, 2, 4, 8}. Carries no gradient.
     """
-    return _similarity_cap(k.detach(), config.to_json())
+    return _eager_similarity_cap(k.detach(), config.to_json())
 
 
 @torch.library.custom_op("psa::similarity_cap", mutates_args=())
@@ -31,7 +33,7 @@ def _similarity_cap(k: Tensor, config: str) -> Tensor:
         from psa_torch.kernels import similarity
 
         return similarity.similarity_cap(k, settings)
-    blocks = -(-k.shape[2] // settings.block_n)
+    blocks = cdiv(k.shape[2], settings.block_n)
     cap = torch.ones(*k.shape[:2], blocks, dtype=torch.int32, device=k.device)
     for level, threshold in settings.similarity_thresholds.items():
         # The threshold as float32, which is what the similarity is.
@@ -42,11 +44,12 @@ def _similarity_cap(k: Tensor, config: str) -> Tensor:
 
 @_similarity_cap.register_fake
 def _(k, config):
-    blocks = -(-k.shape[2] // parse_config(config).block_n)
+    blocks = cdiv(k.shape[2], parse_config(config).block_n)
     return k.new_empty(k.shape[0], k.shape[1], blocks, dtype=torch.int32)
 
 
 register_batch_rule(_similarity_cap)
+_eager_similarity_cap = eager(_similarity_cap)
 
 
 def block_similarity(k: Tensor, block_n: int, level: int) -> Tensor:
@@ -56,7 +59,7 @@ def block_similarity(k: Tensor, block_n: int, level: int) -> Tensor:
         float32 `[B, Hk, Nk]`; -inf where a block has no whole group.
     """
     kv_len = k.shape[2]
-    n_k, whole = -(-kv_len // block_n), kv_len // level
+    n_k, whole = cdiv(kv_len, block_n), kv_len // level
     groups = k[:, :, : whole * level].unflatten(2, (whole, level)).float()
     first, last = groups[..., 0, :], groups[..., -1, :]
     norms = first.norm(dim=-1) * last.norm(dim=-1)

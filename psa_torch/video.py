@@ -15,12 +15,14 @@ from psa_torch._video_memory import (
     new_handle,
     places,
     record_density,
+    remembered_levels,
 )
 from psa_torch.attention import IMPLEMENTATIONS, attend, sparse_attention
 from psa_torch.functional import choose_levels
 from psa_torch.order import Centroids, TokenOrder
 from shared_specs import checks, presets
 from shared_specs.config import PSAConfig, check_config
+from shared_specs.geometry import cdiv
 from shared_specs.records import DensityRecord, DensityRecords
 from shared_specs.selection import candidate_blocks
 from shared_specs.video import is_cross_attention, require_step
@@ -123,12 +125,15 @@ class PSAVideoAttention(nn.Module):
     Attributes:
         config: the configuration, with the grid of the video if it orders tokens.
         warmup_steps: steps `0 … warmup_steps - 1` use dense attention.
+        refresh_every: steps for which the clusters' order and the levels are kept once chosen; 1
+            chooses in every step.
         layer: name of this layer in the records.
         state: the step and the records, shared by all layers of a model; None: the step comes with
             every call, and nothing is recorded.
 
     The calls of one step start k-means from what the step before left, so they do not depend on
     each other, and a checkpoint that runs one again in the backward pass gets what it got before.
+    A step that keeps order and levels uses those of the latest call of the step that chose them.
     """
 
     def __init__(
@@ -136,12 +141,14 @@ class PSAVideoAttention(nn.Module):
         config: PSAConfig | None = None,
         *,
         warmup_steps: int = 0,
+        refresh_every: int = 1,
         layer: str = "",
         state: VideoState | None = None,
     ) -> None:
         super().__init__()
         self.config = check_config(config)
         self.warmup_steps = checks.check_integer("warmup_steps", warmup_steps)
+        self.refresh_every = checks.check_integer("refresh_every", refresh_every, 1)
         self.layer = layer
         self.state = state
         if state is not None:
@@ -158,14 +165,14 @@ class PSAVideoAttention(nn.Module):
         Args:
             preset: one of `shared_specs.presets.names()`.
             video_size: `(width, height, frames)` in pixels and frames.
-            **arguments: `layer` and `state`, as for the class.
+            **arguments: `refresh_every`, `layer` and `state`, as for the class.
         """
         found = presets.load(preset)
         config = found.config_for(video_size)
         return cls(config, warmup_steps=found.warmup_steps, **arguments)
 
     def reset(self) -> None:
-        """Forget the centroids: before another video, or when shapes change."""
+        """Forget centroids, order and levels: before another video, or when shapes change."""
         self._runs: dict[str, Run] = {}
 
     @property
@@ -178,7 +185,7 @@ class PSAVideoAttention(nn.Module):
     def centroids_step(self) -> int:
         """The step that left them, -1 before one."""
         run = self._runs.get("")
-        return -1 if run is None else run.step
+        return -1 if run is None else run.chosen_at
 
     def __setstate__(self, state: dict) -> None:
         # A copy has a memory of its own.
@@ -219,8 +226,8 @@ class PSAVideoAttention(nn.Module):
 
         Raises:
             TypeError: an argument has a type or dtype that is not accepted.
-            ValueError: a shape does not fit, the length is not grid + text, centroids have another
-                shape than the last call's, or there are warm-up steps and no step.
+            ValueError: a shape does not fit, the length is not grid + text, what is remembered has
+                another shape than this call needs, or there is no step where one decides.
         """
         checks.check_flag("cross_attention", cross_attention)
         checks.check_flag("return_lse", return_lse)
@@ -240,7 +247,7 @@ class PSAVideoAttention(nn.Module):
         if step is None and self.state is not None:
             return self.state.is_warmup(self.warmup_steps)
         if step is None:
-            require_step(self.warmup_steps)
+            require_step(warmup_steps=self.warmup_steps, refresh_every=self.refresh_every)
             return False
         return checks.check_integer("step", step) < self.warmup_steps
 
@@ -249,10 +256,15 @@ class PSAVideoAttention(nn.Module):
         if step is None and self.state is None:
             kind, centroids = TokenOrder, None
         else:
-            kind, centroids = RememberingOrder, places(self._handle, step, branch)
+            kind, centroids = RememberingOrder, places(settings, self._handle, step, branch)
         order = kind.from_config(settings, q.shape[2], k.shape[2])
         q, k, v, order_state = order.apply(q, k, v, centroids=centroids)
-        levels = choose_levels(q, k, settings).levels
+        if self.refresh_every == 1:
+            levels = choose_levels(q, k, settings).levels
+        else:
+            levels = remembered_levels(
+                q.detach(), k.detach(), settings.to_json(), self._handle, step, branch
+            )
         if self.state is not None:
             self._record(step, head_density(levels, q.shape[2], k.shape[2], self.config))
         out, lse = attend(
@@ -280,7 +292,7 @@ class PSAVideoAttention(nn.Module):
             )
         # PyTorch's dense attention returns no lse, has no forward mode on a CPU, and aligns
         # causal rows at the first key.
-        rows, columns = -(-q.shape[2] // settings.block_m), -(-k.shape[2] // settings.block_n)
+        rows, columns = cdiv(q.shape[2], settings.block_m), cdiv(k.shape[2], settings.block_n)
         return sparse_attention(
             q,
             k,
@@ -298,7 +310,10 @@ class PSAVideoAttention(nn.Module):
             record_density(density, self._handle, step)
 
     def extra_repr(self) -> str:
-        return f"layer={self.layer!r}, warmup_steps={self.warmup_steps}, config={self.config}"
+        return (
+            f"layer={self.layer!r}, warmup_steps={self.warmup_steps}, "
+            f"refresh_every={self.refresh_every}, config={self.config}"
+        )
 
 
 def head_density(levels: Tensor, q_len: int, kv_len: int, config: PSAConfig) -> Tensor:

@@ -9,16 +9,9 @@ import numpy as np
 from shared_specs.checks import check_rest
 from shared_specs.config import resolve_scale
 from shared_specs.constants import LEVELS
+from shared_specs.geometry import cdiv, level_start, padded_length, pyramid_rows
 from shared_specs.masks import check_levels, from_segments
-from shared_specs.pyramid import (
-    Pyramid,
-    block_counts,
-    build_pyramid,
-    group_means,
-    level_start,
-    pooled_counts,
-    pyramid_rows,
-)
+from shared_specs.pyramid import Pyramid, block_counts, build_pyramid, group_means, pooled_counts
 
 
 def sparse_attention(
@@ -118,11 +111,11 @@ class _Visit:
 def _visits(q, k, v, levels, block_m, block_n, scale, is_causal, rest) -> Iterator[_Visit]:
     check_rest(rest)
     q_len, kv_len = q.shape[2], k.shape[2]
-    n_k = -(-kv_len // block_n)
+    n_k = cdiv(kv_len, block_n)
     if levels.shape[-1] == n_k + 5:
         levels = from_segments(levels)
     check_levels(levels)
-    expected = (*q.shape[:2], -(-q_len // block_m), n_k)
+    expected = (*q.shape[:2], cdiv(q_len, block_m), n_k)
     if levels.shape != expected:
         raise ValueError(f"levels must be {expected}, got {levels.shape}")
     scale = resolve_scale(scale, q.shape[-1])
@@ -183,7 +176,7 @@ def _tokens(row_levels: np.ndarray, kv_len: int, block_n: int, rest: str) -> np.
 
 def _last_covered_key(kv_len: int, block_n: int) -> np.ndarray:
     """Last real key under each row of `_rows`, `[P + Nk]`."""
-    padded = -(-kv_len // block_n) * block_n
+    padded = padded_length(kv_len, block_n)
     ends = [(np.arange(padded // size) + 1) * size for size in (*LEVELS, block_n)]
     return np.minimum(np.concatenate(ends), kv_len) - 1
 

@@ -20,6 +20,7 @@ from shared_specs.constants import (
     MAX_HEAD_DIM,
     RESTS,
 )
+from shared_specs.geometry import cdiv
 
 MAX_SCALE = float(np.finfo(np.float32).max) / math.log2(math.e)
 """Kernels multiply by `scale * log2(e)`, in float32."""
@@ -177,7 +178,7 @@ def check_levels_shape(
         raise TypeError(f"levels must be an integer tensor, got {levels.dtype}")
     if levels.device != q.device:
         raise ValueError(f"levels must be on the device of q, {q.device}, got {levels.device}")
-    n_q, n_k = -(-q.shape[2] // block_m), -(-k.shape[2] // block_n)
+    n_q, n_k = cdiv(q.shape[2], block_m), cdiv(k.shape[2], block_n)
     dense = (q.shape[0], q.shape[1], n_q, n_k)
     segments = (*dense[:3], n_k + len(MASK_LEVELS))
     if tuple(levels.shape) == dense:

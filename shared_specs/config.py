@@ -25,7 +25,7 @@ from shared_specs.sampling import SamplePlan
 
 MASK_MODES = ("topk", "thresholdbound", "budget")
 ATTN_IMPLS = ("new_mask_type", "old_mask_type")
-REARRANGE_METHODS = (None, "Gilbert", "STA", "SemanticAware", "Hybrid")
+REARRANGE_METHODS = (None, "Gilbert", "STA", "Clusters", "SemanticAware", "Hybrid")
 IMPORTANCE_ESTIMATORS = ("pooled", "sampled", "antidiagonal", "defect")
 BUDGET_SCOPES = ("head", "row")
 IMPORTANCE_POOLS = (2, 4, 8)
@@ -86,8 +86,8 @@ class PSAConfig:
         use_sim_mask: cap levels where neighbouring keys differ (section 7); old_mask_type only.
         sim_2x_threshold, sim_4x_threshold, sim_8x_threshold: cosine above which a key block may
             be pooled by 2, 4, 8.
-        rearrange_method: token order (section 8): None, 'Gilbert', 'STA', 'SemanticAware' or
-            'Hybrid'.
+        rearrange_method: token order (section 8): None, 'Gilbert', 'STA', 'Clusters',
+            'SemanticAware' or 'Hybrid'.
         causal: each query sees keys up to its own position; the last query sees the last key.
         scale: factor on q.k; None means head_dim ** -0.5.
         min_full_ratio: least share of a row's blocks at level 1 in 'thresholdbound'.

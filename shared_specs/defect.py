@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from shared_specs.geometry import cdiv
+
 
 def defect_offsets(block_m: int, sample_m: int) -> np.ndarray:
     """Evenly spaced offsets of the sampled queries in their block, int64 `[sample_m]`.
@@ -45,7 +47,7 @@ def defect_scores(
     """
     offsets = defect_offsets(block_m, sample_m)
     (b, h, q_len, _), (_, h_kv, kv_len, _) = q.shape, k.shape
-    n_q, n_k = -(-q_len // block_m), -(-kv_len // block_n)
+    n_q, n_k = cdiv(q_len, block_m), cdiv(kv_len, block_n)
     at = np.minimum(np.arange(n_q)[:, None] * block_m + offsets, q_len - 1).ravel()
     seen = np.arange(kv_len) <= (at[:, None] + kv_len - q_len if causal else kv_len)
     scores = np.zeros((b, h, n_q, n_k, 4))

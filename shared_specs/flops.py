@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from shared_specs.constants import LEVELS
-from shared_specs.pyramid import level_start, pooled_counts
+from shared_specs.geometry import level_start
+from shared_specs.pyramid import pooled_counts
 
 
 def visited_tokens(

@@ -10,6 +10,7 @@ import numpy as np
 
 from shared_specs.config import PSAConfig
 from shared_specs.defect import defect_scores
+from shared_specs.geometry import cdiv
 from shared_specs.pyramid import group_means
 from shared_specs.sampling import SamplePlan
 
@@ -129,14 +130,14 @@ def _visible(row_at, col_at, q_len: int, kv_len: int, config: PSAConfig) -> np.n
 
 def _sampled_positions(plan: SamplePlan, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Token and block of every sample."""
-    blocks = -(-length // plan.block)
+    blocks = cdiv(length, plan.block)
     at = np.arange(blocks)[:, None] * plan.block + plan.offsets[None, :]
     return np.minimum(at, length - 1).ravel(), np.repeat(np.arange(blocks), plan.count)
 
 
 def _tiles(x: np.ndarray, size: int) -> np.ndarray:
     """`[B, H, L, D]` to float64 `[B, H, tiles, size, D]`, zeros past the end."""
-    tiles = -(-x.shape[2] // size)
+    tiles = cdiv(x.shape[2], size)
     padded = np.zeros((*x.shape[:2], tiles * size, x.shape[3]))
     padded[:, :, : x.shape[2]] = x
     return padded.reshape(*x.shape[:2], tiles, size, x.shape[3])

@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from shared_specs.checks import check_triple
+from shared_specs.geometry import cdiv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Divisors:
     def grid(self, video_size: tuple[int, int, int]) -> tuple[int, int, int]:
         """`(depth, height, width)` in tokens of a `(width, height, frames)` video, rounded up."""
         width, height, frames = check_triple("video_size", video_size, "(width, height, frames)")
-        return -(-frames // self.frames), -(-height // self.height), -(-width // self.width)
+        return cdiv(frames, self.frames), cdiv(height, self.height), cdiv(width, self.width)
 
 
 def _folder():

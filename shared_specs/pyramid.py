@@ -1,9 +1,4 @@
-"""Pooled keys and values (specification, section 2).
-
-The levels lie end to end along the length axis, finest first, every level padded to whole
-blocks: with `n = ceil(kv_len / block_n) * block_n`, level `l` starts at row `2n - 2n // l` and
-block `b` of it at a further `b * (block_n // l)`. Kernels address rows by that arithmetic.
-"""
+"""Pooled keys and values (specification, section 2), where `geometry` says they lie."""
 
 from __future__ import annotations
 
@@ -12,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shared_specs.constants import LEVELS
+from shared_specs.geometry import cdiv, level_start, padded_length, pyramid_rows
 
 
 class Pyramid(NamedTuple):
@@ -20,23 +16,6 @@ class Pyramid(NamedTuple):
 
     k: np.ndarray
     v: np.ndarray
-
-
-def padded_length(kv_len: int, block_n: int) -> int:
-    """Keys rounded up to whole blocks."""
-    return -(-kv_len // block_n) * block_n
-
-
-def pyramid_rows(kv_len: int, block_n: int) -> int:
-    """P, the rows of a pyramid over `kv_len` keys."""
-    padded = padded_length(kv_len, block_n)
-    return 2 * padded - padded // 8
-
-
-def level_start(kv_len: int, block_n: int, level: int) -> int:
-    """First pyramid row of `level`."""
-    padded = padded_length(kv_len, block_n)
-    return 2 * padded - 2 * padded // level
 
 
 def pooled_counts(kv_len: int, block_n: int) -> np.ndarray:
@@ -48,7 +27,7 @@ def pooled_counts(kv_len: int, block_n: int) -> np.ndarray:
 
 def block_counts(kv_len: int, block_n: int) -> np.ndarray:
     """Keys under the mean of each block, int32 `[Nk]`."""
-    starts = np.arange(-(-kv_len // block_n)) * block_n
+    starts = np.arange(cdiv(kv_len, block_n)) * block_n
     return np.minimum(kv_len - starts, block_n).astype(np.int32)
 
 
@@ -58,7 +37,7 @@ def group_means(x: np.ndarray, size: int) -> np.ndarray:
     Wider than float32 stays as wide; anything else accumulates in float32, returned as float32.
     """
     length = x.shape[-2]
-    groups = -(-length // size)
+    groups = cdiv(length, size)
     dtype = np.result_type(x.dtype, np.float32)
     padded = np.zeros((*x.shape[:-2], groups * size, x.shape[-1]), dtype)
     padded[..., :length, :] = x

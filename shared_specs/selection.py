@@ -9,11 +9,12 @@ import numpy as np
 from shared_specs.budget import budget_levels, check_costs
 from shared_specs.checks import INTEGER_DTYPES, Described
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 
 def candidate_blocks(q_len: int, kv_len: int, config: PSAConfig) -> np.ndarray:
     """N of each row: how many leading key blocks hold a key the query block can see, `[Nq]`."""
-    n_q, n_k = _blocks(q_len, config.block_m), _blocks(kv_len, config.block_n)
+    n_q, n_k = cdiv(q_len, config.block_m), cdiv(kv_len, config.block_n)
     if not config.causal:
         return np.full(n_q, n_k, np.int32)
     _, last = _row_positions(q_len, kv_len, config)
@@ -91,7 +92,7 @@ def check_scores(
         ValueError: a shape does not fit the lengths or the mode, or a budget has a cap or costs
             that do not fit int32.
     """
-    n_q, n_k = _blocks(q_len, config.block_m), _blocks(kv_len, config.block_n)
+    n_q, n_k = cdiv(q_len, config.block_m), cdiv(kv_len, config.block_n)
     is_budget = config.mask_mode == "budget"
     expected = (n_q, n_k, 4) if is_budget else (n_q, n_k)
     if len(scores.shape) != 2 + len(expected) or tuple(scores.shape[2:]) != expected:
@@ -184,7 +185,7 @@ def _whole_tiles(count: int, last: int, n: int, merge: int) -> int:
 
     Up, unless that would pass the last candidate: then down, so that no tile is left part full.
     """
-    end = min(last + -(-count // merge) * merge, n)
+    end = min(last + cdiv(count, merge) * merge, n)
     return last + (n - last) // merge * merge if end == n else end
 
 
@@ -237,17 +238,13 @@ def text_blocks(q_len: int, kv_len: int, config: PSAConfig) -> tuple[np.ndarray,
 
 
 def _any_in_block(flags: np.ndarray, block: int) -> np.ndarray:
-    padded = np.zeros(_blocks(len(flags), block) * block, bool)
+    padded = np.zeros(cdiv(len(flags), block) * block, bool)
     padded[: len(flags)] = flags
     return padded.reshape(-1, block).any(-1)
 
 
 def _row_positions(q_len: int, kv_len: int, config: PSAConfig) -> tuple[np.ndarray, np.ndarray]:
     """Key positions of the first and last query of each query block (causal)."""
-    first = np.arange(_blocks(q_len, config.block_m)) * config.block_m
+    first = np.arange(cdiv(q_len, config.block_m)) * config.block_m
     last = np.minimum(first + config.block_m, q_len) - 1
     return first + kv_len - q_len, last + kv_len - q_len
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 MIN_NORM_PRODUCT = np.float32(1e-12)
 
@@ -33,7 +34,7 @@ def block_similarity(k: np.ndarray, block_n: int) -> dict[int, np.ndarray]:
         {2, 4, 8} -> float32 `[B, Hk, Nk]`; -inf where a block has no whole group.
     """
     kv_len = k.shape[2]
-    n_k = -(-kv_len // block_n)
+    n_k = cdiv(kv_len, block_n)
     padded = np.zeros((*k.shape[:2], n_k * block_n, k.shape[3]), np.float64)
     padded[:, :, :kv_len] = k
     blocks = padded.reshape(*k.shape[:2], n_k, block_n, k.shape[3])

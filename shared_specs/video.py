@@ -3,16 +3,21 @@
 from shared_specs.config import PSAConfig
 
 
-def require_step(warmup_steps: int) -> None:
-    """Refuse a call without a step where the step decides between dense and sparse.
+def require_step(*, warmup_steps: int, refresh_every: int) -> None:
+    """Refuse a call without a step where the step decides what is done.
 
     Raises:
-        ValueError: there are warm-up steps.
+        ValueError: there are warm-up steps, or steps that keep what another one chose.
     """
+    reasons = []
     if warmup_steps:
+        reasons.append(f"warmup_steps={warmup_steps}")
+    if refresh_every > 1:
+        reasons.append(f"refresh_every={refresh_every}")
+    if reasons:
         raise ValueError(
-            f"step must be given with warmup_steps={warmup_steps}; got None, and the number of "
-            "calls says nothing about the step"
+            f"step must be given with {' and '.join(reasons)}; got None, and the number of calls "
+            "says nothing about the step"
         )
 
 

@@ -10,12 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("shared_specs", "psa_torch", "psa_jax")
-# Two rooms of psa_jax need each other's helpers until these are in a room of their own, `_mosaic`.
-IN_ORDER = [
-    "shared_specs",
-    "psa_torch",
-    pytest.param("psa_jax", marks=pytest.mark.xfail(reason="_mosaic is to come")),
-]
 
 
 def files_of(package, root=ROOT):
@@ -88,14 +82,14 @@ def floors_of(package):
     return floors
 
 
-@pytest.mark.parametrize("package", IN_ORDER)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_files_and_no_rooms_need_each_other(package):
     graph = imports_of(package)
     assert circle(graph) is None
     assert circle(rooms_of(graph)) is None
 
 
-@pytest.mark.parametrize("package", IN_ORDER)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_arrow_goes_up(package):
     floors, graph = floors_of(package), imports_of(package)
     rooms = set(rooms_of(graph)) - {None}

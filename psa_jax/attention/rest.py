@@ -6,6 +6,7 @@ backward pass, given the joined out and lse, then yields exactly what the list o
 means owe is added. One pass over `[Lq, Nk]` means, `1 / block_n` of dense attention, and no table.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,41 +15,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from psa_jax.attention.gather.walk import filled_like, product
+from psa_jax.attention.gather.heads import filled_like
+from psa_jax.attention.gather.products import product
 from psa_jax.pyramid import accumulator, group_counts, group_means, split_tokens
+from shared_specs.geometry import Geometry, cdiv
 
 _ELEMENTS = 1 << 26
 """Logits that stand in memory at once."""
 
 
-class _Sizes(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Sizes(Geometry):
     batch: int
     heads: int
     kv_heads: int
-    q_len: int
-    kv_len: int
-    block_m: int
-    block_n: int
     scale: float
-    is_causal: bool
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.kv_len // self.block_n)
-
-    @property
-    def q_blocks(self) -> int:
-        return -(-self.q_len // self.block_m)
 
     @property
     def at_once(self) -> int:
         """Query blocks of a chunk."""
-        elements = self.batch * self.heads * self.blocks * self.block_m
+        elements = self.batch * self.heads * self.k_blocks * self.block_m
         return min(self.q_blocks, max(1, _ELEMENTS // elements))
 
     @property
     def chunks(self) -> int:
-        return -(-self.q_blocks // self.at_once)
+        return cdiv(self.q_blocks, self.at_once)
 
 
 class _Means(NamedTuple):
@@ -137,7 +128,8 @@ def add_gradients(
 
 
 def _sizes(q: Array, k: Array, call: dict) -> _Sizes:
-    return _Sizes(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], **call)
+    (batch, heads, q_len, _), (kv_heads, kv_len) = q.shape, k.shape[1:3]
+    return _Sizes(q_len, kv_len, batch=batch, heads=heads, kv_heads=kv_heads, **call)
 
 
 def _means(k: Array, v: Array, sizes: _Sizes) -> _Means:
@@ -146,7 +138,7 @@ def _means(k: Array, v: Array, sizes: _Sizes) -> _Means:
 
 def _spread(owed: Array, gradient: Array, sizes: _Sizes) -> Array:
     """`gradient` plus every key's share of its block's mean, rounded once."""
-    counts = group_counts(sizes.kv_len, sizes.blocks, sizes.block_n, owed.dtype)
+    counts = group_counts(sizes.kv_len, sizes.k_blocks, sizes.block_n, owed.dtype)
     share = jnp.repeat(owed / counts[:, None], sizes.block_n, axis=2)[:, :, : sizes.kv_len]
     return (gradient.astype(share.dtype) + share).astype(gradient.dtype)
 
@@ -154,10 +146,10 @@ def _spread(owed: Array, gradient: Array, sizes: _Sizes) -> Array:
 def _logits(chunk: _Chunk, means: _Means, sizes: _Sizes) -> Array:
     """`[B, Hk, G, rows, Nk]` in natural units, -inf where a mean is not seen."""
     logits = product("bhgmd,bhnd->bhgmn", chunk.q, means.k) * sizes.scale
-    counts = group_counts(sizes.kv_len, sizes.blocks, sizes.block_n, logits.dtype)
+    counts = group_counts(sizes.kv_len, sizes.k_blocks, sizes.block_n, logits.dtype)
     seen = jnp.repeat(chunk.levels == 0, sizes.block_m, axis=3)
     if sizes.is_causal:
-        starts = np.arange(sizes.blocks, dtype=np.int32) * sizes.block_n
+        starts = np.arange(sizes.k_blocks, dtype=np.int32) * sizes.block_n
         last = np.minimum(starts + sizes.block_n, sizes.kv_len) - 1
         seen = seen & (jnp.asarray(last, jnp.int32)[None, :] <= chunk.position[:, None])
     return jnp.where(seen, logits + np.log(counts), -jnp.inf)
@@ -199,7 +191,7 @@ def _split(sizes: _Sizes, q: Array, levels: Array, lse: Array, *arrays: Array):
 
     padded = split_tokens(levels, sizes.chunks, sizes.at_once)
     # Rows past the end have positions of their own, whatever they see is cut off.
-    position = jnp.arange(sizes.chunks * rows, dtype=jnp.int32) + (sizes.kv_len - sizes.q_len)
+    position = jnp.arange(sizes.chunks * rows, dtype=jnp.int32) + sizes.offset
     chunk = _Chunk(
         of_rows(q),
         _apart(padded, sizes, levels.shape[3:]),

@@ -1,4 +1,4 @@
-"""Pallas kernels on Mosaic GPU for the rooms before attention, and where any such kernel runs.
+"""Pallas kernels on Mosaic GPU for the rooms before attention.
 
 Importing this package brings no Pallas along; `kernels.scores` does.
 """

@@ -8,6 +8,7 @@ operators therefore go through the autograd functions below, which can be transf
 import torch
 from torch import Tensor
 
+from psa_torch._eager import is_eager
 from psa_torch._transforms import is_transformed
 from psa_torch._vmap import batch_rule
 from psa_torch.attention.ops import (
@@ -15,6 +16,7 @@ from psa_torch.attention.ops import (
     attention_backward,
     attention_forward,
     attention_tangent,
+    eager_attention,
 )
 
 
@@ -25,6 +27,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, levels: Tensor, *settings) -> tup
         NotImplementedError: q, k or v carry a tangent of forward-mode differentiation, and the
             implementation has no forward mode.
     """
+    if is_eager(q, k, v, levels):
+        return eager_attention(q, k, v, levels, *settings)
     if torch.compiler.is_compiling() and is_transformed():
         return _untraced(q, k, v, levels, *settings)
     return _forward(q, k, v, levels, *settings)

@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from psa_torch._dispatch import announce
+from psa_torch._eager import is_eager
 from psa_torch.attention import gather
 from shared_specs import dispatch
 
@@ -82,6 +83,11 @@ class _Triton:
 IMPLEMENTATIONS: dict[str, Implementation] = {"triton": _Triton(), "gather": gather}
 """Best first: what runs by itself is the first that can."""
 
+MAX_CHOSEN = 1024
+
+_chosen: dict[tuple, str] = {}
+"""What runs on a GPU, by all that it depends on."""
+
 
 def choose(
     implementation: str | None, q: Tensor, k: Tensor, v: Tensor, *, block_m: int, block_n: int
@@ -96,6 +102,20 @@ def choose(
     Raises:
         ValueError: the name is unknown, or what was chosen cannot run on this input.
     """
+    if not (type(q) is Tensor and q.is_cuda and is_eager(q, k, v)):
+        return _choose(implementation, q, k, v, block_m, block_n)
+    key = implementation, q.shape, k.shape, q.dtype, q.get_device(), block_m, block_n
+    name = _chosen.get(key)
+    if name is None:
+        if len(_chosen) >= MAX_CHOSEN:
+            _chosen.clear()
+        name = _chosen[key] = _choose(implementation, q, k, v, block_m, block_n)
+    return name
+
+
+def _choose(
+    implementation: str | None, q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int
+) -> str:
     where = q.device.type
 
     def reason_against(name: str) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._checks import without_autocast
+from psa_torch._eager import eager, wants_gradient
 from psa_torch._vmap import register_batch_rule
 from psa_torch.attention import rest as means_of_rest
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
@@ -162,7 +163,9 @@ def _backward(ctx, dout, dlse):
     *inputs, out, lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    return *attention_backward(dout, dlse, *inputs, out, lse, *ctx.settings), *no_grad
+    # With create_graph the operator is what refuses the second derivative.
+    run = attention_backward if torch.is_grad_enabled() else _eager_backward
+    return *run(dout, dlse, *inputs, out, lse, *ctx.settings), *no_grad
 
 
 def _no_second_derivative(ctx, *grads):
@@ -172,6 +175,28 @@ def _no_second_derivative(ctx, *grads):
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
 attention_backward.register_autograd(_no_second_derivative)
 attention_tangent.register_autograd(_no_second_derivative)
+_eager_backward = eager(attention_backward)
+
+
+class _Attention(torch.autograd.Function):
+    """`psa::attention_forward` with its gradient, without the operator."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = attention_forward._init_fn(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """`psa::attention_forward` for an eager call (see `_eager`)."""
+    if wants_gradient(q, k, v):
+        return _Attention.apply(q, k, v, *rest)
+    return attention_forward._init_fn(q, k, v, *rest)
+
+
 register_batch_rule(attention_tangent)
 register_batch_rule(attention_forward)
 register_batch_rule(attention_backward)

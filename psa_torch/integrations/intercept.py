@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from psa_torch._video_memory import is_recomputation
 from psa_torch.functional import psa_attention
 from psa_torch.masks import from_segments
 from psa_torch.video import head_density
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class Layer:
@@ -26,7 +29,8 @@ class Layer:
         dense: the original call is made with the original arguments.
         config: of this forward; None where only the call tells the text length.
         calls: how often it ran, by what was done: 'sparse', or why dense. Compiled calls are not
-            counted: a counter in the traced region would make a graph a call.
+            counted: a counter in the traced region would make a graph a call; nor are those that a
+            checkpoint runs again.
     """
 
     def __init__(self, name: str, owner: Any) -> None:
@@ -39,11 +43,14 @@ class Layer:
         self.densities: list[Tensor] = []
 
     def count(self, what: str) -> None:
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or is_recomputation()):
             self.calls[what] += 1
 
     def attend(self, args: tuple, kwargs: dict) -> Tensor:
         """What takes the place of `scaled_dot_product_attention(*args, **kwargs)`."""
+        call = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        if call.get("attn_mask") is not None or call.get("is_causal"):
+            self.owner.check_places(self.name, call)
         if self.dense:
             self.count("dense layer" if self.always_dense else "dense step")
             return functional.scaled_dot_product_attention(*args, **kwargs)
@@ -114,7 +121,7 @@ class Layer:
         overrides = {} if scale is None else {"scale": scale}
         implementation = self.owner.implementation
         self.count("sparse")
-        if not self.owner.record:
+        if not self.owner.record or not torch.compiler.is_compiling() and is_recomputation():
             return psa_attention(
                 query, key, value, config=config, implementation=implementation, **overrides
             )

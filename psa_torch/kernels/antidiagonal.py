@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import (
     capability,
     cdiv,
@@ -62,7 +63,9 @@ def antidiagonal_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     slab = torch.empty(programs, rows, width, dtype=torch.float32, device=q.device)
     block_d = padded_head_dim(head_dim)
     with on_device_of(q):
-        _antidiagonal_kernel[(programs,)](
+        launch_kernel(
+            _antidiagonal_kernel,
+            (programs,),
             q,
             k,
             slab,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of
 
 
@@ -42,7 +43,9 @@ def pool_blocks(
     )
     scale = x.new_empty(batch, heads, blocks, dtype=torch.float32) if narrow else None
     with on_device_of(x):
-        _pool_kernel[(blocks * batch * heads,)](
+        launch_kernel(
+            _pool_kernel,
+            (blocks * batch * heads,),
             x,
             rows,
             scale,

@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel, repeated
 from psa_torch.kernels._launch import (
     capability,
     cdiv,
@@ -60,6 +61,7 @@ _LOG2_E = 1.4426950408889634
 _LEAST_SCALE = 1e-30
 
 
+@repeated
 def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     """Scores of every (query block, key block) pair by `config.importance`.
 
@@ -248,7 +250,9 @@ def _peak_scores(
             return scores
         sweep = max(64, key_blocks)
         width = cdiv(nk, sweep) * sweep
-        _peak_kernel[(programs,)](
+        launch_kernel(
+            _peak_kernel,
+            (programs,),
             q.values,
             k.values,
             q.scale,

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from psa_torch._triton.boxes import row_boxes
 from psa_torch._triton.gluon import barrier, copy_async, load_async
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels.configs import HopperScoreConfig
 
 SCORE_WARPS = gl.constexpr(2)
@@ -736,7 +737,9 @@ def launch(
         k: keys by place, `[B, Hk, K_COUNT * k_blocks, D]`, contiguous.
         arguments: the run-time arguments of `peak_kernel_hopper` after k_box.
     """
-    peak_kernel_hopper[(programs,)](
+    launch_kernel(
+        peak_kernel_hopper,
+        (programs,),
         row_boxes(q, config.rows // 2),
         row_boxes(k, config.columns),
         *arguments,

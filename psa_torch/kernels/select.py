@@ -23,11 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel, repeated
 from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
 from psa_torch.kernels.table import plan_of_blocks, store_table_row, warps_for_row
 from shared_specs.config import PSAConfig
 
 
+@repeated
 def select_levels(
     scores: Tensor,
     config: PSAConfig,
@@ -98,7 +100,9 @@ def _launch(scores, config, q_len, kv_len, cap, *, with_table):
     )
     width = max(32, next_power_of_2(nk))
     with on_device_of(scores):
-        _select_kernel[(batch * heads * nq,)](
+        launch_kernel(
+            _select_kernel,
+            (batch * heads * nq,),
             scores,
             cap,
             levels,

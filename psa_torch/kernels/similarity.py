@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel, repeated
 from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
 from shared_specs.config import PSAConfig
 
 
+@repeated
 def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
     """Largest level at which a key block's neighbours are still alike.
 
@@ -33,7 +35,9 @@ def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
     blocks = cdiv(kv_len, config.block_n)
     cap = k.new_empty(batch, heads, blocks, dtype=torch.int32)
     with on_device_of(k):
-        _cap_kernel[(blocks * batch * heads,)](
+        launch_kernel(
+            _cap_kernel,
+            (blocks * batch * heads,),
             k,
             cap,
             *k.stride(),

@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel, repeated
 from psa_torch.kernels._launch import next_power_of_2, on_device_of
 
 
+@repeated
 def build_table(levels: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor]:
     """Entries and counts of a level mask.
 
@@ -71,7 +73,9 @@ def _launch(levels: Tensor, transposed: bool, geometry: tuple | None):
         return entries, counts.zero_(), full if full is None else full.zero_()
     width = next_power_of_2(columns)
     with on_device_of(levels):
-        _table_kernel[(batch * heads * rows,)](
+        launch_kernel(
+            _table_kernel,
+            (batch * heads * rows,),
             levels,
             entries,
             counts,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 from shared_specs.masks import to_segments
 
 ALL_DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -73,8 +74,8 @@ class Draft:
     def make_levels(self, stream) -> np.ndarray:
         """The mask in the form the case hands over."""
         b, h, _, q_len, kv_len, _ = self.shape
-        n_q = -(-q_len // self.parameters["block_m"])
-        n_k = -(-kv_len // self.parameters["block_n"])
+        n_q = cdiv(q_len, self.parameters["block_m"])
+        n_k = cdiv(kv_len, self.parameters["block_n"])
         levels = stream.choice(self.levels, (b, h, n_q, n_k)).astype(np.int32)
         # Every row keeps a key, unless the case is about rows that do not.
         finest = min(level for level in self.levels if level)
@@ -86,8 +87,8 @@ class Draft:
     def make_scores(self, stream) -> np.ndarray:
         """float32 `[B, H, Nq, Nk]`."""
         config = PSAConfig.from_dict(self.parameters["config"])
-        n_q = -(-self.parameters["q_len"] // config.block_m)
-        n_k = -(-self.parameters["kv_len"] // config.block_n)
+        n_q = cdiv(self.parameters["q_len"], config.block_m)
+        n_k = cdiv(self.parameters["kv_len"], config.block_n)
         scores = stream.unit((*self.heads, n_q, n_k))
         if self.scores == "skewed":
             scores = (scores.astype(np.float64) ** 4).astype(np.float32)

@@ -29,6 +29,7 @@ from shared_specs.conformance.mutants import MUTANTS
 from shared_specs.conformance.reference import NumpyAdapter
 from shared_specs.conformance.runner import FAILED, OUTPUTS, run_case
 from shared_specs.conformance.suite import DATA, SCHEMA, Case, load_suite
+from shared_specs.geometry import cdiv
 
 SUITE_VERSION = "1.0.0"
 CLEAR = 8.0
@@ -183,7 +184,7 @@ def _tolerance(draft, dtype, inputs, levels, exact, stream: _Stream) -> dict[str
         if name in ("dout", "dlse"):
             moved[name] = x
             continue
-        groups = -(-x.shape[2] // 8)
+        groups = cdiv(x.shape[2], 8)
         signs = stream.choice([-1, 1], (*x.shape[:2], groups, x.shape[3]))
         moved[name] = x * (1 + roundoff * np.repeat(signs, 8, axis=2)[:, :, : x.shape[2]])
     shifted = _answer(draft, moved, levels)

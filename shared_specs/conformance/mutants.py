@@ -20,7 +20,8 @@ from shared_specs.config import PSAConfig
 from shared_specs.conformance.flags import FLAGS
 from shared_specs.conformance.reference import NumpyAdapter
 from shared_specs.constants import LEVELS
-from shared_specs.pyramid import level_start, padded_length, pooled_counts
+from shared_specs.geometry import cdiv, level_start, padded_length
+from shared_specs.pyramid import pooled_counts
 
 Call = dict[str, Any]
 
@@ -161,7 +162,7 @@ def _repeated_tail_unpool(rows: np.ndarray, kv_len: int, block_n: int) -> np.nda
     grad = np.zeros((*rows.shape[:2], kv_len, rows.shape[3]), rows.dtype)
     for level in LEVELS:
         start = level_start(kv_len, block_n, level)
-        whole = -(-kv_len // level) * level
+        whole = cdiv(kv_len, level) * level
         owner = np.minimum(np.arange(whole), kv_len - 1)
         for copy, key in enumerate(owner):
             grad[:, :, key] += rows[:, :, start + copy // level] / level
@@ -192,7 +193,7 @@ def _whole_tiles_down(count: int, last: int, n: int, merge: int) -> int:
 
 
 def _whole_tiles_past_the_end(count: int, last: int, n: int, merge: int) -> int:
-    return min(last + -(-count // merge) * merge, n)
+    return min(last + cdiv(count, merge) * merge, n)
 
 
 def _ties_to_higher(scores: np.ndarray, candidates: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from shared_specs.config import PSAConfig
 from shared_specs.conformance.adapter import Adapter
 from shared_specs.conformance.suite import Case
+from shared_specs.geometry import cdiv
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 OUTPUTS = {
@@ -179,7 +180,7 @@ def _error_map(errors: np.ndarray) -> np.ndarray:
     """The error as rows by columns, shrunk by maxima to what a picture needs."""
     flat = errors.reshape(-1, errors.shape[-1]) if errors.ndim > 1 else errors[None]
     for axis in (0, 1):
-        step = -(-flat.shape[axis] // ERROR_MAP_SIDE)
+        step = cdiv(flat.shape[axis], ERROR_MAP_SIDE)
         flat = np.maximum.reduceat(flat, np.arange(0, flat.shape[axis], step), axis=axis)
     return flat
 

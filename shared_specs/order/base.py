@@ -21,7 +21,8 @@ Array = Any
 class Permutation(NamedTuple):
     """A permutation of the whole sequence, text included, and the one that undoes it.
 
-    int32 `[L]`, the same for every head, or `[B, H, L]`.
+    int32 `[L]`, the same for every head; `[B, H, L]`, one for each; or `[B, Hk, L]`, one for each
+    group of query heads.
     """
 
     order: Array
@@ -42,10 +43,12 @@ class Centroids(NamedTuple):
 
 
 class OrderState(NamedTuple):
-    """What one call of `apply` leaves behind."""
+    """What one call of `apply` leaves behind: `undo` needs it, and `move` can use it again."""
 
     queries: Permutation | None = None
     """How the queries were moved; None when they were not."""
+    keys: Permutation | None = None
+    """How the keys and values were moved."""
     centroids: Centroids = Centroids()
 
 
@@ -54,7 +57,8 @@ class TokenOrderBase(ABC):
     """A token order (specification, section 8), stateless.
 
     Attributes:
-        method: 'Gilbert', 'STA', 'SemanticAware', 'Hybrid', or None for the order as it comes.
+        method: 'Gilbert', 'STA', 'Clusters', 'SemanticAware', 'Hybrid', or None for the order as it
+            comes.
         length: tokens of the sequence, video and text.
         grid: `(depth, height, width)` of the video tokens; None only with method None.
         tile: `(depth, height, width)` of an STA tile.
@@ -110,9 +114,14 @@ class TokenOrderBase(ABC):
     @property
     def key_centroids(self) -> int | None:
         """Number of clusters of keys; None when keys are not clustered."""
-        if self.method not in ("SemanticAware", "Hybrid"):
+        if self.method not in ("Clusters", "SemanticAware", "Hybrid"):
             return None
         return centroid_count(self.length - self.text_length, MAX_KEY_CENTROIDS)
+
+    @property
+    def curve(self) -> np.ndarray | None:
+        """The order of the tokens inside a cluster, int32 `[video]`; None: as they come."""
+        return gilbert_order(self.grid) if self.method == "Clusters" else None
 
     def apply(
         self, q: Array, k: Array, v: Array, *, centroids: Centroids | None = None
@@ -128,13 +137,26 @@ class TokenOrderBase(ABC):
         Raises:
             ValueError: centroids of another shape.
         """
+        state = self.choose(q, k, centroids=centroids)
+        return *self.move(q, k, v, state), state
+
+    def choose(self, q: Array, k: Array, *, centroids: Centroids | None = None) -> OrderState:
+        """The order for `q [B,H,L,D]` and `k [B,Hk,L,D]`; see `apply`."""
         if self.method is None:
-            return q, k, v, OrderState()
+            return OrderState()
         warm = Centroids() if centroids is None else centroids
-        queries, q_centroids = self._permutation(q, self.query_centroids, warm.queries)
         keys, k_centroids = self._permutation(k, self.key_centroids, warm.keys)
-        state = OrderState(queries, Centroids(q_centroids, k_centroids))
-        return self._take(q, queries), self._take(k, keys), self._take(v, keys), state
+        if self.method in ("SemanticAware", "Hybrid"):
+            queries, q_centroids = self._permutation(q, self.query_centroids, warm.queries)
+        else:  # q moves as k does, in `Clusters` with the keys of its group
+            queries, q_centroids = keys, None
+        return OrderState(queries, keys, Centroids(q_centroids, k_centroids))
+
+    def move(self, q: Array, k: Array, v: Array, state: OrderState) -> tuple[Array, Array, Array]:
+        """q, k and v in an order that was chosen before, by `apply` or `choose` of other tokens."""
+        if state.queries is None:
+            return q, k, v
+        return self._take(q, state.queries), self._take(k, state.keys), self._take(v, state.keys)
 
     def undo(self, x: Array, state: OrderState) -> Array:
         """Put an output `[B,H,L,D]`, or its lse `[B,H,L]`, back as the queries came in."""
@@ -162,11 +184,21 @@ class TokenOrderBase(ABC):
     def _clustered(
         self, tokens: Array, count: int, warm: Array | None
     ) -> tuple[Permutation, Array]:
-        """The order that sorts video tokens by cluster, stably, and the centroids used."""
+        """`by_cluster` of the labels of k-means, and the centroids used."""
+
+    @abstractmethod
+    def by_cluster(self, labels: Array) -> Permutation:
+        """The order that sorts video tokens by their labels int32 `[B, H, video]`.
+
+        Tokens of a label follow each other along `curve`, or as they come where there is none.
+        """
 
     @abstractmethod
     def _take(self, x: Array, permutation: Permutation) -> Array:
-        """Tokens of `x [B,H,L]` or `[B,H,L,D]` in that order: one gather."""
+        """Tokens of `x [B,H,L]` or `[B,H,L,D]` in that order: one gather.
+
+        An order of fewer heads than `x` has is that of groups of heads.
+        """
 
 
 @lru_cache(maxsize=64)

@@ -78,7 +78,11 @@ def update(tokens: np.ndarray, labels: np.ndarray, centroids: np.ndarray) -> np.
 
 
 def kmeans(
-    tokens: np.ndarray, count: int, *, centroids: np.ndarray | None = None
+    tokens: np.ndarray,
+    count: int,
+    *,
+    centroids: np.ndarray | None = None,
+    order: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels and centroids after a fixed number of Lloyd steps.
 
@@ -86,6 +90,8 @@ def kmeans(
         tokens: `[..., N, D]`, N at least 1.
         count: number of centroids, 1..N.
         centroids: float32 `[..., count, D]` of an earlier call, for a warm start.
+        order: int32 `[N]`, a permutation in which the tokens that a cold start takes are evenly
+            spaced; None: as they come. Labels stay in the order of `tokens`.
 
     Returns:
         int32 labels `[..., N]` and the float32 centroids `[..., count, D]` they are nearest to.
@@ -97,7 +103,9 @@ def kmeans(
     steps = WARM_STEPS
     if centroids is None:
         steps = COLD_STEPS
-        centroids = tokens[..., evenly_spaced(tokens.shape[-2], count), :].astype(np.float32)
+        places = evenly_spaced(tokens.shape[-2], count)
+        places = places if order is None else order[places]
+        centroids = tokens[..., places, :].astype(np.float32)
     for _ in range(steps):
         centroids = update(tokens, assign(tokens, centroids), centroids)
     return assign(tokens, centroids), centroids

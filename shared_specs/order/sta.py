@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from shared_specs.geometry import cdiv
 from shared_specs.order.checks import check_grid, check_tile
 
 DEFAULT_TILE = (8, 4, 4)
@@ -32,7 +33,7 @@ def sta_order(grid: tuple[int, int, int], tile: tuple[int, int, int]) -> np.ndar
 
 @lru_cache(maxsize=64)
 def _sta_order(grid: tuple[int, int, int], tile: tuple[int, int, int]) -> np.ndarray:
-    tiles = [-(-side // length) for side, length in zip(grid, tile, strict=True)]
+    tiles = [cdiv(side, length) for side, length in zip(grid, tile, strict=True)]
     place = np.indices(grid).reshape(3, -1)
     tile_of_token = np.ravel_multi_index(
         [axis // length for axis, length in zip(place, tile, strict=True)], tiles

@@ -12,6 +12,7 @@ import numpy as np
 
 from shared_specs.attention import sparse_attention, sparse_attention_grad
 from shared_specs.config import PSAConfig, resolve_scale
+from shared_specs.geometry import cdiv
 from shared_specs.importance import block_scores
 from shared_specs.selection import select_levels
 
@@ -146,7 +147,7 @@ def draw_inputs(workload: Workload) -> dict[str, np.ndarray]:
         shape = (w.batch, heads, length, *([width] if width else []))
         return (np.clip(np.round(rng.standard_normal(shape) * 64), -256, 256) / 64).astype("f4")
 
-    n_q, n_k = -(-w.q_len // w.block_m), -(-w.kv_len // w.block_n)
+    n_q, n_k = cdiv(w.q_len, w.block_m), cdiv(w.kv_len, w.block_n)
     shares = [0.45, 0.2, 0.1, 0.1, 0.15]
     levels = rng.choice([0, 1, 2, 4, 8], (w.batch, w.heads, n_q, n_k), p=shares)
     if n_q > 1:
@@ -201,7 +202,7 @@ class _Exact:
         length = min(w.q_len, w.kv_len) if w.is_causal else None
         self.dense_inputs = tuple(x[name][:, :, :length] for name in ("q", "k", "v", "dout"))
         q, k, v, dout = self.dense_inputs
-        n_q, n_k = -(-q.shape[2] // w.block_m), -(-k.shape[2] // w.block_n)
+        n_q, n_k = cdiv(q.shape[2], w.block_m), cdiv(k.shape[2], w.block_n)
         ones = np.ones((w.batch, w.heads, n_q, n_k), np.int32)
         out, _, *grads = _attend((q, k, v, ones), dout, None, _geometry(w))
         self.dense = dict(zip(DENSE_OUTPUTS, (out, *grads), strict=True))

@@ -11,7 +11,7 @@ from shared_specs.order import clustering
 
 pytestmark = pytest.mark.gpu
 
-METHODS = ("Gilbert", "STA", "SemanticAware", "Hybrid")
+METHODS = ("Gilbert", "STA", "Clusters", "SemanticAware", "Hybrid")
 GRID, TEXT = (6, 16, 20), 77
 LENGTH = 6 * 16 * 20 + TEXT
 

@@ -88,6 +88,9 @@ def build(name):
         model = diffusers.WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=8)
         control = {"control_hidden_states": video(channels=8)}
         return perturbed(model), (video(), times(), text), control
+    if name == "skyreels-v2":
+        model = perturbed(diffusers.SkyReelsV2Transformer3DModel(**WAN))
+        return model, (video(), times(), text), {}
     if name in ("cogvideox", "cogvideox-fused"):
         model = perturbed(diffusers.CogVideoXTransformer3DModel(**COG))
         if name.endswith("fused"):
@@ -170,6 +173,7 @@ NAMES = (
     "wan-i2v",
     "wan-ti2v",
     "wan-vace",
+    "skyreels-v2",
     "cogvideox",
     "cogvideox-fused",
     "cogvideox1.5",

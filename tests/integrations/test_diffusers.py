@@ -35,6 +35,7 @@ def test_level_one_is_the_model_sparse_is_not_and_remove_is_exact(name):
         assert all(layer.calls["sparse"] for layer in psa.layers), psa.table()
         assert all(set(layer.calls) == {"sparse"} for layer in psa.layers), psa.table()
     with apply(model, config=SPARSE, record=True) as psa:
+        psa.step = 0
         out = run(model, *call)
         assert torch.isfinite(out).all() and relative(out, dense) > 1e-4
         assert all(0 < row.density < 1 for row in psa.records.read())
@@ -140,10 +141,11 @@ def test_the_scheduler_of_a_pipeline_tells_the_step(scheduler):
         assert psa.layers[0].calls == {"dense step": 8, "sparse": 8}
 
 
-def test_two_graphs_for_all_layers_and_steps():
+@pytest.mark.parametrize(("how", "layers"), [("blocks", 12), ("whole", 3)])
+def test_two_graphs_for_all_layers_and_steps(how, layers):
     from torch._dynamo.utils import counters
 
-    model = perturbed(diffusers.WanTransformer3DModel(**{**WAN, "num_layers": 12}))
+    model = perturbed(diffusers.WanTransformer3DModel(**{**WAN, "num_layers": layers}))
     arguments = (video(1), times(1), torch.randn(1, 7, 16))
     torch._dynamo.reset()
     counters.clear()
@@ -152,11 +154,14 @@ def test_two_graphs_for_all_layers_and_steps():
         expected = []
         for psa.step in (0, 5):
             expected.append(run(model, arguments, {}))
-        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        if how == "blocks":
+            model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, backend="aot_eager") if how == "whole" else model
         for psa.step in range(12):
-            out = run(model, arguments, {})
+            out = run(compiled, arguments, {})
             assert relative(out, expected[psa.step >= 2]) < 1e-4
-        assert counters["stats"]["unique_graphs"] <= 2
+        assert counters["stats"]["unique_graphs"] == 2
+        assert not counters["graph_break"]
 
 
 def test_what_is_refused_says_what_to_do():

@@ -13,7 +13,8 @@ from jax.test_util import check_grads
 
 from psa_jax import sparse_attention
 from psa_jax.attention import gather
-from psa_jax.attention.gather import walk
+from psa_jax.attention.gather import shape as sizes
+from psa_jax.attention.gather import visits
 from psa_jax.table import build_table
 from shared_specs.constants import LEVELS
 from tests.jax.attention_contract import (
@@ -78,8 +79,8 @@ def test_every_way_of_taking_heads_and_blocks(apart, chunk, rng, monkeypatch):
     jax.clear_caches()  # of programs made before what follows
     for module in (gather.forward, gather.backward):
         monkeypatch.setitem(module.__globals__, "head_by_head", lambda shape: apart)
-    monkeypatch.setattr(walk.Shape, "chunk", property(lambda shape: chunk))
-    monkeypatch.setattr(walk, "TILE_ROWS", 32)
+    monkeypatch.setattr(sizes.Shape, "chunk", property(lambda shape: chunk))
+    monkeypatch.setattr(sizes, "TILE_ROWS", 32)
     case = Case(heads=4, kv_heads=2, q_len=300, kv_len=333, is_causal=True, level="empty")
     inputs = case.inputs(rng)
     assert_close(
@@ -95,10 +96,10 @@ CHUNKS = Case(q_len=7 * 64, kv_len=350, heads=2, kv_heads=1, level="empty")
 def small_tiles(monkeypatch):
     """One query block at a time, in one pass up to 192 rows, else in tiles of 128."""
     jax.clear_caches()  # of programs made before what follows
-    monkeypatch.setattr(walk.Shape, "chunk", property(lambda shape: 1))
-    sizes = dict(TILE_ROWS=64, ONE_PASS_ROWS=192, ONE_PASS_STEP=64, LOOP_TILES=2)
-    for name, value in sizes.items():
-        monkeypatch.setattr(walk, name, value)
+    monkeypatch.setattr(sizes.Shape, "chunk", property(lambda shape: 1))
+    small = dict(TILE_ROWS=64, ONE_PASS_ROWS=192, ONE_PASS_STEP=64, LOOP_TILES=2)
+    for name, value in small.items():
+        monkeypatch.setattr(sizes, name, value)
     yield
     jax.clear_caches()
 
@@ -117,10 +118,10 @@ def filling(rng, case) -> Inputs:
 def test_every_number_of_tiles(case, rng, small_tiles):
     """In one pass, and tile by tile where there are more."""
     inputs = filling(rng, case)
-    shape = walk.Shape.of(inputs.q, inputs.k, **case.settings() | {"scale": 1.0}).one_head()
+    shape = sizes.Shape.of(inputs.q, inputs.k, **case.settings() | {"scale": 1.0}).one_head()
     assert shape.one_pass_rows == (64, 128, 192) and shape.loop_rows == 128
     counts = build_table(inputs.levels).counts
-    tiles = {int(walk.tiles_used(x, shape, 64)) for x in np.asarray(counts).reshape(-1, 1, 4)}
+    tiles = {int(visits.tiles_used(x, shape, 64)) for x in np.asarray(counts).reshape(-1, 1, 4)}
     assert tiles == set(range(7))
     assert_close(
         run(inputs, "gather", **case.settings()), expected(inputs, **case.settings()), 2e-6
@@ -133,7 +134,7 @@ def test_a_missing_tile_is_seen(too_few, rng, small_tiles, monkeypatch):
         tiles = tiles_used(counts, shape, 64)
         return tiles - (tiles == too_few)
 
-    tiles_used = walk.tiles_used
+    tiles_used = visits.tiles_used
     monkeypatch.setitem(gather.forward.__globals__, "tiles_used", one_less)
     inputs = filling(rng, CHUNKS)
     with pytest.raises(AssertionError):
@@ -163,7 +164,7 @@ def test_rows_that_are_not_selected_are_not_read(block, rng):
 
 def test_work_follows_the_mask(rng):
     """The loop over tiles runs as often as the fullest query block of a chunk needs."""
-    shape = walk.Shape.of(
+    shape = sizes.Shape.of(
         jnp.zeros((1, 1, 64, 32)),
         jnp.zeros((1, 1, 4096, 32)),
         block_m=64,
@@ -173,8 +174,8 @@ def test_work_follows_the_mask(rng):
     )
     for level, rows in ((0, 0), (1, 4096), (2, 2048), (8, 512)):
         table = build_table(jnp.full((1, 1, 1, 1, 64), level))
-        assert int(walk.walk(table, shape, jnp.float32, 256).used) == -(-rows // 256)
-        assert int(walk.tiles_used(table.counts, shape, 256)) == -(-rows // 256)
+        assert int(visits.walk(table, shape, jnp.float32, 256).used) == -(-rows // 256)
+        assert int(visits.tiles_used(table.counts, shape, 256)) == -(-rows // 256)
 
 
 def test_nothing_of_dense_size_is_allocated():

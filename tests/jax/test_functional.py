@@ -115,7 +115,7 @@ def test_overrides_replace_fields_of_the_configuration(rng):
     np.testing.assert_array_equal(psa_attention(q, k, v, causal=True, **BLOCKS), want)
 
 
-@pytest.mark.parametrize("method", ["Gilbert", "Hybrid"])
+@pytest.mark.parametrize("method", ["Gilbert", "Clusters", "Hybrid"])
 def test_token_orders_leave_dense_attention_alone(method, rng):
     q, k, v = qkv(rng, length=4 * 6 * 8 + 8)
     everything = {"mask_ratios": {1: (0, 1)}, "return_lse": True, **BLOCKS}

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from psa_jax import sparse_attention
+from psa_jax._mosaic.device import reset
 from psa_jax.attention import mosaic
 from psa_jax.attention.mosaic import api, forward_kernel, slot_gradient, walk
 from psa_jax.attention.mosaic.config import Config, default_config
 from psa_jax.attention.mosaic.geometry import CHUNK
 from psa_jax.attention.mosaic.pyramid_rows import copy_rows
-from psa_jax.kernels.device import reset
 from tests.jax.attention_contract import (
     Case,
     assert_close,

@@ -11,7 +11,7 @@ from shared_specs import PSAConfig
 from shared_specs import order as spec
 from shared_specs.order import clustering
 
-METHODS = ("Gilbert", "STA", "SemanticAware", "Hybrid")
+METHODS = ("Gilbert", "STA", "Clusters", "SemanticAware", "Hybrid")
 GRID, TEXT = (4, 8, 9), 7
 LENGTH = 4 * 8 * 9 + TEXT
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from psa_jax import importance, psa_attention
-from psa_jax.attention.mosaic import products
+from psa_jax._mosaic import products
+from psa_jax._mosaic.device import interpreted, reset
 from psa_jax.kernels import scores
-from psa_jax.kernels.device import interpreted, reset
 from psa_jax.kernels.scores import api, peaks, walk
 from psa_jax.kernels.scores.config import PeakConfig
 from psa_jax.kernels.scores.samples import samples

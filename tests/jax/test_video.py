@@ -45,7 +45,7 @@ def call(module, *qkv, **options):
     return jax.jit(lambda *qkv: module.apply({}, *qkv, **options))(*qkv)
 
 
-@pytest.mark.parametrize("method", [None, "STA", "SemanticAware", "Hybrid"])
+@pytest.mark.parametrize("method", [None, "STA", "Clusters", "SemanticAware", "Hybrid"])
 def test_a_sparse_step_is_psa_attention(rng, method):
     config = config_of(method)
     qkv = make_qkv(rng)
@@ -159,7 +159,9 @@ def test_state_is_read_without_being_written(rng):
     module = PSAVideoAttention(config, record_steps=2)
     run = jax.jit(lambda state, step: module.apply(state, *qkv, step=step, mutable=["psa"]))
     state = run({}, 0)[1]
-    assert set(state["psa"]) == {"centroids_step", "key_centroids", "density"}
+    assert set(state["psa"]) == {
+        *("centroids_step", "start_is_warm", "key_start", "key_centroids", "density")
+    }
     written = run(state, 1)[0]
     read = jax.jit(lambda state: module.apply(state, *qkv, step=1))(state)
     close(read, written, 1e-6)

@@ -1,7 +1,6 @@
 """`mask_mode='budget'` from q, k and v to the output, in both frameworks, against NumPy."""
 
 import dataclasses
-import logging
 from functools import partial
 
 import jax
@@ -247,16 +246,28 @@ def test_jax_transforms(rng):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_where_kernels_run_the_plain_path_says_so_once(rng, caplog):
+def test_kernels_are_taken_where_kernels_run(rng, monkeypatch):
+    """Scores by the kernel equal those of plain torch; levels are the same integers."""
+    from psa_torch.kernels import budget, defect
+
+    run = []
+    for module, name in ((defect, "defect_scores"), (budget, "budget_levels")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *x, kernel=kernel, **call: run.append(kernel) or kernel(*x, **call)
+        )
     q, k, _ = map(torch.from_numpy, inputs(rng, 130, 300))
-    _dispatch.announce.forget()
     expected = torch_scores(q, k, SMALL)
-    with _dispatch.forced_kernels(), caplog.at_level(logging.INFO, "psa_torch"):
-        for _ in range(2):
-            scores = torch_scores(q, k, SMALL)
-            torch_levels(scores, SMALL, q_len=130, kv_len=300)
-    assert torch.equal(scores, expected)
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2 and all("plain torch" in line for line in said)
+    levels = torch_levels(expected, SMALL, q_len=130, kv_len=300)
+    assert not run
+    with _dispatch.forced_kernels():
+        scores = torch_scores(q, k, SMALL)
+        torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-9)
+        found = torch_levels(expected, SMALL, q_len=130, kv_len=300)
+    assert torch.equal(found, levels) and len(run) == 2
+
+
+def test_jax_says_that_its_kernels_do_not_take_defects(rng):
+    q, k, _ = map(jnp.asarray, inputs(rng, 130, 300))
     coarse = jax.ShapeDtypeStruct(q.shape, jnp.bfloat16)
     assert "defect" in unsupported(coarse, coarse, SMALL)

@@ -7,17 +7,19 @@ import torch
 from psa_jax import order as jax_order
 from psa_torch import order as torch_order
 from shared_specs import PSAConfig
+from shared_specs import order as spec
 from shared_specs.order import clustering
 
 
 @pytest.mark.parametrize("position", ["start", "end"])
-@pytest.mark.parametrize("method", ["Gilbert", "STA", "SemanticAware", "Hybrid"])
+@pytest.mark.parametrize("method", ["Gilbert", "STA", "Clusters", "SemanticAware", "Hybrid"])
 def test_the_same_tokens_move_to_the_same_places(rng, method, position):
     config = PSAConfig(
         rearrange_method=method, grid=(5, 8, 9), text_length=11, text_position=position
     )
     length = 5 * 8 * 9 + 11
-    q, k, v = rng.normal(size=(3, 1, 3, length, 16)).astype(np.float32)
+    q, k, v = rng.normal(size=(3, 1, 4, length, 16)).astype(np.float32)
+    k, v = k[:, ::2], v[:, ::2]
     *ours, state = torch_order.TokenOrder.from_config(config, length, length).apply(
         *map(torch.from_numpy, (q, k, v))
     )
@@ -30,6 +32,28 @@ def test_the_same_tokens_move_to_the_same_places(rng, method, position):
         assert (x is None) == (y is None)
         if x is not None:
             np.testing.assert_allclose(x.numpy(), y, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["start", "end"])
+@pytest.mark.parametrize("method", ["Clusters", "SemanticAware"])
+def test_equal_labels_give_equal_orders(rng, method, position):
+    config = PSAConfig(
+        rearrange_method=method, grid=(5, 8, 9), text_length=11, text_position=position
+    )
+    orders = [
+        module.TokenOrder.from_config(config, 371, 371) for module in (spec, torch_order, jax_order)
+    ]
+    labels = rng.integers(0, 9, size=(2, 3, 360)).astype(np.int32)
+    wanted, ours, theirs = (
+        order.by_cluster(x)
+        for order, x in zip(orders, (labels, torch.from_numpy(labels), labels), strict=True)
+    )
+    for x, y, z in zip(wanted, ours, theirs, strict=True):
+        assert y.dtype == torch.int32 and x.dtype == z.dtype == np.int32
+        np.testing.assert_array_equal(x, y.numpy())
+        np.testing.assert_array_equal(x, z)
+    there_and_back = np.take_along_axis(*wanted, -1)
+    np.testing.assert_array_equal(there_and_back, np.broadcast_to(np.arange(371), (2, 3, 371)))
 
 
 @pytest.mark.parametrize("offset", [0.0, 50.0])

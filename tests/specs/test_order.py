@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from shared_specs import PSAConfig
 from shared_specs.attention import sparse_attention
-from shared_specs.order import TokenOrder, gilbert_order, sta_order
+from shared_specs.order import TokenOrder, gilbert_order, kmeans, sta_order
 from shared_specs.order import gilbert as gilbert_module
+from shared_specs.order.clustering import MAX_KEY_CENTROIDS, centroid_count
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-METHODS = ("Gilbert", "STA", "SemanticAware", "Hybrid")
+METHODS = ("Gilbert", "STA", "Clusters", "SemanticAware", "Hybrid")
 
 grids = st.tuples(*[st.integers(1, 12)] * 3)
 
@@ -182,3 +183,76 @@ def test_no_order_takes_any_lengths(rng):
     moved = order.apply(q, k, v)
     assert moved[0] is q and moved[1] is k and moved[2] is v
     assert order.undo(q, moved[3]) is q
+
+
+def clusters_by_hand(q, k, v, config):
+    """What `Clusters` makes of q, k, v, token by token: keys on the curve, then by label."""
+    video = TokenOrder.from_config(config, q.shape[2], q.shape[2]).video
+    curve = gilbert_order(config.grid)
+    count = centroid_count(len(curve), MAX_KEY_CENTROIDS)
+    labels, centroids = kmeans(k[:, :, video][:, :, curve], count)
+    group = q.shape[1] // k.shape[1]
+    moved = [x.copy() for x in (q, k, v)]
+    for batch, head in np.ndindex(k.shape[:2]):
+        places = [
+            video.start + curve[place]
+            for label in range(count)
+            for place in np.flatnonzero(labels[batch, head] == label)
+        ]
+        heads = (slice(head * group, (head + 1) * group), slice(head, head + 1))
+        for x, after, head_slice in zip((q, k, v), moved, (*heads, heads[1]), strict=True):
+            after[batch][head_slice, video] = x[batch][head_slice, places]
+    return *moved, centroids
+
+
+def assert_clusters(order, config, q, k, v):
+    *moved, state = order.apply(q, k, v)
+    *expected, centroids = clusters_by_hand(q, k, v, config)
+    for ours, theirs in zip(moved, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(state.centroids.keys, centroids, atol=1e-5)
+    assert state.centroids.queries is None
+
+
+class QueriesLead(TokenOrder):
+    def apply(self, q, k, v, **options):
+        group = q.shape[1] // k.shape[1]
+        _, moved_q, _, state = super().apply(q, q[:, ::group], v, **options)
+        return (*(self._take(x, state.queries) for x in (q, k, v)), state)
+
+
+class QueriesStayOnTheCurve(TokenOrder):
+    def apply(self, q, k, v, **options):
+        _, k, v, state = super().apply(q, k, v, **options)
+        return self._take(q, self.fixed_permutation()), k, v, state
+
+
+class RasterInside(TokenOrder):
+    curve = None
+
+
+class NoClusters(TokenOrder):
+    def by_cluster(self, labels):
+        return self.fixed_permutation()
+
+
+@pytest.mark.parametrize("position", ["start", "end"])
+@pytest.mark.parametrize("mutant", [QueriesLead, QueriesStayOnTheCurve, RasterInside, NoClusters])
+def test_clusters_move_a_group_by_the_clusters_of_its_keys(rng, mutant, position):
+    config = PSAConfig(
+        rearrange_method="Clusters", grid=(5, 8, 9), text_length=7, text_position=position
+    )
+    qkv = make_qkv(rng, 5 * 8 * 9 + 7)
+    assert_clusters(TokenOrder.from_config(config, 367, 367), config, *qkv)
+    with pytest.raises(AssertionError):
+        assert_clusters(mutant.from_config(config, 367, 367), config, *qkv)
+
+
+def test_clusters_start_from_the_centroids_of_an_earlier_call(rng):
+    config = PSAConfig(rearrange_method="Clusters", grid=(5, 8, 9))
+    order = TokenOrder.from_config(config, 360, 360)
+    q, k, v = make_qkv(rng, 360)
+    *_, first = order.apply(q, k, v)
+    *_, second = order.apply(q, k, v, centroids=first.centroids)
+    expected = kmeans(k, order.key_centroids, centroids=first.centroids.keys)[1]
+    np.testing.assert_array_equal(second.centroids.keys, expected)

@@ -12,6 +12,7 @@ CONFIGS = [
     PSAConfig(block_n=128, attn_impl="old_mask_type", use_sim_mask=True),
     PSAConfig(rearrange_method="Gilbert", grid=(2, 8, 10)),
     PSAConfig(rearrange_method="SemanticAware", grid=(2, 8, 10)),
+    PSAConfig(rearrange_method="Clusters", grid=(2, 8, 10)),
 ]
 
 

@@ -133,7 +133,7 @@ def test_an_override_is_not_taken_for_one_that_equals_it(name, good, bad, rng):
         psa_attention(q, k, v, **{name: bad})
 
 
-@pytest.mark.parametrize("method", ["Gilbert", "STA", "SemanticAware", "Hybrid"])
+@pytest.mark.parametrize("method", ["Gilbert", "STA", "Clusters", "SemanticAware", "Hybrid"])
 @pytest.mark.parametrize("position", ["start", "end"])
 def test_token_orders_are_applied_and_undone(method, position, rng):
     q, k, v = tensors(rng, 320, 320)

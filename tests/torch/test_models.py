@@ -101,7 +101,7 @@ class TestCompile:
     def test_overrides(self, case, dynamic):
         self.compare(self.OVERRIDDEN[case], dynamic, lengths=(300, 450))
 
-    @pytest.mark.parametrize("method", ["Gilbert", "SemanticAware"])
+    @pytest.mark.parametrize("method", ["Gilbert", "Clusters", "SemanticAware"])
     def test_token_orders(self, method):
         config = PSAConfig(rearrange_method=method, grid=(3, 10, 10), scale=0.3)
         for dynamic in (False, True):

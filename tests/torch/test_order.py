@@ -10,7 +10,7 @@ from shared_specs import PSAConfig
 from shared_specs import order as spec
 from shared_specs.order import clustering
 
-METHODS = ("Gilbert", "STA", "SemanticAware", "Hybrid")
+METHODS = ("Gilbert", "STA", "Clusters", "SemanticAware", "Hybrid")
 GRID, TEXT = (4, 8, 9), 7
 LENGTH = 4 * 8 * 9 + TEXT
 
@@ -85,8 +85,9 @@ def test_permute_takes_first_and_second_derivatives(rng):
 def test_the_other_operators_pass_opcheck(rng):
     tokens = torch.from_numpy(rng.normal(size=(1, 2, 60, 8))).float()
     start = tokens[:, :, :4].clone()
+    order = torch.from_numpy(rng.permutation(60).astype(np.int32))
     for centroids in (None, start):
-        torch.library.opcheck(order_module._kmeans, (tokens, 4, centroids))
+        torch.library.opcheck(order_module._kmeans, (tokens, 4, centroids, order))
     arguments = (tokens, "STA", 60, [3, 4, 5], [2, 2, 2], 0, "end")
     torch.library.opcheck(order_module._fixed_order, arguments)
 

@@ -11,7 +11,7 @@ from torch.autograd.gradcheck import gradcheck
 from psa_torch import psa_attention, sparse_attention
 from psa_torch._dispatch import forced_kernels
 from psa_torch.attention.rest import plain
-from psa_torch.attention.rest.means import Geometry, block_means
+from psa_torch.attention.rest.means import Call, block_means
 from psa_torch.video import PSAVideoAttention, VideoState, head_density
 from shared_specs import PSAConfig
 from shared_specs import attention as oracle
@@ -109,7 +109,7 @@ def test_rows_are_seen_by_name(rng):
     x = torch.from_numpy(rng.normal(size=(1, 2, 70, 8)))
     means = block_means(x, 32)
     np.testing.assert_allclose(means[:, :, 2], x[:, :, 64:].mean(2), rtol=1e-12)
-    assert Geometry(70, 70, 64, 32, 1.0, False).offset == 0
+    assert Call(70, 70, 64, 32, False, 1.0).offset == 0
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

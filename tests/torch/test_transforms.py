@@ -12,7 +12,7 @@ from psa_torch.pyramid import build_pyramid
 from shared_specs import PSAConfig
 from tests.torch.attention_contract import Case
 
-METHODS = [None, "Gilbert", "STA", "SemanticAware", "Hybrid"]
+METHODS = [None, "Gilbert", "STA", "Clusters", "SemanticAware", "Hybrid"]
 
 
 def normal(rng, *shape):
@@ -146,7 +146,7 @@ def test_an_implementation_without_forward_mode_is_refused_by_name(rng, monkeypa
         jvp(lambda x: psa_attention(x, k, v, implementation="triton"), (q,), (q,))
 
 
-@pytest.mark.parametrize("method", [None, "Gilbert", "Hybrid"])
+@pytest.mark.parametrize("method", [None, "Gilbert", "Clusters"])
 def test_transforms_inside_compile(rng, method):
     qkv, tangents = (tuple(normal(rng, 1, 2, 128, 8) for _ in range(3)) for _ in range(2))
     config = PSAConfig(rearrange_method=method, grid=(2, 8, 8))

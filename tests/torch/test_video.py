@@ -36,7 +36,7 @@ def dense(q, k, v, **options):
     return scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
 
 
-@pytest.mark.parametrize("method", [None, "Gilbert", "STA", "SemanticAware", "Hybrid"])
+@pytest.mark.parametrize("method", [None, "Gilbert", "STA", "Clusters", "SemanticAware", "Hybrid"])
 def test_a_sparse_step_is_psa_attention(rng, method):
     config = config_of(method)
     qkv = make_qkv(rng)
@@ -233,7 +233,7 @@ def test_head_density_counts_candidates_only(rng):
     torch.library.opcheck(torch.ops.psa.head_density, (levels, 450, 500, config.to_json()))
 
 
-@pytest.mark.parametrize("method", ["Gilbert", "SemanticAware"])
+@pytest.mark.parametrize("method", ["Gilbert", "Clusters", "SemanticAware"])
 def test_gradients_are_those_of_psa_attention(rng, method):
     config = config_of(method)
     qkv = [x.requires_grad_() for x in make_qkv(rng)]
@@ -251,7 +251,7 @@ def test_gradients_are_those_of_psa_attention(rng, method):
     )
 
 
-@pytest.mark.parametrize("method", [None, "SemanticAware"])
+@pytest.mark.parametrize("method", [None, "Clusters", "SemanticAware"])
 def test_compiles_in_one_graph_and_keeps_its_state(rng, method):
     torch._dynamo.reset()
     qkv = make_qkv(rng)
@@ -265,7 +265,7 @@ def test_compiles_in_one_graph_and_keeps_its_state(rng, method):
         torch.testing.assert_close(compiled(*qkv), plain(*qkv))
     ours, theirs = compiled_state.records.read(), state.records.read()
     assert ours == theirs and len(ours) == 3 * 4
-    if method == "SemanticAware":
+    if method is not None:
         torch.testing.assert_close(module.centroids.keys, plain.centroids.keys)
 
 

@@ -26,12 +26,19 @@ def make_qkv(rng, heads=2):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("method", ["Gilbert", "SemanticAware", "Hybrid"])
-def test_a_checkpoint_changes_neither_gradients_nor_records(rng, method, reentrant, compiled):
-    steps = [make_qkv(rng) for _ in range(3)]
+@pytest.mark.parametrize(
+    ("method", "refresh_every"),
+    [("Gilbert", 1), ("Clusters", 1), ("SemanticAware", 1), ("Gilbert", 2), ("Clusters", 2)],
+)
+def test_a_checkpoint_changes_neither_gradients_nor_records(
+    rng, method, refresh_every, reentrant, compiled
+):
+    steps = [make_qkv(rng) for _ in range(4)]
 
     def run(wrap):
-        layer = PSAVideoAttention(config_of(method), warmup_steps=1, state=VideoState())
+        layer = PSAVideoAttention(
+            config_of(method), warmup_steps=1, refresh_every=refresh_every, state=VideoState()
+        )
         call = torch.compile(layer, backend="aot_eager") if compiled else layer
         grads = []
         for step, qkv in enumerate(steps):
@@ -48,13 +55,14 @@ def test_a_checkpoint_changes_neither_gradients_nor_records(rng, method, reentra
     )
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    assert found_records == records and len(records) == 3 * 2
+    assert found_records == records and len(records) == 4 * 2
     if centroids is not None:
         assert torch.equal(found_centroids.keys, centroids.keys)
 
 
-def test_a_recomputation_after_another_step_is_refused(rng):
-    layer = PSAVideoAttention(config_of("Hybrid"))
+@pytest.mark.parametrize(("method", "refresh_every"), [("Hybrid", 1), ("Gilbert", 2)])
+def test_a_recomputation_after_another_step_is_refused(rng, method, refresh_every):
+    layer = PSAVideoAttention(config_of(method), refresh_every=refresh_every)
     q, k, v = make_qkv(rng)
     q.requires_grad_()
     out = checkpoint(lambda x: layer(x, k, v, step=0), q, use_reentrant=False)
@@ -63,13 +71,17 @@ def test_a_recomputation_after_another_step_is_refused(rng):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("refresh_every", [1, 2])
 @pytest.mark.parametrize("by_state", [False, True])
-def test_branches_of_guidance_do_not_meet(rng, by_state):
+def test_branches_of_guidance_do_not_meet(rng, by_state, refresh_every):
     steps = [(make_qkv(rng), make_qkv(rng)) for _ in range(3)]
 
     def run(branches):
         state = VideoState() if by_state else None
-        layer, outputs = PSAVideoAttention(config_of("SemanticAware"), state=state), {}
+        layer, outputs = (
+            PSAVideoAttention(config_of("SemanticAware"), refresh_every=refresh_every, state=state),
+            {},
+        )
         for step, inputs in enumerate(steps):
             for branch in branches:
                 if by_state:
@@ -103,15 +115,21 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("repeated_blocks", [False, True])
-@pytest.mark.parametrize("method", [None, "Gilbert", "Hybrid"])
-def test_twelve_layers_and_twelve_steps_are_two_graphs(rng, method, repeated_blocks):
+@pytest.mark.parametrize(
+    ("method", "refresh_every"), [(None, 1), ("Gilbert", 4), ("Clusters", 1), ("Clusters", 4)]
+)
+def test_twelve_layers_and_twelve_steps_are_two_graphs(rng, method, refresh_every, repeated_blocks):
     torch.manual_seed(int(rng.integers(2**31)))
     state = VideoState()
     model = nn.Sequential(
         *(
             Block(
                 PSAVideoAttention(
-                    config_of(method), warmup_steps=3, layer=f"blocks.{i}", state=state
+                    config_of(method),
+                    warmup_steps=3,
+                    refresh_every=refresh_every,
+                    layer=f"blocks.{i}",
+                    state=state,
                 )
             )
             for i in range(12)

@@ -3,18 +3,10 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
-from psa_jax.attention.gather.walk import (
-    Shape,
-    add_tile,
-    as_runs,
-    filled_like,
-    head_by_head,
-    logits,
-    map_heads,
-    product,
-    take_tile,
-    walk,
-)
+from psa_jax.attention.gather.heads import filled_like, head_by_head, map_heads
+from psa_jax.attention.gather.products import add_tile, as_runs, logits, product, take_tile
+from psa_jax.attention.gather.shape import Shape
+from psa_jax.attention.gather.visits import walk
 from psa_jax.pyramid import accumulator, build_pyramid, unpool
 from psa_jax.table import Table, build_table
 

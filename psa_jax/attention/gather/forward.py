@@ -7,23 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from psa_jax.attention.gather.walk import (
-    ONE_PASS_BLOCKS,
-    Shape,
-    as_runs,
-    as_tile,
-    filled_like,
-    head_by_head,
-    hidden,
-    logits,
-    map_heads,
-    product,
-    sees_any,
-    take_tile,
-    tiles_used,
-    visit,
-    walk,
-)
+from psa_jax.attention.gather.heads import filled_like, head_by_head, map_heads
+from psa_jax.attention.gather.products import as_runs, logits, product, take_tile
+from psa_jax.attention.gather.shape import ONE_PASS_BLOCKS, Shape
+from psa_jax.attention.gather.visits import as_tile, hidden, sees_any, tiles_used, visit, walk
 from psa_jax.pyramid import accumulator, build_pyramid
 from psa_jax.table import Table, build_table
 

@@ -7,9 +7,9 @@ and `slot_gradient` and `slot_sum` (dk and dv of the coarse ones). Each walks ar
 
 from jax import Array
 
+from psa_jax._mosaic.channels import HEAD_DIMS
+from psa_jax._mosaic.device import device_reason, interpreted
 from psa_jax.attention.mosaic.api import backward, forward
-from psa_jax.attention.mosaic.channels import HEAD_DIMS
-from psa_jax.kernels.device import device_reason, interpreted
 
 __all__ = ["backward", "forward", "interpreted", "unsupported"]
 

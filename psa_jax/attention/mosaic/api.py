@@ -8,7 +8,8 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from psa_jax.attention.mosaic.channels import pad_channels
+from psa_jax._mosaic.channels import pad_channels
+from psa_jax._mosaic.device import interpreter, multiprocessors
 from psa_jax.attention.mosaic.config import (
     Config,
     KeyConfig,
@@ -27,7 +28,6 @@ from psa_jax.attention.mosaic.slot_plan import Rounds, slot_plan
 from psa_jax.attention.mosaic.slot_sum import slot_gradients
 from psa_jax.attention.mosaic.unpool import unpool
 from psa_jax.attention.mosaic.walk import Walk
-from psa_jax.kernels.device import interpreter, multiprocessors
 from psa_jax.pyramid import pool_levels
 from shared_specs.constants import LEVELS
 

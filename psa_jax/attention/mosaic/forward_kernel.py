@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -11,7 +12,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from psa_jax.attention.mosaic import products
+from psa_jax._mosaic import products
+from psa_jax._mosaic.launch import launch, scratch
 from psa_jax.attention.mosaic.geometry import CONSUMERS, ROWS
 from psa_jax.attention.mosaic.plan import ENDS, HALF, MASKED, TAIL, WalkPlan, read, unpack_covers
 from psa_jax.attention.mosaic.walk import (
@@ -20,8 +22,19 @@ from psa_jax.attention.mosaic.walk import (
     copy_row,
     drain,
     level_of_tile,
-    tile_scratch,
+    tile_memory,
 )
+
+
+@scratch
+class Scratch:
+    tiles: Tiles
+    queries: Any
+    output: Any
+    lse: Any
+    queries_full: Any
+    queries_empty: Any
+    turn: Any
 
 
 def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpret):
@@ -37,52 +50,47 @@ def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpr
     """
     head_dim, dtype = q.shape[-1], q.dtype
     slots = walk.config.query_slots * CONSUMERS
-    scratch = {
-        "tiles": tile_scratch(walk, head_dim, dtype, products.operand),
-        "queries": products.operand((slots, ROWS, head_dim), dtype),
-        "output": products.operand((CONSUMERS, ROWS, head_dim), dtype),
-        "lse": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-        "queries_full": plgpu.Barrier(num_barriers=slots),
-        "queries_empty": plgpu.Barrier(num_barriers=slots),
-        "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
-    }
-    lse = jax.ShapeDtypeStruct((q.shape[0], walk.geometry.padded_queries), jnp.float32)
-    arrays, tree = jax.tree.flatten((q, k, v, plan))
-
-    def forward(*refs):
-        q_ref, k, v, plan_refs = tree.unflatten(refs[: len(arrays)])
-        _warpgroup(q_ref, k, v, plan_refs, *refs[len(arrays) :], walk=walk, scale=scale)
-
-    kernel = plgpu.kernel(
-        forward,
-        out_type=(jax.ShapeDtypeStruct(q.shape, dtype), lse),
-        scratch_types=(scratch,),
-        grid=(walk.blocks,),
-        grid_names=("block",),
-        num_threads=CONSUMERS + walk.lanes,
-        thread_name="warpgroup",
-        compiler_params=products.compiler_params(rereads=False),
-        **({} if interpret is None else {"interpret": interpret}),
+    memory = Scratch(
+        tiles=tile_memory(walk, head_dim, dtype),
+        queries=products.operand((slots, ROWS, head_dim), dtype),
+        output=products.operand((CONSUMERS, ROWS, head_dim), dtype),
+        lse=plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
+        queries_full=plgpu.Barrier(num_barriers=slots),
+        queries_empty=plgpu.Barrier(num_barriers=slots),
+        turn=plgpu.Barrier(num_arrivals=CONSUMERS),
     )
-    return kernel(*arrays)
+    lse = jax.ShapeDtypeStruct((q.shape[0], walk.geometry.padded_queries), jnp.float32)
+
+    def forward(inputs, out_ref, lse_ref, memory):
+        _warpgroup(*inputs, out_ref, lse_ref, memory, walk=walk, scale=scale)
+
+    return launch(
+        forward,
+        (q, k, v, plan),
+        out_type=(jax.ShapeDtypeStruct(q.shape, dtype), lse),
+        scratch=memory,
+        blocks=walk.blocks,
+        warpgroups=CONSUMERS + walk.lanes,
+        interpret=interpret,
+    )
 
 
-def _warpgroup(q_ref, k, v, plan, out_ref, lse_ref, scoped, *, walk: Walk, scale):
+def _warpgroup(q_ref, k, v, plan, out_ref, lse_ref, memory, *, walk: Walk, scale):
     warpgroup = lax.axis_index("warpgroup")
-    tiles = Tiles(**scoped.pop("tiles"))
+    tiles = memory.tiles
     config = walk.config
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
         plgpu.set_max_registers(config.consumer_registers, action="increase")
         consumer = functools.partial(
-            _consume, plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup
+            _consume, plan, out_ref, lse_ref, memory, tiles, walk, scale, warpgroup
         )
         if config.ping_pong:
-            pl.when(warpgroup == 1)(functools.partial(_take_turn, scoped["turn"]))
+            pl.when(warpgroup == 1)(functools.partial(_take_turn, memory.turn))
         lax.fori_loop(0, walk.items_of_block(), consumer, jnp.int32(0))
         if config.ping_pong:
-            pl.when(warpgroup == 0)(functools.partial(_take_turn, scoped["turn"]))
+            pl.when(warpgroup == 0)(functools.partial(_take_turn, memory.turn))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup >= CONSUMERS)
@@ -96,13 +104,13 @@ def _warpgroup(q_ref, k, v, plan, out_ref, lse_ref, scoped, *, walk: Walk, scale
             for consumer in consumers:
                 slot = walk.query_slot(n, consumer)
                 pl.when(n >= config.query_slots)(
-                    lambda slot=slot: plgpu.barrier_wait(scoped["queries_empty"].at[slot])
+                    lambda slot=slot: plgpu.barrier_wait(memory.queries_empty.at[slot])
                 )
                 rows = pl.ds(place.first_query + consumer * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(
                     q_ref.at[place.head, rows],
-                    scoped["queries"].at[slot],
-                    scoped["queries_full"].at[slot],
+                    memory.queries.at[slot],
+                    memory.queries_full.at[slot],
                 )
             return copy_row(walk, place, tiles_done, lane, k, v, plan, tiles)
 
@@ -110,7 +118,7 @@ def _warpgroup(q_ref, k, v, plan, out_ref, lse_ref, scoped, *, walk: Walk, scale
         tiles_done = lax.fori_loop(0, items, produce, jnp.int32(0))
         drain(walk, tiles_done, lane, tiles)
         for consumer in consumers:
-            walk.drain_queries(items, consumer, scoped["queries_empty"])
+            walk.drain_queries(items, consumer, memory.queries_empty)
 
 
 def _take_turn(turn) -> None:
@@ -118,7 +126,7 @@ def _take_turn(turn) -> None:
     plgpu.barrier_wait(turn)
 
 
-def _consume(plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup, n, first_tile):
+def _consume(plan, out_ref, lse_ref, memory, tiles, walk, scale, warpgroup, n, first_tile):
     """One query tile of one consumer; returns the number of tiles taken so far."""
     geometry, interpreted = walk.geometry, walk.interpreted
     lane = 0 if walk.shared else warpgroup
@@ -130,12 +138,12 @@ def _consume(plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup, n, f
     all_tiles = full_tiles + spans[HALF] + spans[TAIL]
 
     query_slot = walk.query_slot(n, warpgroup)
-    queries = scoped["queries"].at[query_slot]
+    queries = memory.queries.at[query_slot]
     head_dim, dtype = queries.shape[-1], queries.dtype
     to_log2 = scale * math.log2(math.e)
-    turn = functools.partial(_take_turn, scoped["turn"]) if walk.config.ping_pong else lambda: None
+    turn = functools.partial(_take_turn, memory.turn) if walk.config.ping_pong else lambda: None
 
-    plgpu.barrier_wait(scoped["queries_full"].at[query_slot])
+    plgpu.barrier_wait(memory.queries_full.at[query_slot])
 
     def wait_for_keys(t):
         @pl.when(t < all_tiles)
@@ -165,10 +173,10 @@ def _consume(plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup, n, f
         narrow = weights.astype(dtype)
         acc, total, new_top, narrow = lax.optimization_barrier((acc, total, new_top, narrow))
         if walk.config.ping_pong:
-            plgpu.barrier_arrive(scoped["turn"])
+            plgpu.barrier_arrive(memory.turn)
         plgpu.barrier_wait(tiles.values_full.at[slot])
         if walk.config.ping_pong:
-            plgpu.barrier_wait(scoped["turn"])
+            plgpu.barrier_wait(memory.turn)
         acc = products.accumulate(
             acc,
             narrow,
@@ -195,21 +203,19 @@ def _consume(plan, out_ref, lse_ref, scoped, tiles, walk, scale, warpgroup, n, f
     carry = lax.fori_loop(0, full_tiles, functools.partial(step, masked=False), carry)
     carry = lax.fori_loop(full_tiles, all_tiles, functools.partial(step, masked=True), carry)
     acc, top, total = carry
-    products.release(scoped["queries_empty"].at[query_slot], interpreted=interpreted)
+    products.release(memory.queries_empty.at[query_slot], interpreted=interpreted)
 
     # A row that saw only masked tokens has a sum too: of exp2(MASKED - MASKED).
     sees = top > MASKED / 2
     inverse = jnp.where(sees, 1.0 / jnp.where(sees, total, 1.0), 0.0)
     lse = jnp.where(sees, top * math.log(2.0) + jnp.log(jnp.where(sees, total, 1.0)), -jnp.inf)
     plgpu.wait_smem_to_gmem(0)  # the last item's output has left its buffer
-    scoped["output"][warpgroup] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(
-        dtype
-    )
-    scoped["lse"][warpgroup] = lse
+    memory.output[warpgroup] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
+    memory.lse[warpgroup] = lse
     plgpu.commit_smem()
     rows = pl.ds(first_query, ROWS)
-    plgpu.copy_smem_to_gmem(scoped["output"].at[warpgroup], out_ref.at[place.head, rows])
-    plgpu.copy_smem_to_gmem(scoped["lse"].at[warpgroup], lse_ref.at[place.head, rows])
+    plgpu.copy_smem_to_gmem(memory.output.at[warpgroup], out_ref.at[place.head, rows])
+    plgpu.copy_smem_to_gmem(memory.lse.at[warpgroup], lse_ref.at[place.head, rows])
     return first_tile + all_tiles
 
 

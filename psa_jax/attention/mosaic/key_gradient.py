@@ -17,7 +17,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from psa_jax.attention.mosaic import products
+from psa_jax._mosaic import products
+from psa_jax._mosaic.launch import launch, scratch
 from psa_jax.attention.mosaic.config import KeyConfig
 from psa_jax.attention.mosaic.geometry import CONSUMERS, ROWS
 from psa_jax.attention.mosaic.key_plan import (
@@ -87,7 +88,7 @@ class KeyWalk:
         return lax.rem(step, self.config.stages) + consumer * self.config.stages
 
 
-@dataclasses.dataclass(frozen=True)
+@scratch
 class Scratch:
     keys: Any
     values: Any
@@ -116,7 +117,7 @@ def key_gradient_kernel(q, k, v, dout, numbers, plan: KeyPlan, walk: KeyWalk, *,
     slots = CONSUMERS * walk.config.stages
     queries = products.operand((slots, ROWS, head_dim), dtype)
     keys = products.operand((ROWS, head_dim), dtype)
-    scratch = Scratch(
+    memory = Scratch(
         keys=keys,
         values=keys,
         rows=plgpu.SMEM((ROWS,), jnp.int32),
@@ -132,77 +133,56 @@ def key_gradient_kernel(q, k, v, dout, numbers, plan: KeyPlan, walk: KeyWalk, *,
     )
     heads = walk.batch * walk.kv_heads
     rows = jax.ShapeDtypeStruct((heads, walk.tiles.total * ROWS, head_dim), jnp.float32)
-    arrays, tree = jax.tree.flatten((q, dout, numbers, k, v, plan))
 
-    def key_gradient(*refs):
-        inputs = tree.unflatten(refs[: len(arrays)])
-        dk_ref, dv_ref, scoped = refs[len(arrays) :]
-        _warpgroup(*inputs, dk_ref, dv_ref, Scratch(**scoped), walk=walk, scale=scale)
+    def key_gradient(inputs, dk_ref, dv_ref, memory):
+        _warpgroup(*inputs, dk_ref, dv_ref, memory, walk=walk, scale=scale)
 
-    kernel = plgpu.kernel(
+    return launch(
         key_gradient,
+        ((q, dout, numbers), k, v, plan),
         out_type=(rows, rows),
-        scratch_types=({f.name: getattr(scratch, f.name) for f in dataclasses.fields(scratch)},),
-        grid=(walk.blocks,),
-        grid_names=("block",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=products.compiler_params(rereads=True),
-        **({} if interpret is None else {"interpret": interpret}),
+        scratch=memory,
+        blocks=walk.blocks,
+        warpgroups=CONSUMERS + 1,
+        rereads=True,
+        interpret=interpret,
     )
-    return kernel(*arrays)
 
 
-def _warpgroup(
-    q_ref,
-    dout_ref,
-    numbers_ref,
-    k,
-    v,
-    plan,
-    dk_ref,
-    dv_ref,
-    scratch,
-    *,
-    walk,
-    scale,
-):
+def _warpgroup(row_refs, k, v, plan, dk_ref, dv_ref, memory, *, walk, scale):
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
         plgpu.set_max_registers(walk.config.consumer_registers, action="increase")
-        consumer = functools.partial(
-            _consume, plan, dk_ref, dv_ref, scratch, walk, scale, warpgroup
-        )
+        consumer = functools.partial(_consume, plan, dk_ref, dv_ref, memory, walk, scale, warpgroup)
         lax.fori_loop(0, walk.items_of_block(), consumer, jnp.int32(0))
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
         plgpu.set_max_registers(walk.config.producer_registers, action="decrease")
-        producer = functools.partial(
-            _produce, q_ref, dout_ref, numbers_ref, k, v, plan, scratch, walk
-        )
+        producer = functools.partial(_produce, row_refs, k, v, plan, memory, walk)
         items = walk.items_of_block()
         done = lax.fori_loop(0, items, producer, (jnp.int32(0),) * CONSUMERS)
-        pl.when(items > 0)(lambda: plgpu.barrier_wait(scratch.keys_empty))
+        pl.when(items > 0)(lambda: plgpu.barrier_wait(memory.keys_empty))
         for consumer in range(CONSUMERS):
 
             def wait(step, _, consumer=consumer):
-                plgpu.barrier_wait(scratch.queries_empty.at[walk.slot(step, consumer)])
+                plgpu.barrier_wait(memory.queries_empty.at[walk.slot(step, consumer)])
 
             steps = done[consumer]
             lax.fori_loop(jnp.maximum(steps - walk.config.stages, 0), steps, wait, None)
 
 
-def _produce(q_ref, dout_ref, numbers_ref, k, v, plan, scratch, walk, n, done):
+def _produce(row_refs, k, v, plan, memory, walk, n, done):
     """Copy one key tile and all its query tiles; carries the query tiles copied per consumer."""
+    q_ref, dout_ref, numbers_ref = row_refs
     kv_head, tile = walk.locate(n)
-    pl.when(n > 0)(lambda: plgpu.barrier_wait(scratch.keys_empty))
+    pl.when(n > 0)(lambda: plgpu.barrier_wait(memory.keys_empty))
     start, geometry = plan.starts[tile], walk.tiles.geometry
-    for source, target in ((k, scratch.keys), (v, scratch.values)):
-        copy_rows(source, kv_head, start, ROWS, target, scratch.keys_full, geometry=geometry)
-    plgpu.copy_gmem_to_smem(plan.rows.at[tile], scratch.rows, scratch.keys_full)
+    for source, target in ((k, memory.keys), (v, memory.values)):
+        copy_rows(source, kv_head, start, ROWS, target, memory.keys_full, geometry=geometry)
+    plgpu.copy_gmem_to_smem(plan.rows.at[tile], memory.rows, memory.keys_full)
 
     row = kv_head * walk.tiles.total + tile
     steps = [walk.steps(read(plan.counts, row, VISITS), c) for c in range(CONSUMERS)]
@@ -216,35 +196,35 @@ def _produce(q_ref, dout_ref, numbers_ref, k, v, plan, scratch, walk, n, done):
                 member, first = walk.queries(visit, consumer)
                 slot = walk.slot(done[consumer] + step, consumer)
                 pl.when(done[consumer] + step >= walk.config.stages)(
-                    lambda: plgpu.barrier_wait(scratch.queries_empty.at[slot])
+                    lambda: plgpu.barrier_wait(memory.queries_empty.at[slot])
                 )
                 rows = pl.ds(pl.multiple_of(first, ROWS), ROWS)
                 head = kv_head * walk.group + member
                 for source, target in (
-                    (q_ref.at[head, rows], scratch.queries),
-                    (dout_ref.at[head, rows], scratch.dout),
-                    (numbers_ref.at[head, :, rows], scratch.numbers),
+                    (q_ref.at[head, rows], memory.queries),
+                    (dout_ref.at[head, rows], memory.dout),
+                    (numbers_ref.at[head, :, rows], memory.numbers),
                 ):
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], scratch.queries_full.at[slot])
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], memory.queries_full.at[slot])
 
     lax.fori_loop(0, steps[0], copy_step, None)
     return tuple(before + new for before, new in zip(done, steps, strict=True))
 
 
-def _consume(plan, dk_ref, dv_ref, scratch, walk, scale, consumer, n, done):
+def _consume(plan, dk_ref, dv_ref, memory, walk, scale, consumer, n, done):
     """One key tile's share of one consumer; returns the query tiles it has taken so far."""
     interpreted, geometry = walk.interpreted, walk.tiles.geometry
     kv_head, tile = walk.locate(n)
-    head_dim = scratch.keys.shape[-1]
+    head_dim = memory.keys.shape[-1]
     to_log2 = scale * math.log2(math.e)
-    plgpu.barrier_wait(scratch.keys_full)
+    plgpu.barrier_wait(memory.keys_full)
 
     def step(s, carry, *, masked):
         visit = plan.visits[row, walk.visit_index(s, consumer)]
         slot = walk.slot(done + s, consumer)
-        plgpu.barrier_wait(scratch.queries_full.at[slot])
+        plgpu.barrier_wait(memory.queries_full.at[slot])
         # Read again in every step: the registers are all taken.
-        count, block, last = unpack_row(scratch.rows[...])
+        count, block, last = unpack_row(memory.rows[...])
         visited = lax.shift_right_logical(lax.broadcast_in_dim(visit, (ROWS,), ()), block) & 1
         bias = jnp.log2(count.astype(jnp.float32))
         bias = jnp.where((visited == 1) & (count > 0), bias, MASKED)
@@ -261,13 +241,13 @@ def _consume(plan, dk_ref, dv_ref, scratch, walk, scale, consumer, n, done):
         shape = (ROWS, ROWS)
         carry = products.key_gradients(
             *carry,
-            lax.broadcast_in_dim(scratch.numbers[slot, 0] * (-1.0 / to_log2), shape, [1]),
-            lax.broadcast_in_dim(-scratch.numbers[slot, 1], shape, [1]),
-            (scratch.keys, scratch.values, scratch.queries.at[slot], scratch.dout.at[slot]),
+            lax.broadcast_in_dim(memory.numbers[slot, 0] * (-1.0 / to_log2), shape, [1]),
+            lax.broadcast_in_dim(-memory.numbers[slot, 1], shape, [1]),
+            (memory.keys, memory.values, memory.queries.at[slot], memory.dout.at[slot]),
             weights=weights,
             interpreted=interpreted,
         )
-        products.release(scratch.queries_empty.at[slot], interpreted=interpreted)
+        products.release(memory.queries_empty.at[slot], interpreted=interpreted)
         return carry
 
     row = kv_head * walk.tiles.total + tile
@@ -278,22 +258,22 @@ def _consume(plan, dk_ref, dv_ref, scratch, walk, scale, consumer, n, done):
         masked = walk.steps(read(plan.counts, row, MASKED_VISITS), consumer)
         gradients = lax.fori_loop(0, masked, functools.partial(step, masked=True), gradients)
     dk, dv = lax.fori_loop(masked, steps, functools.partial(step, masked=False), gradients)
-    products.release(scratch.keys_empty, interpreted=interpreted)
+    products.release(memory.keys_empty, interpreted=interpreted)
 
     rows = pl.ds(tile * ROWS, ROWS)
 
     @pl.when(consumer == 0)
     def _():
-        plgpu.barrier_wait(scratch.given.at[0])
-        dk_ref.at[kv_head, rows][...] = (dk + scratch.partial[...]) * scale
-        scratch.partial[...] = dv
-        plgpu.barrier_arrive(scratch.given.at[1])
+        plgpu.barrier_wait(memory.given.at[0])
+        dk_ref.at[kv_head, rows][...] = (dk + memory.partial[...]) * scale
+        memory.partial[...] = dv
+        plgpu.barrier_arrive(memory.given.at[1])
 
     @pl.when(consumer == 1)
     def _():
-        scratch.partial[...] = dk
-        plgpu.barrier_arrive(scratch.given.at[0])
-        plgpu.barrier_wait(scratch.given.at[1])
-        dv_ref.at[kv_head, rows][...] = dv + scratch.partial[...]
+        memory.partial[...] = dk
+        plgpu.barrier_arrive(memory.given.at[0])
+        plgpu.barrier_wait(memory.given.at[1])
+        dv_ref.at[kv_head, rows][...] = dv + memory.partial[...]
 
     return done + steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -11,7 +12,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from psa_jax.attention.mosaic import products
+from psa_jax._mosaic import products
+from psa_jax._mosaic.launch import launch, scratch
 from psa_jax.attention.mosaic.forward_kernel import masked_logits
 from psa_jax.attention.mosaic.geometry import CONSUMERS, ROWS
 from psa_jax.attention.mosaic.plan import ENDS, HALF, TAIL, WalkPlan, read
@@ -21,8 +23,19 @@ from psa_jax.attention.mosaic.walk import (
     copy_row,
     drain,
     level_of_tile,
-    tile_scratch,
+    tile_memory,
 )
+
+
+@scratch
+class Scratch:
+    tiles: Tiles
+    queries: Any
+    dout: Any
+    numbers: Any
+    output: Any
+    full: Any
+    empty: Any
 
 
 def query_gradient_kernel(q, k, v, dout, numbers, plan: WalkPlan, walk: Walk, *, scale, interpret):
@@ -41,46 +54,40 @@ def query_gradient_kernel(q, k, v, dout, numbers, plan: WalkPlan, walk: Walk, *,
     head_dim, dtype = q.shape[-1], q.dtype
     slots = walk.config.query_slots * CONSUMERS
     rows = products.operand((slots, ROWS, head_dim), dtype)
-    scratch = {
-        "tiles": tile_scratch(walk, head_dim, dtype, products.operand),
-        "queries": rows,
-        "dout": rows,
-        "numbers": plgpu.SMEM((slots, 2, ROWS), jnp.float32),
-        "output": products.operand((CONSUMERS, ROWS, head_dim), dtype),
-        "full": plgpu.Barrier(num_arrivals=3, num_barriers=slots),
-        "empty": plgpu.Barrier(num_barriers=slots),
-    }
-    arrays, tree = jax.tree.flatten((q, dout, numbers, k, v, plan))
-
-    def query_gradient(*refs):
-        *row_refs, k, v, plan_refs = tree.unflatten(refs[: len(arrays)])
-        out_ref, scoped = refs[len(arrays) :]
-        _warpgroup(row_refs, k, v, plan_refs, out_ref, scoped, walk=walk, scale=scale)
-
-    kernel = plgpu.kernel(
-        query_gradient,
-        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
-        scratch_types=(scratch,),
-        grid=(walk.blocks,),
-        grid_names=("block",),
-        num_threads=CONSUMERS + walk.lanes,
-        thread_name="warpgroup",
-        compiler_params=products.compiler_params(rereads=False),
-        **({} if interpret is None else {"interpret": interpret}),
+    memory = Scratch(
+        tiles=tile_memory(walk, head_dim, dtype),
+        queries=rows,
+        dout=rows,
+        numbers=plgpu.SMEM((slots, 2, ROWS), jnp.float32),
+        output=products.operand((CONSUMERS, ROWS, head_dim), dtype),
+        full=plgpu.Barrier(num_arrivals=3, num_barriers=slots),
+        empty=plgpu.Barrier(num_barriers=slots),
     )
-    return kernel(*arrays)
+
+    def query_gradient(inputs, out_ref, memory):
+        _warpgroup(*inputs, out_ref, memory, walk=walk, scale=scale)
+
+    return launch(
+        query_gradient,
+        ((q, dout, numbers), k, v, plan),
+        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
+        scratch=memory,
+        blocks=walk.blocks,
+        warpgroups=CONSUMERS + walk.lanes,
+        interpret=interpret,
+    )
 
 
-def _warpgroup(row_refs, k, v, plan, out_ref, scoped, *, walk: Walk, scale):
+def _warpgroup(row_refs, k, v, plan, out_ref, memory, *, walk: Walk, scale):
     warpgroup = lax.axis_index("warpgroup")
-    tiles = Tiles(**scoped.pop("tiles"))
+    tiles = memory.tiles
     config = walk.config
     items = walk.items_of_block()
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
         plgpu.set_max_registers(config.consumer_registers, action="increase")
-        consumer = functools.partial(_consume, plan, out_ref, scoped, tiles, walk, scale, warpgroup)
+        consumer = functools.partial(_consume, plan, out_ref, memory, tiles, walk, scale, warpgroup)
         lax.fori_loop(0, items, consumer, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
@@ -96,24 +103,24 @@ def _warpgroup(row_refs, k, v, plan, out_ref, scoped, *, walk: Walk, scale):
             for consumer in consumers:
                 slot = walk.query_slot(n, consumer)
                 pl.when(n >= config.query_slots)(
-                    lambda slot=slot: plgpu.barrier_wait(scoped["empty"].at[slot])
+                    lambda slot=slot: plgpu.barrier_wait(memory.empty.at[slot])
                 )
                 rows = pl.ds(place.first_query + consumer * ROWS, ROWS)
                 for source, target in (
-                    (q_ref.at[place.head, rows], scoped["queries"]),
-                    (dout_ref.at[place.head, rows], scoped["dout"]),
-                    (numbers_ref.at[place.head, :, rows], scoped["numbers"]),
+                    (q_ref.at[place.head, rows], memory.queries),
+                    (dout_ref.at[place.head, rows], memory.dout),
+                    (numbers_ref.at[place.head, :, rows], memory.numbers),
                 ):
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], scoped["full"].at[slot])
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], memory.full.at[slot])
             return copy_row(walk, place, tiles_done, lane, k, v, plan, tiles)
 
         tiles_done = lax.fori_loop(0, items, produce, jnp.int32(0))
         drain(walk, tiles_done, lane, tiles)
         for consumer in consumers:
-            walk.drain_queries(items, consumer, scoped["empty"])
+            walk.drain_queries(items, consumer, memory.empty)
 
 
-def _consume(plan, out_ref, scoped, tiles, walk, scale, warpgroup, n, first_tile):
+def _consume(plan, out_ref, memory, tiles, walk, scale, warpgroup, n, first_tile):
     """One query tile of one consumer; returns the number of tiles taken so far."""
     geometry, interpreted = walk.geometry, walk.interpreted
     lane = 0 if walk.shared else warpgroup
@@ -124,12 +131,12 @@ def _consume(plan, out_ref, scoped, tiles, walk, scale, warpgroup, n, first_tile
     full_tiles = ends[-1]
     all_tiles = full_tiles + spans[HALF] + spans[TAIL]
     query_slot = walk.query_slot(n, warpgroup)
-    queries, dout = scoped["queries"].at[query_slot], scoped["dout"].at[query_slot]
+    queries, dout = memory.queries.at[query_slot], memory.dout.at[query_slot]
     head_dim, dtype = queries.shape[-1], queries.dtype
     to_log2 = scale * math.log2(math.e)
 
-    plgpu.barrier_wait(scoped["full"].at[query_slot])
-    lse2, delta = (scoped["numbers"][query_slot, i] for i in range(2))
+    plgpu.barrier_wait(memory.full.at[query_slot])
+    lse2, delta = (memory.numbers[query_slot, i] for i in range(2))
 
     def step(t, acc, *, masked):
         slot = walk.slot(first_tile + t, lane)
@@ -161,11 +168,11 @@ def _consume(plan, out_ref, scoped, tiles, walk, scale, warpgroup, n, first_tile
     acc = jnp.zeros((ROWS, head_dim), jnp.float32)
     acc = lax.fori_loop(0, full_tiles, functools.partial(step, masked=False), acc)
     acc = lax.fori_loop(full_tiles, all_tiles, functools.partial(step, masked=True), acc)
-    products.release(scoped["empty"].at[query_slot], interpreted=interpreted)
+    products.release(memory.empty.at[query_slot], interpreted=interpreted)
 
     plgpu.wait_smem_to_gmem(0)  # the last item's output has left its buffer
-    scoped["output"][warpgroup] = (acc * scale).astype(dtype)
+    memory.output[warpgroup] = (acc * scale).astype(dtype)
     plgpu.commit_smem()
     rows = pl.ds(first_query, ROWS)
-    plgpu.copy_smem_to_gmem(scoped["output"].at[warpgroup], out_ref.at[place.head, rows])
+    plgpu.copy_smem_to_gmem(memory.output.at[warpgroup], out_ref.at[place.head, rows])
     return first_tile + all_tiles

@@ -18,14 +18,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from psa_jax.attention.mosaic import products
+from psa_jax._mosaic import products
+from psa_jax._mosaic.launch import launch, scratch
 from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS
 from psa_jax.attention.mosaic.plan import MASKED, unpack_covers
 from psa_jax.attention.mosaic.slot_plan import FIRST_ENTRY, FULL, LISTED, TAIL, Rounds, SlotPlan
 from shared_specs.constants import LEVELS
 
 
-@dataclasses.dataclass(frozen=True)
+@scratch
 class Scratch:
     keys: Any
     values: Any
@@ -98,7 +99,7 @@ def slot_gradient_kernel(
     config, block_m = rounds.config, rounds.geometry.block_m
     keys = products.operand((config.tiles, ROWS, head_dim), dtype)
     queries = products.operand((config.query_slots, block_m, head_dim), dtype)
-    scratch = Scratch(
+    memory = Scratch(
         keys=keys,
         values=keys,
         covers=plgpu.SMEM((config.tiles, ROWS), jnp.int32),
@@ -113,39 +114,32 @@ def slot_gradient_kernel(
     )
     rows = rounds.items * rounds.slots_per_item * rounds.pitch
     workspace = jax.ShapeDtypeStruct((rows, head_dim), dtype)
+    sources = (q, dout, numbers, k.pooled, v.pooled)
     read = (plan.entries, plan.spans, plan.tail_covers)
 
-    def slot_gradient(*refs):
-        *inputs, dk_ref, dv_ref, scoped = refs
-        _warpgroup(*inputs, dk_ref, dv_ref, Scratch(**scoped), rounds=rounds, scale=scale)
+    def slot_gradient(inputs, dk_ref, dv_ref, memory):
+        _warpgroup(*inputs, dk_ref, dv_ref, memory, rounds=rounds, scale=scale)
 
-    kernel = plgpu.kernel(
+    return launch(
         slot_gradient,
+        (number, sources, *read),
         out_type=(workspace, workspace),
-        scratch_types=({f.name: getattr(scratch, f.name) for f in dataclasses.fields(scratch)},),
-        grid=(rounds.blocks,),
-        grid_names=("block",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=products.compiler_params(rereads=False),
-        **({} if interpret is None else {"interpret": interpret}),
+        scratch=memory,
+        blocks=rounds.blocks,
+        warpgroups=CONSUMERS + 1,
+        interpret=interpret,
     )
-    return kernel(number, q, dout, numbers, k.pooled, v.pooled, *read)
 
 
 def _warpgroup(
     number_ref,
-    q_ref,
-    dout_ref,
-    numbers_ref,
-    k_ref,
-    v_ref,
+    sources,
     entries,
     spans,
     tail_covers,
     dk_ref,
     dv_ref,
-    scratch: Scratch,
+    memory: Scratch,
     *,
     rounds: Rounds,
     scale: float,
@@ -159,24 +153,23 @@ def _warpgroup(
     def _():
         plgpu.set_max_registers(rounds.config.consumer_registers, action="increase")
         consumer = functools.partial(
-            _consume, number, spans, dk_ref, dv_ref, scratch, rounds, scale, warpgroup
+            _consume, number, spans, dk_ref, dv_ref, memory, rounds, scale, warpgroup
         )
         tiles, _ = lax.fori_loop(0, items, consumer, start)
         last = tiles - 1 - lax.rem(tiles + 1 + warpgroup, CONSUMERS)
-        pl.when(last >= 0)(lambda: _hand_back(scratch, rounds, last))
+        pl.when(last >= 0)(lambda: _hand_back(memory, rounds, last))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
         plgpu.set_max_registers(rounds.config.producer_registers, action="decrease")
-        sources = q_ref, dout_ref, numbers_ref, k_ref, v_ref
         producer = functools.partial(
-            _produce, number, sources, entries, spans, tail_covers, scratch, rounds
+            _produce, number, sources, entries, spans, tail_covers, memory, rounds
         )
         done = lax.fori_loop(0, items, producer, start)
         for ring, empty, count in (
-            (rounds.config.tiles, scratch.tiles_empty, done[0]),
-            (rounds.config.query_slots, scratch.queries_empty, done[1]),
+            (rounds.config.tiles, memory.tiles_empty, done[0]),
+            (rounds.config.query_slots, memory.queries_empty, done[1]),
         ):
 
             def wait(i, _, ring=ring, empty=empty):
@@ -185,7 +178,7 @@ def _warpgroup(
             lax.fori_loop(jnp.maximum(count - ring, 0), count, wait, None)
 
 
-def _produce(number, sources, entries, spans, tail_covers, scratch, rounds: Rounds, n, done):
+def _produce(number, sources, entries, spans, tail_covers, memory, rounds: Rounds, n, done):
     """Copy one query block and its tiles; carries the tiles and query blocks copied so far."""
     q_ref, dout_ref, numbers_ref, k_ref, v_ref = sources
     config, geometry, pitch = rounds.config, rounds.geometry, rounds.pitch
@@ -198,22 +191,22 @@ def _produce(number, sources, entries, spans, tail_covers, scratch, rounds: Roun
     def _():
         slot = lax.rem(queries_done, config.query_slots)
         pl.when(queries_done >= config.query_slots)(
-            lambda: plgpu.barrier_wait(scratch.queries_empty.at[slot])
+            lambda: plgpu.barrier_wait(memory.queries_empty.at[slot])
         )
         rows = pl.ds(pl.multiple_of(place.query, ROWS), geometry.block_m)
         for source, target in (
-            (q_ref.at[place.head, rows], scratch.queries),
-            (dout_ref.at[place.head, rows], scratch.dout),
-            (numbers_ref.at[place.head, :, rows], scratch.numbers),
+            (q_ref.at[place.head, rows], memory.queries),
+            (dout_ref.at[place.head, rows], memory.dout),
+            (numbers_ref.at[place.head, :, rows], memory.numbers),
         ):
-            plgpu.copy_gmem_to_smem(source, target.at[slot], scratch.queries_full.at[slot])
+            plgpu.copy_gmem_to_smem(source, target.at[slot], memory.queries_full.at[slot])
 
     first, listed = spans[place.spans, FIRST_ENTRY], spans[place.spans, LISTED]
 
     def copy_tile(t, _):
         slot = lax.rem(tiles_done + t, config.tiles)
         pl.when(tiles_done + t >= config.tiles)(
-            lambda: plgpu.barrier_wait(scratch.tiles_empty.at[slot])
+            lambda: plgpu.barrier_wait(memory.tiles_empty.at[slot])
         )
         for c in range(rounds.slots_per_tile):
             # Past the last entry its rows are copied again; no key is covered there.
@@ -221,32 +214,32 @@ def _produce(number, sources, entries, spans, tail_covers, scratch, rounds: Roun
             block = entries[place.entries, first + entry]
             start = geometry.start[rounds.level] - geometry.first_pooled + block * pitch
             source_rows = pl.ds(pl.multiple_of(start, CHUNK), pitch)
-            for source, target in ((k_ref, scratch.keys), (v_ref, scratch.values)):
+            for source, target in ((k_ref, memory.keys), (v_ref, memory.values)):
                 plgpu.copy_gmem_to_smem(
                     source.at[place.kv_head, source_rows],
                     target.at[slot, pl.ds(c * pitch, pitch)],
-                    scratch.tiles_full.at[slot],
+                    memory.tiles_full.at[slot],
                 )
 
         @pl.when(t >= full)
         def _():
             plgpu.copy_gmem_to_smem(
                 tail_covers.at[place.spans, t - full],
-                scratch.covers.at[slot],
-                scratch.covers_full.at[slot],
+                memory.covers.at[slot],
+                memory.covers_full.at[slot],
             )
 
     lax.fori_loop(0, tiles, copy_tile, None)
     return tiles_done + tiles, queries_done + (tiles > 0).astype(jnp.int32)
 
 
-def _hand_back(scratch: Scratch, rounds: Rounds, tile: jax.Array) -> None:
+def _hand_back(memory: Scratch, rounds: Rounds, tile: jax.Array) -> None:
     """Let the producer have a tile's buffers, once the gradients in them have left."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(scratch.tiles_empty.at[lax.rem(tile, rounds.config.tiles)])
+    plgpu.barrier_arrive(memory.tiles_empty.at[lax.rem(tile, rounds.config.tiles)])
 
 
-def _consume(number, spans, dk_ref, dv_ref, scratch, rounds: Rounds, scale, consumer, n, done):
+def _consume(number, spans, dk_ref, dv_ref, memory, rounds: Rounds, scale, consumer, n, done):
     """One consumer's tiles of a query block; carries what all consumers have had so far."""
     config, geometry, interpreted = rounds.config, rounds.geometry, rounds.interpreted
     place = locate(rounds, number, n)
@@ -257,7 +250,7 @@ def _consume(number, spans, dk_ref, dv_ref, scratch, rounds: Rounds, scale, cons
     to_log2 = scale * math.log2(math.e)
     shape = (ROWS, geometry.block_m)
     query_slot = lax.rem(queries_done, config.query_slots)
-    queries, dout = scratch.queries.at[query_slot], scratch.dout.at[query_slot]
+    queries, dout = memory.queries.at[query_slot], memory.dout.at[query_slot]
     # Tile `i` of the whole kernel is consumer `i % 2`'s.
     mine = lax.rem(tiles_done + consumer, CONSUMERS)
 
@@ -270,7 +263,7 @@ def _consume(number, spans, dk_ref, dv_ref, scratch, rounds: Rounds, scale, cons
             logits = logits * to_log2
             if not masked:
                 return jnp.exp2(logits + _bias(rounds, shape))
-            count, last = unpack_covers(scratch.covers[slot])
+            count, last = unpack_covers(memory.covers[slot])
             bias = jnp.where(count > 0, jnp.log2(count.astype(jnp.float32)), MASKED)
             logits = logits + lax.broadcast_in_dim(bias, shape, [0])
             if geometry.is_causal:
@@ -286,18 +279,18 @@ def _consume(number, spans, dk_ref, dv_ref, scratch, rounds: Rounds, scale, cons
 
             return write
 
-        keys, values = scratch.keys.at[slot], scratch.values.at[slot]
-        plgpu.barrier_wait(scratch.tiles_full.at[slot])
+        keys, values = memory.keys.at[slot], memory.values.at[slot]
+        plgpu.barrier_wait(memory.tiles_full.at[slot])
         if masked:
-            plgpu.barrier_wait(scratch.covers_full.at[slot])
+            plgpu.barrier_wait(memory.covers_full.at[slot])
         products.tile_key_gradients(
-            lax.broadcast_in_dim(scratch.numbers[query_slot, 0] * (-1.0 / to_log2), shape, [1]),
-            lax.broadcast_in_dim(-scratch.numbers[query_slot, 1], shape, [1]),
+            lax.broadcast_in_dim(memory.numbers[query_slot, 0] * (-1.0 / to_log2), shape, [1]),
+            lax.broadcast_in_dim(-memory.numbers[query_slot, 1], shape, [1]),
             (keys, values, queries, dout),
             weights=weights,
             interpreted=interpreted,
             meanwhile=lambda: pl.when(tile >= CONSUMERS)(
-                lambda: _hand_back(scratch, rounds, tile - CONSUMERS)
+                lambda: _hand_back(memory, rounds, tile - CONSUMERS)
             ),
             store_k=store(keys, scale / level),
             store_v=store(values, 1 / level),
@@ -309,12 +302,12 @@ def _consume(number, spans, dk_ref, dv_ref, scratch, rounds: Rounds, scale, cons
 
     @pl.when(tiles > 0)
     def _():
-        plgpu.barrier_wait(scratch.queries_full.at[query_slot])
+        plgpu.barrier_wait(memory.queries_full.at[query_slot])
         full_steps = lax.div(full - mine + CONSUMERS - 1, CONSUMERS)
         all_steps = lax.div(tiles - mine + CONSUMERS - 1, CONSUMERS)
         lax.fori_loop(0, full_steps, functools.partial(step, masked=False), None)
         lax.fori_loop(full_steps, all_steps, functools.partial(step, masked=True), None)
-        products.release(scratch.queries_empty.at[query_slot], interpreted=interpreted)
+        products.release(memory.queries_empty.at[query_slot], interpreted=interpreted)
 
     return tiles_done + tiles, queries_done + (tiles > 0).astype(jnp.int32)
 

@@ -13,7 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from psa_jax.attention.mosaic import products
+from psa_jax._mosaic.launch import launch
 from psa_jax.attention.mosaic.slot_gradient import slot_gradient_kernel
 from psa_jax.attention.mosaic.slot_plan import Rounds, SlotPlan
 from shared_specs.constants import LEVELS
@@ -75,29 +75,26 @@ def slot_sum_kernel(number, slots, before, plan: SlotPlan, rounds: Rounds, *, in
     head_dim = slots[0].shape[-1]
     units = rounds.heads_per_round * rounds.geometry.key_blocks
     rows = jax.ShapeDtypeStruct((units * rounds.pitch, head_dim), jnp.float32)
-    arrays = (number, plan.counts, plan.slots, *slots, *(before or ()))
 
-    def slot_sum(number_ref, counts, listed, dk_ref, dv_ref, *rest):
-        *before_refs, dk_sum, dv_sum = rest
-        unit = lax.axis_index("unit")
+    def slot_sum(inputs, *sum_refs):
+        number_ref, counts, listed, slot_refs, before_refs = inputs
+        unit = lax.axis_index("block")
         row = number_ref[0] * units + unit
         rows = pl.ds(pl.multiple_of(unit * rounds.pitch, rounds.pitch), rounds.pitch)
-        sums = _sum(counts[row], listed.at[row], (dk_ref, dv_ref), rounds)
-        for i, (total, target) in enumerate(zip(sums, (dk_sum, dv_sum), strict=True)):
+        sums = _sum(counts[row], listed.at[row], slot_refs, rounds)
+        for i, (total, target) in enumerate(zip(sums, sum_refs, strict=True)):
             total = total * float(LEVELS[rounds.level])
-            if before_refs:
+            if before_refs is not None:
                 total = before_refs[i].at[rows][...] + total
             target.at[rows][...] = total
 
-    kernel = plgpu.kernel(
+    return launch(
         slot_sum,
+        (number, plan.counts, plan.slots, slots, before),
         out_type=(rows, rows),
-        grid=(units,),
-        grid_names=("unit",),
-        compiler_params=products.compiler_params(rereads=False),
-        **({} if interpret is None else {"interpret": interpret}),
+        blocks=units,
+        interpret=interpret,
     )
-    return kernel(*arrays)
 
 
 def _sum(count, listed, refs, rounds: Rounds):

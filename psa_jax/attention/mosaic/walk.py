@@ -17,6 +17,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from psa_jax._mosaic.launch import scratch
+from psa_jax._mosaic.products import operand
 from psa_jax.attention.mosaic.config import WalkConfig
 from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS, Geometry
 from psa_jax.attention.mosaic.plan import ENDS, FIRST, HALF, TAIL, read
@@ -92,7 +94,7 @@ class Place:
     first_query: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@scratch
 class Tiles:
     """Buffers that the producer fills and the barriers that guard them, indexed by slot."""
 
@@ -106,21 +108,22 @@ class Tiles:
     covers_full: Any
 
 
-def tile_scratch(walk: Walk, head_dim: int, dtype, operand) -> dict[str, Any]:
-    """Scratch types of `Tiles`, by its field names."""
+def tile_memory(walk: Walk, head_dim: int, dtype) -> Tiles:
+    """Types of what the tiles of a walk take."""
     slots = walk.lanes * walk.config.stages
     tile, chunks = walk.geometry.tile, walk.geometry.chunks
     readers = CONSUMERS // walk.lanes
-    return {
-        "keys": operand((slots, tile, head_dim), dtype),
-        "values": operand((slots, tile, head_dim), dtype),
-        "covers": plgpu.SMEM((slots, tile), jnp.int32),
-        "keys_full": plgpu.Barrier(num_arrivals=chunks, num_barriers=slots),
-        "keys_empty": plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
-        "values_full": plgpu.Barrier(num_arrivals=chunks, num_barriers=slots),
-        "values_empty": plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
-        "covers_full": plgpu.Barrier(num_barriers=slots),
-    }
+    rows = operand((slots, tile, head_dim), dtype)
+    return Tiles(
+        keys=rows,
+        values=rows,
+        covers=plgpu.SMEM((slots, tile), jnp.int32),
+        keys_full=plgpu.Barrier(num_arrivals=chunks, num_barriers=slots),
+        keys_empty=plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
+        values_full=plgpu.Barrier(num_arrivals=chunks, num_barriers=slots),
+        values_empty=plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
+        covers_full=plgpu.Barrier(num_barriers=slots),
+    )
 
 
 def level_of_tile(t: jax.Array, ends: list[jax.Array]) -> jax.Array:

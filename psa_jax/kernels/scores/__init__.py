@@ -2,8 +2,8 @@
 
 from jax import Array
 
-from psa_jax.attention.mosaic.channels import HEAD_DIMS
-from psa_jax.kernels.device import device_reason
+from psa_jax._mosaic.channels import HEAD_DIMS
+from psa_jax._mosaic.device import device_reason
 from psa_jax.kernels.scores.api import peak_scores
 from shared_specs.config import PSAConfig
 

@@ -24,14 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from psa_jax._mosaic.channels import pad_channels
+from psa_jax._mosaic.device import multiprocessors
 from psa_jax._vmap import vmap_as_batch
-from psa_jax.attention.mosaic.channels import pad_channels
-from psa_jax.kernels.device import multiprocessors
 from psa_jax.kernels.scores.config import PeakConfig, default_config
 from psa_jax.kernels.scores.peaks import peaks_kernel
 from psa_jax.kernels.scores.samples import samples
 from psa_jax.kernels.scores.walk import ROWS, Walk
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 _LEAST_FACTOR = float(np.finfo(np.float32).tiny)
 """Smallest factor on a difference of logits: 0 would turn a hidden block's -inf into NaN."""
@@ -63,7 +64,7 @@ def _peak_scores(q: Array, k: Array, *, config: PSAConfig, sizes: PeakConfig | N
     scale = config.resolved_scale(q.shape[-1])
     q, k = pad_channels(q), pad_channels(k)
     (batch, heads, q_len, dim), (_, key_heads, kv_len, _) = q.shape, k.shape
-    query_blocks, key_blocks = -(-q_len // config.block_m), -(-kv_len // config.block_n)
+    query_blocks, key_blocks = cdiv(q_len, config.block_m), cdiv(kv_len, config.block_n)
     sizes = sizes or default_config(dim, key_blocks, config.causal)
     rows = samples(q * math.copysign(1.0, scale), config, keys=False)
     columns = samples(k, config, keys=True, multiple=sizes.columns)
@@ -117,10 +118,10 @@ def _by_place(values: Array) -> Array:
 
 def _walk(q, k, config: PSAConfig, sizes: PeakConfig, rows, columns, *, interpreted) -> Walk:
     heads = q.shape[0] * q.shape[1]
-    row_tiles = -(-rows.last.size // (sizes.consumers * ROWS))
+    row_tiles = cdiv(rows.last.size, sizes.consumers * ROWS)
     padded_rows = row_tiles * sizes.consumers * ROWS
     key_blocks, places = columns.first.shape
-    launches = -(-heads * padded_rows * key_blocks * 4 // sizes.most_bytes)
+    launches = cdiv(heads * padded_rows * key_blocks * 4, sizes.most_bytes)
     launches = next(n for n in range(min(launches, heads), heads + 1) if heads % n == 0)
     limits = None
     if config.causal:

@@ -20,11 +20,28 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from psa_jax.attention.mosaic import products
+from psa_jax._mosaic import products
+from psa_jax._mosaic.launch import launch, scratch
 from psa_jax.kernels.scores.walk import ROWS, Walk
 
 WHOLE, SEEN = 0, 1
 """Columns of `Walk.spans`."""
+
+
+@scratch
+class Scratch:
+    queries: Any
+    keys: Any
+    limits: Any
+    factors: Any
+    peaks: Any
+    tops: Any
+    queries_full: Any
+    queries_empty: Any
+    keys_full: Any
+    keys_empty: Any
+    factors_full: Any
+    factors_empty: Any
 
 
 def peaks_kernel(inputs: dict[str, Any], walk: Walk, *, interpret) -> tuple[jax.Array, jax.Array]:
@@ -49,46 +66,40 @@ def peaks_kernel(inputs: dict[str, Any], walk: Walk, *, interpret) -> tuple[jax.
     head_dim, dtype, columns = q.shape[-1], q.dtype, config.columns
     slots = config.query_slots * config.consumers
     causal = walk.limits is not None
-    scratch = {
-        "queries": products.operand((slots, ROWS, head_dim), dtype),
-        "keys": products.operand((config.stages, columns, head_dim), dtype),
-        "factors": plgpu.SMEM((2, columns), jnp.float32),
-        "peaks": products.operand((config.consumers, ROWS, columns), jnp.float32),
-        "tops": plgpu.SMEM((config.consumers, ROWS), jnp.float32),
-        "queries_full": plgpu.Barrier(num_arrivals=1 + causal, num_barriers=slots),
-        "queries_empty": plgpu.Barrier(num_barriers=slots),
-        "keys_full": plgpu.Barrier(num_barriers=config.stages),
-        "keys_empty": plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),
-        "factors_full": plgpu.Barrier(num_barriers=2),
-        "factors_empty": plgpu.Barrier(num_arrivals=config.consumers, num_barriers=2),
-    }
-    if causal:
-        scratch["limits"] = plgpu.SMEM((slots, ROWS), jnp.int32)
+    memory = Scratch(
+        queries=products.operand((slots, ROWS, head_dim), dtype),
+        keys=products.operand((config.stages, columns, head_dim), dtype),
+        limits=plgpu.SMEM((slots, ROWS), jnp.int32) if causal else None,
+        factors=plgpu.SMEM((2, columns), jnp.float32),
+        peaks=products.operand((config.consumers, ROWS, columns), jnp.float32),
+        tops=plgpu.SMEM((config.consumers, ROWS), jnp.float32),
+        queries_full=plgpu.Barrier(num_arrivals=1 + causal, num_barriers=slots),
+        queries_empty=plgpu.Barrier(num_barriers=slots),
+        keys_full=plgpu.Barrier(num_barriers=config.stages),
+        keys_empty=plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),
+        factors_full=plgpu.Barrier(num_barriers=2),
+        factors_empty=plgpu.Barrier(num_arrivals=config.consumers, num_barriers=2),
+    )
     shape = (*q.shape[:2], k.shape[1])
-    arrays, tree = jax.tree.flatten(inputs)
 
-    def peaks(*refs):
-        sources = tree.unflatten(refs[: len(arrays)])
-        _warpgroup(sources, *refs[len(arrays) :], walk=walk)
+    def peaks(sources, peaks_ref, tops_ref, memory):
+        _warpgroup(sources, peaks_ref, tops_ref, memory, walk=walk)
 
-    kernel = plgpu.kernel(
+    return launch(
         peaks,
+        inputs,
         out_type=(
             jax.ShapeDtypeStruct(shape, jnp.float32),
             jax.ShapeDtypeStruct(shape[:2], jnp.float32),
         ),
-        scratch_types=(scratch,),
-        grid=(walk.blocks,),
-        grid_names=("block",),
-        num_threads=config.consumers + 1,
-        thread_name="warpgroup",
-        compiler_params=products.compiler_params(rereads=False),
-        **({} if interpret is None else {"interpret": interpret}),
+        scratch=memory,
+        blocks=walk.blocks,
+        warpgroups=config.consumers + 1,
+        interpret=interpret,
     )
-    return kernel(*arrays)
 
 
-def _warpgroup(sources, peaks_ref, tops_ref, scoped, *, walk: Walk):
+def _warpgroup(sources, peaks_ref, tops_ref, memory, *, walk: Walk):
     warpgroup = lax.axis_index("warpgroup")
     config = walk.config
     items = walk.items_of_block()
@@ -96,28 +107,28 @@ def _warpgroup(sources, peaks_ref, tops_ref, scoped, *, walk: Walk):
     @pl.when(warpgroup < config.consumers)
     def _():
         plgpu.set_max_registers(config.consumer_registers, action="increase")
-        consume = functools.partial(_consume, sources, peaks_ref, tops_ref, scoped, walk, warpgroup)
+        consume = functools.partial(_consume, sources, peaks_ref, tops_ref, memory, walk, warpgroup)
         lax.fori_loop(0, items, consume, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == config.consumers)
     def _():
         plgpu.set_max_registers(config.producer_registers, action="decrease")
-        produce = functools.partial(_produce, sources, scoped, walk)
+        produce = functools.partial(_produce, sources, memory, walk)
         tiles = lax.fori_loop(0, items, produce, jnp.int32(0))
         for consumer in range(config.consumers):
             _drain(
                 items,
                 config.query_slots,
-                scoped["queries_empty"],
+                memory.queries_empty,
                 lambda n, consumer=consumer: _query_slot(walk, n, consumer),
             )
-        _drain(tiles, 2, scoped["factors_empty"], lambda t: lax.rem(t, 2))
+        _drain(tiles, 2, memory.factors_empty, lambda t: lax.rem(t, 2))
         products_done = tiles * walk.places
         _drain(
             products_done,
             config.stages,
-            scoped["keys_empty"],
+            memory.keys_empty,
             lambda t: lax.rem(t, config.stages),
         )
 
@@ -135,7 +146,7 @@ def _drain(uses, slots: int, empty, slot_of) -> None:
     lax.fori_loop(jnp.maximum(uses - slots, 0), uses, wait, None)
 
 
-def _produce(sources, scoped, walk: Walk, n, tiles):
+def _produce(sources, memory, walk: Walk, n, tiles):
     """Copy what one item needs.
 
     Args:
@@ -149,36 +160,36 @@ def _produce(sources, scoped, walk: Walk, n, tiles):
     for consumer in range(config.consumers):
         slot = _query_slot(walk, n, consumer)
         pl.when(n >= config.query_slots)(
-            lambda slot=slot: plgpu.barrier_wait(scoped["queries_empty"].at[slot])
+            lambda slot=slot: plgpu.barrier_wait(memory.queries_empty.at[slot])
         )
         rows = pl.ds(row_tile * walk.row_tile + consumer * ROWS, ROWS)
-        full = scoped["queries_full"].at[slot]
-        plgpu.copy_gmem_to_smem(sources["q"].at[head, rows], scoped["queries"].at[slot], full)
+        full = memory.queries_full.at[slot]
+        plgpu.copy_gmem_to_smem(sources["q"].at[head, rows], memory.queries.at[slot], full)
         if walk.limits is not None:
-            plgpu.copy_gmem_to_smem(sources["limits"].at[rows], scoped["limits"].at[slot], full)
+            plgpu.copy_gmem_to_smem(sources["limits"].at[rows], memory.limits.at[slot], full)
     key_head = lax.div(sources["first_head"][0] + head, walk.group)
 
     def one_tile(t, _):
         blocks = pl.ds(pl.multiple_of(t * config.columns, config.columns), config.columns)
         done = tiles + t
         side = lax.rem(done, 2)
-        pl.when(done >= 2)(lambda: plgpu.barrier_wait(scoped["factors_empty"].at[side]))
+        pl.when(done >= 2)(lambda: plgpu.barrier_wait(memory.factors_empty.at[side]))
         plgpu.copy_gmem_to_smem(
             sources["factors"].at[key_head, blocks],
-            scoped["factors"].at[side],
-            scoped["factors_full"].at[side],
+            memory.factors.at[side],
+            memory.factors_full.at[side],
         )
 
         def one_place(place, _):
             product = done * walk.places + place
             slot = lax.rem(product, config.stages)
             pl.when(product >= config.stages)(
-                lambda: plgpu.barrier_wait(scoped["keys_empty"].at[slot])
+                lambda: plgpu.barrier_wait(memory.keys_empty.at[slot])
             )
             plgpu.copy_gmem_to_smem(
                 sources["k"].at[key_head * walk.places + place, blocks],
-                scoped["keys"].at[slot],
-                scoped["keys_full"].at[slot],
+                memory.keys.at[slot],
+                memory.keys_full.at[slot],
             )
 
         lax.fori_loop(0, walk.places, one_place, None)
@@ -188,15 +199,15 @@ def _produce(sources, scoped, walk: Walk, n, tiles):
     return tiles + seen
 
 
-def _consume(sources, peaks_ref, tops_ref, scoped, walk: Walk, warpgroup, n, tiles):
+def _consume(sources, peaks_ref, tops_ref, memory, walk: Walk, warpgroup, n, tiles):
     """One row tile of one consumer; returns the number of tiles of columns taken so far."""
     config = walk.config
     head, row_tile = walk.locate(n)
     rows = pl.ds(row_tile * walk.row_tile + warpgroup * ROWS, ROWS)
     query_slot = _query_slot(walk, n, warpgroup)
-    queries = scoped["queries"].at[query_slot]
+    queries = memory.queries.at[query_slot]
     shape = (ROWS, config.columns)
-    plgpu.barrier_wait(scoped["queries_full"].at[query_slot])
+    plgpu.barrier_wait(memory.queries_full.at[query_slot])
 
     def one_tile(t, row_top, *, masked):
         done = tiles + t
@@ -209,7 +220,7 @@ def _consume(sources, peaks_ref, tops_ref, scoped, walk: Walk, warpgroup, n, til
                 return logits
             # Positions of a place ascend by `block_n` from block to block.
             nearest = t * (config.columns * walk.block_n) + sources["offsets"][place]
-            reach = lax.broadcast_in_dim(scoped["limits"][query_slot] - nearest, shape, [0])
+            reach = lax.broadcast_in_dim(memory.limits[query_slot] - nearest, shape, [0])
             at = lax.broadcast_in_dim(lax.iota(jnp.int32, config.columns), shape, [1])
             return jnp.where(at * walk.block_n <= reach, logits, -jnp.inf)
 
@@ -218,10 +229,10 @@ def _consume(sources, peaks_ref, tops_ref, scoped, walk: Walk, warpgroup, n, til
             return products.largest(
                 top,
                 queries,
-                [scoped["keys"].at[slot_of(p)] for p in places],
+                [memory.keys.at[slot_of(p)] for p in places],
                 seen=[functools.partial(visible, place=p) for p in places],
-                full=[scoped["keys_full"].at[slot_of(p)] for p in places],
-                empty=[scoped["keys_empty"].at[slot_of(p)] for p in places],
+                full=[memory.keys_full.at[slot_of(p)] for p in places],
+                empty=[memory.keys_empty.at[slot_of(p)] for p in places],
                 interpreted=walk.interpreted,
             )
 
@@ -234,15 +245,15 @@ def _consume(sources, peaks_ref, tops_ref, scoped, walk: Walk, warpgroup, n, til
             top = take(walk.places - 1, top, 1)
 
         side = lax.rem(done, 2)
-        plgpu.barrier_wait(scoped["factors_full"].at[side])
-        top = top * lax.broadcast_in_dim(scoped["factors"][side], shape, [1])
-        products.release(scoped["factors_empty"].at[side], interpreted=walk.interpreted)
+        plgpu.barrier_wait(memory.factors_full.at[side])
+        top = top * lax.broadcast_in_dim(memory.factors[side], shape, [1])
+        products.release(memory.factors_empty.at[side], interpreted=walk.interpreted)
 
         plgpu.wait_smem_to_gmem(0)  # the last tile's peaks have left their buffer
-        scoped["peaks"][warpgroup] = top
+        memory.peaks[warpgroup] = top
         plgpu.commit_smem()
         blocks = pl.ds(pl.multiple_of(t * config.columns, config.columns), config.columns)
-        plgpu.copy_smem_to_gmem(scoped["peaks"].at[warpgroup], peaks_ref.at[head, rows, blocks])
+        plgpu.copy_smem_to_gmem(memory.peaks.at[warpgroup], peaks_ref.at[head, rows, blocks])
         return jnp.maximum(row_top, top.max(axis=1))
 
     whole, seen = (sources["spans"][row_tile, i] for i in (WHOLE, SEEN))
@@ -250,10 +261,10 @@ def _consume(sources, peaks_ref, tops_ref, scoped, walk: Walk, warpgroup, n, til
     row_top = lax.fori_loop(0, whole, functools.partial(one_tile, masked=False), row_top)
     if walk.limits is not None:
         row_top = lax.fori_loop(whole, seen, functools.partial(one_tile, masked=True), row_top)
-    products.release(scoped["queries_empty"].at[query_slot], interpreted=walk.interpreted)
+    products.release(memory.queries_empty.at[query_slot], interpreted=walk.interpreted)
 
     plgpu.wait_smem_to_gmem(0)
-    scoped["tops"][warpgroup] = row_top
+    memory.tops[warpgroup] = row_top
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(scoped["tops"].at[warpgroup], tops_ref.at[head, rows])
+    plgpu.copy_smem_to_gmem(memory.tops.at[warpgroup], tops_ref.at[head, rows])
     return tiles + seen

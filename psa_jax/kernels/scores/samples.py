@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from psa_jax.pyramid import group_counts, split_tokens
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 from shared_specs.sampling import SamplePlan
 
 
@@ -46,8 +47,8 @@ def samples(x: Array, config: PSAConfig, *, keys: bool, multiple: int = 1) -> Sa
         multiple: blocks are repeated up to a multiple of this.
     """
     block = config.block_n if keys else config.block_m
-    blocks = -(-x.shape[2] // block)
-    blocks = -(-blocks // multiple) * multiple
+    blocks = cdiv(x.shape[2], block)
+    blocks = cdiv(blocks, multiple) * multiple
     if config.importance == "pooled":
         return _means(x, block, config.importance_pool, blocks)
     return _tokens(x, config.key_samples if keys else config.query_samples, blocks)
@@ -55,7 +56,7 @@ def samples(x: Array, config: PSAConfig, *, keys: bool, multiple: int = 1) -> Sa
 
 def _means(x: Array, block: int, size: int, blocks: int) -> Samples:
     *lead, length, dim = x.shape
-    groups = -(-length // size)
+    groups = cdiv(length, size)
     tiles = split_tokens(x, groups, size)
     # Spelt out: elementwise, so that it becomes one pass with what follows.
     total = sum(tiles[..., i, :].astype(jnp.float32) for i in range(size))
@@ -82,7 +83,7 @@ def _powers_of_two(top: Array) -> tuple[Array, Array]:
 
 def _tokens(x: Array, plan: SamplePlan, blocks: int) -> Samples:
     *lead, length, dim = x.shape
-    starts = np.minimum(np.arange(blocks), -(-length // plan.block) - 1) * plan.block
+    starts = np.minimum(np.arange(blocks), cdiv(length, plan.block) - 1) * plan.block
     at = np.minimum(starts[:, None] + plan.offsets, length - 1)
     values = x[:, :, at.ravel()].reshape(*lead, *at.shape, dim)
     return Samples(values, jnp.ones((*lead, blocks), jnp.float32), at, at)

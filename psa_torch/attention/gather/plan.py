@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from shared_specs.constants import LEVELS
-from shared_specs.pyramid import level_start, padded_length, pooled_counts, pyramid_rows
+from shared_specs.geometry import Geometry
+from shared_specs.pyramid import pooled_counts
 
 LOG2_E = math.log2(math.e)
 
@@ -29,14 +30,12 @@ seldom wait for each other."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(Geometry):
     """Sizes of one call, and what they alone decide.
 
     Attributes:
-        batch, heads, kv_heads, q_len, kv_len, head_dim: B, H, Hk, Lq, Lk, D.
-        block_m, block_n: queries and keys per block.
+        batch, heads, kv_heads, head_dim: B, H, Hk, D.
         scale: factor on q.k.
-        is_causal: whether pooled tokens past a row's position are hidden.
         dtype: what the arithmetic runs in.
         device: where it runs.
     """
@@ -44,13 +43,8 @@ class Problem:
     batch: int
     heads: int
     kv_heads: int
-    q_len: int
-    kv_len: int
     head_dim: int
-    block_m: int
-    block_n: int
     scale: float
-    is_causal: bool
     dtype: torch.dtype
     device: torch.device
 
@@ -61,14 +55,9 @@ class Problem:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         (batch, heads, q_len, head_dim), (kv_heads, kv_len) = q.shape, k.shape[1:3]
         return cls(
-            batch, heads, kv_heads, q_len, kv_len, head_dim,
-            block_m, block_n, scale, is_causal, dtype, q.device,
+            q_len, kv_len, block_m, block_n, is_causal,
+            batch, heads, kv_heads, head_dim, scale, dtype, q.device,
         )  # fmt: skip
-
-    @property
-    def q_blocks(self) -> int:
-        """Nq."""
-        return -(-self.q_len // self.block_m)
 
     @property
     def run_rows(self) -> int:
@@ -78,7 +67,7 @@ class Problem:
     @property
     def head_runs(self) -> int:
         """Runs of the pyramid of one key/value head."""
-        return pyramid_rows(self.kv_len, self.block_n) // self.run_rows
+        return self.pyramid_rows // self.run_rows
 
 
 class Columns(NamedTuple):
@@ -95,8 +84,7 @@ class Columns(NamedTuple):
     @classmethod
     def of(cls, p: Problem) -> "Columns":
         counts = torch.from_numpy(pooled_counts(p.kv_len, p.block_n))
-        padded = padded_length(p.kv_len, p.block_n)
-        ends = torch.cat([torch.arange(level, padded + 1, level) for level in LEVELS])
+        ends = torch.cat([torch.arange(level, p.padded_len + 1, level) for level in LEVELS])
         bias, last_key = counts.to(p.dtype).log2(), ends.clamp(max=p.kv_len) - 1
         return cls(*(x.view(-1, p.run_rows).to(p.device) for x in (bias, last_key)))
 
@@ -177,7 +165,7 @@ def _slab(p: Problem, columns: Columns, levels: Tensor, first: int) -> Iterator[
 def _row_positions(p: Problem, blocks: Tensor) -> Tensor:
     """Position of every row of the query blocks among the keys, `[len(blocks), block_m]`."""
     row = (blocks % p.q_blocks)[:, None] * p.block_m + torch.arange(p.block_m, device=p.device)
-    return row.clamp(max=p.q_len - 1) + p.kv_len - p.q_len
+    return row.clamp(max=p.q_len - 1) + p.offset
 
 
 def _kv_head(p: Problem, blocks: Tensor) -> Tensor:
@@ -191,8 +179,8 @@ def _list_runs(p: Problem, levels: Tensor, per_block: Tensor) -> Tensor:
     per_block = per_block.reshape(-1)
     visited = torch.repeat_interleave(per_block)
     starts = torch.zeros(max(LEVELS) + 1, dtype=torch.int64)
-    for level in LEVELS:
-        starts[level] = level_start(p.kv_len, p.block_n, level) // p.run_rows
+    for g, level in enumerate(LEVELS):
+        starts[level] = p.level_start(g) // p.run_rows
     level = levels.reshape(-1)
     block = torch.arange(len(level), device=p.device) % levels.shape[1]
     first = starts.to(p.device)[level.long()] + block * per_block

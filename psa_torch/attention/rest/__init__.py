@@ -10,7 +10,7 @@ from torch import Tensor
 
 from psa_torch._dispatch import use_kernels
 from psa_torch.attention.rest import plain
-from psa_torch.attention.rest.means import Geometry, block_means, spread_means
+from psa_torch.attention.rest.means import Call, spread_means
 
 __all__ = ["add_gradients", "add_means", "add_tangents"]
 
@@ -35,8 +35,10 @@ def add_means(
         levels: dense int32 `[B, H, Nq, Nk]`.
         out, lse: `[B, H, Lq, Dv]` and `[B, H, Lq]`, of what `levels` lists.
     """
-    g = Geometry(q.shape[2], k.shape[2], block_m, block_n, scale, is_causal)
-    return _passes(q).add_means(q, *_means(k, v, block_n), levels, out, lse, g)
+    g = Call(q.shape[2], k.shape[2], block_m, block_n, is_causal, scale)
+    passes = _passes(q)
+    passes.add_means(q, *passes.means_of_blocks(k, v, block_n), levels, out, lse, g)
+    return out, lse
 
 
 def add_gradients(
@@ -61,10 +63,11 @@ def add_gradients(
         out, lse: joined, as `add_means` returned them.
         gradients: dq, dk, dv that an implementation made from that out and lse.
     """
-    g = Geometry(q.shape[2], k.shape[2], block_m, block_n, scale, is_causal)
+    g = Call(q.shape[2], k.shape[2], block_m, block_n, is_causal, scale)
     dq, dk, dv = gradients
-    dk_means, dv_means = _passes(q).add_gradients(
-        dout, dlse, q, *_means(k, v, block_n), levels, out, lse, dq, g
+    passes = _passes(q)
+    dk_means, dv_means = passes.add_gradients(
+        dout, dlse, q, *passes.means_of_blocks(k, v, block_n), levels, out, lse, dq, g
     )
     return dq, spread_means(dk_means, dk, block_n), spread_means(dv_means, dv, block_n)
 
@@ -92,14 +95,10 @@ def add_tangents(
         out, lse: joined, as `add_means` returned them.
         tangents: of out and lse, that an implementation made from that out and lse.
     """
-    g = Geometry(q.shape[2], k.shape[2], block_m, block_n, scale, is_causal)
-    moved = _means(tk, tv, block_n)
-    added = plain.tangents(tq, *moved, q, *_means(k, v, block_n), levels, out, lse, g)
+    g = Call(q.shape[2], k.shape[2], block_m, block_n, is_causal, scale)
+    means = (plain.means_of_blocks(*x, block_n) for x in ((tk, tv), (k, v)))
+    added = plain.tangents(tq, *next(means), q, *next(means), levels, out, lse, g)
     return tuple((x + y).to(x.dtype) for x, y in zip(tangents, added, strict=True))
-
-
-def _means(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
-    return block_means(k, block_n), block_means(v, block_n)
 
 
 def _passes(q: Tensor):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch.attention.rest.means import Geometry
+from psa_torch.attention.rest.means import Call
 from psa_torch.kernels._launch import cdiv, on_device_of, padded_head_dim, resident_programs
 
 LOG2E = 1.4426950408889634
@@ -299,8 +299,82 @@ def rest_key_gradient(
     tl.store(dv_pointer + at, dv, mask=inside & (e < DV)[None, :])
 
 
+@triton.jit
+def mean_of_block(
+    k_pointer,
+    v_pointer,
+    k_means,
+    v_means,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    heads,
+    kv_len,
+    blocks,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Mean of the keys of one block, or along axis 1 of its values."""
+    pid = tl.program_id(0)
+    batch_head = (pid // blocks).to(tl.int64)
+    first = (pid % blocks) * BLOCK_N
+    batch, head = batch_head // heads, batch_head % heads
+    if tl.program_id(1) == 0:
+        rows = k_pointer + batch * k_stride_b + head * k_stride_h
+        x = _load_rows(rows, first, kv_len, k_stride_n, WIDTH, D, BLOCK_N)
+        _store_mean(k_means, x, pid, kv_len - first, D, WIDTH, BLOCK_N)
+    else:
+        rows = v_pointer + batch * v_stride_b + head * v_stride_h
+        x = _load_rows(rows, first, kv_len, v_stride_n, V_WIDTH, DV, BLOCK_N)
+        _store_mean(v_means, x, pid, kv_len - first, DV, V_WIDTH, BLOCK_N)
+
+
+@triton.jit
+def _store_mean(
+    means, x, row, left, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Row `row` of `means`: the mean of the rows of x, of which at most `left` are real."""
+    count = tl.minimum(left, BLOCK_N).to(tl.float32)
+    d = tl.arange(0, WIDTH)
+    mean = (tl.sum(x.to(tl.float32), 0) / count).to(x.dtype)
+    tl.store(means + row.to(tl.int64) * D + d, mean, mask=d < D)
+
+
 @torch.no_grad()
-def add_means(q, k_means, v_means, levels, out, lse, g: Geometry) -> tuple[Tensor, Tensor]:
+def means_of_blocks(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
+    """As `psa_torch.attention.rest.plain.means_of_blocks`; float16, bfloat16 or float32."""
+    k, v = _dense_rows(k), _dense_rows(v)
+    (batch, heads, kv_len, head_dim), value_dim = k.shape, v.shape[3]
+    blocks = cdiv(kv_len, block_n)
+    means = tuple(x.new_empty(batch, heads, blocks, x.shape[3]) for x in (k, v))
+    with on_device_of(k):
+        mean_of_block[(blocks * batch * heads, 2)](
+            k,
+            v,
+            *means,
+            *k.stride()[:3],
+            *v.stride()[:3],
+            heads,
+            kv_len,
+            blocks,
+            D=head_dim,
+            DV=value_dim,
+            WIDTH=padded_head_dim(head_dim),
+            V_WIDTH=padded_head_dim(value_dim),
+            BLOCK_N=block_n,
+            num_warps=4,
+        )
+    return means
+
+
+@torch.no_grad()
+def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> None:
     """As `psa_torch.attention.rest.plain.add_means`; float16, bfloat16 or float32."""
     q, levels = _dense_rows(q), levels.contiguous()
     constants = _constants(q, v_means, g)
@@ -318,12 +392,11 @@ def add_means(q, k_means, v_means, levels, out, lse, g: Geometry) -> tuple[Tenso
             *_sizes(q, k_means, levels, g),
             **constants,
         )
-    return out, lse
 
 
 @torch.no_grad()
 def add_gradients(
-    dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Geometry
+    dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Call
 ) -> tuple[Tensor, Tensor]:
     """As `psa_torch.attention.rest.plain.add_gradients`."""
     q, dout, levels = _dense_rows(q), _dense_rows(dout), levels.contiguous()
@@ -376,11 +449,11 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _sizes(q: Tensor, k_means: Tensor, levels: Tensor, g: Geometry) -> tuple[int, ...]:
+def _sizes(q: Tensor, k_means: Tensor, levels: Tensor, g: Call) -> tuple[int, ...]:
     return q.shape[1], q.shape[1] // k_means.shape[1], g.q_len, g.kv_len, *levels.shape[2:]
 
 
-def _constants(q: Tensor, v_means: Tensor, g: Geometry) -> dict:
+def _constants(q: Tensor, v_means: Tensor, g: Call) -> dict:
     """Tiles that fit registers and shared memory; wide heads and float32 get half as many rows."""
     width, v_width = padded_head_dim(q.shape[3]), padded_head_dim(v_means.shape[3])
     wide = max(width, v_width) * q.element_size() > 256

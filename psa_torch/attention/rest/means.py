@@ -1,27 +1,19 @@
 """Row R of the pyramid (specification, section 2): one mean key and one mean value a block."""
 
-from typing import NamedTuple
+import dataclasses
 
 import torch
 from torch import Tensor
 
 from psa_torch.pyramid import group_means
+from shared_specs.geometry import Geometry, cdiv
 
 
-class Geometry(NamedTuple):
-    """The sizes of a call and what else is not a tensor."""
+@dataclasses.dataclass(frozen=True)
+class Call(Geometry):
+    """What is not a tensor in a call: its sizes and the factor on q.k."""
 
-    q_len: int
-    kv_len: int
-    block_m: int
-    block_n: int
     scale: float
-    is_causal: bool
-
-    @property
-    def offset(self) -> int:
-        """Position of the first query."""
-        return self.kv_len - self.q_len
 
 
 def block_means(x: Tensor, block_n: int) -> Tensor:
@@ -35,7 +27,7 @@ def block_means(x: Tensor, block_n: int) -> Tensor:
 
 def block_counts(kv_len: int, block_n: int, device: torch.device) -> Tensor:
     """Real keys of each block, int64 `[Nk]`."""
-    starts = torch.arange(-(-kv_len // block_n), device=device) * block_n
+    starts = torch.arange(cdiv(kv_len, block_n), device=device) * block_n
     return (kv_len - starts).clamp(max=block_n)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch.attention.rest.means import Geometry, block_counts
+from psa_torch.attention.rest.means import Call, block_counts, block_means
 from psa_torch.pyramid import accumulator
 
 _ELEMENTS = 1 << 24
@@ -21,8 +21,13 @@ class _Chunk(NamedTuple):
     logits: Tensor
 
 
+def means_of_blocks(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
+    """Mean key and mean value of every block."""
+    return block_means(k, block_n), block_means(v, block_n)
+
+
 @torch.no_grad()
-def add_means(q, k_means, v_means, levels, out, lse, g: Geometry) -> tuple[Tensor, Tensor]:
+def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> None:
     """As `psa_torch.attention.rest.add_means`, over the means `[B, Hk, Nk, D]`."""
     values = v_means.to(accumulator(q))[:, :, None]
     for chunk in _chunks(q, k_means, levels, g):
@@ -33,12 +38,11 @@ def add_means(q, k_means, v_means, levels, out, lse, g: Geometry) -> tuple[Tenso
         total = of_list * (listed[..., None] - origin).exp() + weights @ values
         out[:, :, chunk.rows] = total.flatten(1, 2).to(out.dtype)
         lse[:, :, chunk.rows] = joined.flatten(1, 2)
-    return out, lse
 
 
 @torch.no_grad()
 def add_gradients(
-    dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Geometry
+    dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Call
 ) -> tuple[Tensor, Tensor]:
     """Adds to `dq` in place; returns gradients of the means, `[B, Hk, Nk, D]`."""
     dtype = accumulator(q)
@@ -61,7 +65,7 @@ def add_gradients(
 
 @torch.no_grad()
 def tangents(
-    tq, tk_means, tv_means, q, k_means, v_means, levels, out, lse, g: Geometry
+    tq, tk_means, tv_means, q, k_means, v_means, levels, out, lse, g: Call
 ) -> tuple[Tensor, Tensor]:
     """What the means add to the tangents of out and lse, in the dtype of sums."""
     keys, values, t_keys, t_values = (
@@ -81,7 +85,7 @@ def tangents(
     return t_out, t_lse
 
 
-def _chunks(q: Tensor, k_means: Tensor, levels: Tensor, g: Geometry) -> Iterator[_Chunk]:
+def _chunks(q: Tensor, k_means: Tensor, levels: Tensor, g: Call) -> Iterator[_Chunk]:
     """Logits in natural units, -inf where a mean is not seen."""
     batch, heads, blocks = q.shape[0], q.shape[1], k_means.shape[2]
     keys = k_means.to(accumulator(q))[:, :, None]

@@ -9,6 +9,7 @@ owes and passes that down, and level 1 writes the gradients.
 import torch
 from torch import Tensor
 
+from psa_torch._triton.launch import repeated
 from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.configs import (
     BackwardConfig,
@@ -30,6 +31,7 @@ from shared_specs.constants import LEVELS
 from shared_specs.pyramid import padded_length
 
 
+@repeated
 def backward(
     dout: Tensor,
     dlse: Tensor | None,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel, repeated
 from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.columns import in_columns, load_columns
 from psa_torch.attention.triton.configs import ForwardConfig, HopperForwardConfig
@@ -187,6 +188,7 @@ def attention_forward(
     tl.store(lse_pointer + out_row, tl.where(seen, lse, float("-inf")), mask=m < q_len)
 
 
+@repeated
 def forward(
     q: Tensor,
     k: Tensor,
@@ -301,7 +303,9 @@ def _launch(
     **constants,
 ) -> None:
     batch, heads, q_len, head_dim = q.shape
-    attention_forward[cdiv(q_len, config.rows), batch * heads](
+    launch_kernel(
+        attention_forward,
+        (cdiv(q_len, config.rows), batch * heads),
         q,
         *pyramid,
         *arguments,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton.columns import in_columns, load_columns, store_columns
 from psa_torch.attention.triton.configs import KeyGradConfig, widths
 from psa_torch.attention.triton.plan import Plan
@@ -217,7 +218,9 @@ def launch_key_gradient(
     k, v, head_rows, skipped = rows.of_level(g)
     batch, kv_heads = k.shape[:2]
     padded_len = padded_length(kv_len, block_n)
-    key_gradient[(padded_len >> g) // config.keys, batch * kv_heads](
+    launch_kernel(
+        key_gradient,
+        ((padded_len >> g) // config.keys, batch * kv_heads),
         q,
         k,
         v,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton.columns import in_columns, load_columns
 from psa_torch.attention.triton.configs import PooledGradConfig, widths
 from psa_torch.attention.triton.plan import Plan
@@ -399,7 +400,9 @@ def launch_pooled_gradient(
     for first_head, first_block in rounds:
         taken_heads = min(round_heads, batch * heads - first_head)
         blocks = min(round_blocks, q_blocks - first_block)
-        pooled_partials[blocks, taken_heads](
+        launch_kernel(
+            pooled_partials,
+            (blocks, taken_heads),
             q,
             k,
             v,
@@ -438,7 +441,9 @@ def launch_pooled_gradient(
             num_warps=config.warps,
             num_stages=config.stages,
         )
-        pooled_sums[k_blocks, taken_heads // group, 2](
+        launch_kernel(
+            pooled_sums,
+            (k_blocks, taken_heads // group, 2),
             slots,
             by_key.entries,
             by_key.counts,

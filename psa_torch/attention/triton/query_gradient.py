@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton.columns import in_columns, load_columns
 from psa_torch.attention.triton.configs import HopperQueryGradConfig, QueryGradConfig, widths
 from psa_torch.attention.triton.plan import Plan
@@ -195,7 +196,9 @@ def _launch(
     **constants,
 ) -> None:
     batch, heads, q_len, head_dim = q.shape
-    query_gradient[cdiv(q_len, config.rows), batch * heads](
+    launch_kernel(
+        query_gradient,
+        (cdiv(q_len, config.rows), batch * heads),
         q,
         rows.k,
         rows.v,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton.columns import in_columns
 from psa_torch.kernels._launch import cdiv, next_power_of_2
 
@@ -79,7 +80,9 @@ def launch_row_statistics(
     delta = lse.new_empty(batch, heads, rows, dtype=torch.float32)
     lse2 = torch.empty_like(delta)
     step = 32
-    row_statistics[rows // step, batch * heads](
+    launch_kernel(
+        row_statistics,
+        (rows // step, batch * heads),
         out,
         dout,
         lse.contiguous(),

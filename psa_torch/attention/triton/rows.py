@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from psa_torch._triton.launch import Distance
 from psa_torch.pyramid import Pyramid, build_pyramid, pool_levels
 from shared_specs.pyramid import padded_length
 
@@ -44,8 +45,10 @@ class Rows(NamedTuple):
     def places(self) -> tuple[int, int, int, int, int]:
         """Rows of a head in `k`, rows of a head in `pooled_k`, rows skipped, and how many rows of
         memory lie between the start of `k` and that of `pooled_k`, and the same for v."""
-        k_apart, _ = _apart(self.k, self.pooled_k)
-        v_apart, _ = _apart(self.v, self.pooled_v)
+        k_apart, v_apart = (
+            Distance(x, pooled, x.shape[-1] * x.element_size(), FARTHEST)
+            for x, pooled in ((self.k, self.pooled_k), (self.v, self.pooled_v))
+        )
         return self.k.shape[2], self.pooled_k.shape[2], self.skipped, k_apart, v_apart
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of
 from psa_torch.kernels.table import plan_of_blocks, warps_for_row
 
@@ -65,7 +66,9 @@ def build_units(
     counts = levels.new_empty(batch, heads, units, dtype=torch.int32)
     width = next_power_of_2(q_blocks)
     with on_device_of(levels):
-        _units_kernel[(batch * heads * units,)](
+        launch_kernel(
+            _units_kernel,
+            (batch * heads * units,),
             levels,
             entries,
             counts,

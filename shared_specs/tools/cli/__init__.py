@@ -11,7 +11,7 @@ from shared_specs import __version__
 
 # Each module of this package named here has `add_parser(subparsers)`, which sets the default
 # `run`: a function of the parsed arguments that returns the exit status.
-COMMANDS = ("demo", "info", "mask", "presets", "conformance", "parity")
+COMMANDS = ("demo", "info", "mask", "presets", "apply", "conformance", "parity")
 
 
 def build_parser() -> argparse.ArgumentParser:

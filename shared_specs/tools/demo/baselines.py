@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from shared_specs.geometry import cdiv
+
 ROWS_PER_CHUNK = 512
 
 
@@ -17,7 +19,7 @@ def chunked_dense(q: Any, k: Any, v: Any) -> Any:
     import jax.numpy as jnp
 
     batch, heads, q_len, head_dim = q.shape
-    chunks = -(-q_len // ROWS_PER_CHUNK)
+    chunks = cdiv(q_len, ROWS_PER_CHUNK)
     padded = jnp.pad(q, ((0, 0), (0, 0), (0, chunks * ROWS_PER_CHUNK - q_len), (0, 0)))
     rows = padded.reshape(batch * heads * chunks, ROWS_PER_CHUNK, head_dim)
     keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k, v))

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch._triton.products import start_product
 from psa_torch._triton.rings import Ring, new_barriers, release, tile_of, wait_full
 from psa_torch.attention.triton import hopper
@@ -204,7 +205,7 @@ def _multiply_tiles(
         gl.store(results.lse + out_row + row, lse, mask=row < q_len)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["k_apart", "v_apart"])
 def attention_forward_hopper(
     q_pointer,
     k_pointer,
@@ -323,7 +324,9 @@ def launch(
     # Shared memory holds one program per multiprocessor. Under causality items differ much in
     # size, and the hardware gives out programs of one item each better than a fixed order does.
     programs = items if constants["IS_CAUSAL"] else min(items, resident_programs(q, 1))
-    attention_forward_hopper[(programs,)](
+    launch_kernel(
+        attention_forward_hopper,
+        (programs,),
         q,
         *rows[:4],
         *arguments,

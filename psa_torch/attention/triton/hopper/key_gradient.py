@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from psa_torch._triton.gluon import copy_async
+from psa_torch._triton.launch import launch_kernel
 from psa_torch._triton.products import start_when_full
 from psa_torch._triton.rings import (
     new_barriers,
@@ -376,7 +377,9 @@ def launch_key_gradient_hopper(
     count, q_blocks = units.entries.shape[2:]
     # Lists differ in length, and the hardware gives out programs of one unit each better than a
     # fixed order does.
-    key_gradient_hopper[(batch * kv_heads * count,)](
+    launch_kernel(
+        key_gradient_hopper,
+        (batch * kv_heads * count,),
         q,
         k,
         v,

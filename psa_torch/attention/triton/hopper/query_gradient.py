@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch._triton.rings import Ring, new_barriers
 from psa_torch.attention.triton import hopper
 from psa_torch.attention.triton.configs import HopperQueryGradConfig
@@ -133,7 +134,7 @@ def _multiply_tiles(
         multiplied += tiles
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["k_apart", "v_apart"])
 def query_gradient_hopper(
     q_pointer,
     k_pointer,
@@ -263,7 +264,9 @@ def launch(
     hopper.require_supported(config, head_dim, q.dtype, block_m, capability(q))
     items = (q_len + hopper.BLOCK_M - 1) // hopper.BLOCK_M * batch * heads
     # Shared memory holds one program per multiprocessor.
-    query_gradient_hopper[(min(items, resident_programs(q, 1)),)](
+    launch_kernel(
+        query_gradient_hopper,
+        (min(items, resident_programs(q, 1)),),
         q,
         *rows[:4],
         *arguments,

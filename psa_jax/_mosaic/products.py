@@ -27,22 +27,6 @@ def operand(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def compiler_params(*, rereads: bool) -> plgpu.CompilerParams:
-    """Compiler parameters of every kernel.
-
-    Args:
-        rereads: whether a warpgroup reads shared memory that it writes with ordinary stores.
-            Where none does, the barriers that the compiler would put around every copy go.
-    """
-    return plgpu.CompilerParams(
-        approx_math=True,
-        lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-        unsafe_no_auto_barriers=not rereads,
-        # Rows are reduced inside a warp, never across warps.
-        reduction_scratch_bytes=0,
-    )
-
-
 def _transposed(ref):
     # jax 0.10 has no transpose on a reference; jax 0.12 deprecates the function.
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))

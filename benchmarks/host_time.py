@@ -1,0 +1,248 @@
+"""What an eager call costs the host, on a CUDA device: `python -m benchmarks.host_time`.
+
+First it is checked that repeated launches (see `psa_torch/_triton/launch.py`) give what Triton's
+own give, bit for bit. Then, for each length and provider, in milliseconds:
+
+    host    until the call returns, medians; the device is waited for between batches
+    eager   of one call of many made one after the other, the wait at the end included
+    device  of one call in a CUDA graph
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import pstats
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import psa_torch
+from psa_torch.functional import choose_levels
+from shared_specs import PSAConfig
+
+BATCH, BATCHES = 20, 15
+
+
+def draw(heads: int, length: int, head_dim: int, *, kv_heads: int | None = None, offset: int = 0):
+    """q, k, v in bfloat16; `offset` elements past where memory starts."""
+
+    def tensor(count: int) -> torch.Tensor:
+        memory = torch.randn(count * length * head_dim + offset, device="cuda")
+        return memory.bfloat16()[offset:].view(1, count, length, head_dim)
+
+    kv_heads = kv_heads or heads
+    return tensor(heads), tensor(kv_heads), tensor(kv_heads)
+
+
+@contextlib.contextmanager
+def as_triton_launches() -> Iterator[None]:
+    """Nothing is repeated inside: somebody looks at launches."""
+
+    def look(_) -> None:
+        pass
+
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(look)
+    try:
+        yield
+    finally:
+        hook.remove(look)
+
+
+CHECKED = {
+    "D=128": dict(heads=4, length=2048, head_dim=128),
+    "D=64, ragged": dict(heads=4, length=3000, head_dim=64),
+    "grouped heads": dict(heads=8, kv_heads=2, length=2048, head_dim=128),
+    "not of whole rows": dict(heads=4, length=2048, head_dim=128, offset=8),
+    "not aligned": dict(heads=4, length=2048, head_dim=128, offset=1),
+    "D=32": dict(heads=4, length=1024, head_dim=32),
+    "few keys": dict(heads=4, length=200, head_dim=128),
+}
+CONFIGS = {
+    "default": PSAConfig(),
+    "causal": PSAConfig(causal=True),
+    "sampled": PSAConfig(importance="sampled"),
+    "capped": PSAConfig(attn_impl="old_mask_type", block_n=128, use_sim_mask=True),
+}
+
+
+def check() -> None:
+    """Raise AssertionError where a repeated call differs from one that Triton launches."""
+    layouts = {
+        "as they are": lambda x: x,
+        "heads inside rows": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    }
+    for shape, sizes in CHECKED.items():
+        for name, config in CONFIGS.items():
+            for layout, laid in layouts.items():
+                kept = []
+                for seed in range(5):  # seen, recorded, then repeated with other memory
+                    torch.manual_seed(seed)
+                    q, k, v = (laid(x).requires_grad_() for x in draw(**sizes))
+                    dout = torch.randn_like(q)
+                    kept += [q, k, v]  # so that every call gets memory of its own
+
+                    def run(q=q, k=k, v=v, dout=dout, config=config):
+                        out, lse, levels = psa_torch.psa_attention(
+                            q, k, v, config=config, return_lse=True, return_levels=True
+                        )
+                        with torch.no_grad():
+                            plain = psa_torch.psa_attention(q, k, v, config=config)
+                        return out, lse, levels, plain, *torch.autograd.grad(out, (q, k, v), dout)
+
+                    found = run()
+                    with as_triton_launches():
+                        want = run()
+                    same = [torch.equal(a, b) for a, b in zip(found, want, strict=True)]
+                    assert all(same), (shape, name, layout, seed, same)
+                    assert all(x.isfinite().all() for x in found), (shape, name, layout, seed)
+    print("repeated launches give what Triton's own give", flush=True)
+
+
+def host_ms(call: Callable) -> float:
+    """Median time until a call returns."""
+    for _ in range(5):
+        call()
+    times = []
+    for _ in range(BATCHES):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(BATCH):
+            call()
+        times.append((time.perf_counter() - start) / BATCH)
+    torch.cuda.synchronize()
+    return statistics.median(times) * 1e3
+
+
+def eager_ms(call: Callable, calls: int = 50) -> float:
+    """Median time of a call among many."""
+    times = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times) * 1e3
+
+
+def device_ms(call: Callable) -> float:
+    """Median time of a call in a graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(15):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def providers(heads: int, length: int, head_dim: int) -> dict[str, Callable]:
+    """Calls by name."""
+    q, k, v = draw(heads, length, head_dim)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    dout = torch.randn_like(q)
+    config = PSAConfig()
+    levels = choose_levels(q, k, config).levels
+    blocks = dict(block_m=config.block_m, block_n=config.block_n)
+
+    def cudnn(*x):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return scaled_dot_product_attention(*x)
+
+    def given(*x):
+        return psa_torch.sparse_attention(*x, levels, **blocks)
+
+    forwards = {
+        "sdpa": scaled_dot_product_attention,
+        "cudnn": cudnn,
+        "psa": psa_torch.psa_attention,
+        "psa, levels given": given,
+    }
+
+    def without_gradient(forward):
+        def call():
+            with torch.no_grad():
+                forward(q, k, v)
+
+        return call
+
+    def with_gradient(forward):
+        def call():
+            torch.autograd.grad(forward(*leaves), leaves, dout)
+
+        return call
+
+    found = {name: without_gradient(forward) for name, forward in forwards.items()}
+    return found | {
+        f"{name}, forward and backward": with_gradient(f) for name, f in forwards.items()
+    }
+
+
+def breakdown(call: Callable, title: str, rows: int = 40) -> None:
+    """Print where the host spends a call."""
+    for _ in range(5):
+        call()
+    torch.cuda.synchronize()
+    profile = cProfile.Profile()
+    profile.enable()
+    for _ in range(200):
+        call()
+    profile.disable()
+    torch.cuda.synchronize()
+    print(f"\n{title}, 200 calls")
+    pstats.Stats(profile).sort_stats("tottime").print_stats(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--no-check", action="store_true", help="only time")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    options = parser.parse_args()
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
+    if not options.no_check:
+        check()
+    print(f"{'length':>7} {'provider':40} {'host':>8} {'eager':>8} {'device':>8}")
+    for length in options.lengths:
+        calls = providers(options.heads, length, options.head_dim)
+        for name, call in calls.items():
+            try:
+                device = "" if "backward" in name else f"{device_ms(call):8.3f}"
+                host, eager = host_ms(call), eager_ms(call)
+            except RuntimeError as error:
+                print(f"{length:7} {name:40} skipped: {str(error).splitlines()[0][:80]}")
+                continue
+            print(f"{length:7} {name:40} {host:8.3f} {eager:8.3f} {device}", flush=True)
+        with as_triton_launches():
+            for name in ("psa", "psa, levels given"):
+                host = host_ms(calls[name])
+                print(f"{length:7} {name + ', launched by Triton':40} {host:8.3f}", flush=True)
+    if options.profile:
+        calls = providers(options.heads, 4096, options.head_dim)
+        for name in ("psa", "psa, levels given, forward and backward"):
+            breakdown(calls[name], name)
+
+
+if __name__ == "__main__":
+    main()
