@@ -336,9 +336,7 @@ def mean_of_block(
 
 
 @triton.jit
-def _store_mean(
-    means, x, row, left, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def _store_mean(means, x, row, left, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
     """Row `row` of `means`: the mean of the rows of x, of which at most `left` are real."""
     count = tl.minimum(left, BLOCK_N).to(tl.float32)
     d = tl.arange(0, WIDTH)
