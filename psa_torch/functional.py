@@ -7,6 +7,7 @@ from torch import Tensor
 
 from psa_torch._checks import absorb_scale, checked_inputs, describe
 from psa_torch._config import Settings, settings_of
+from psa_torch._exported import chosen_attention
 from psa_torch.attention import IMPLEMENTATIONS, attend, choose
 from psa_torch.importance import block_scores
 from psa_torch.masks import from_segments, to_segments
@@ -84,22 +85,25 @@ def psa_attention(
         choose(implementation, q, k, v, **blocks)  # refuses before any work
     order = TokenOrder.from_config(settings, q.shape[2], k.shape[2])
     q, k, v, state = order.apply(q, k, v)
-    if levels is None:
-        chosen = choose_levels(q, k, settings)
+    if torch.compiler.is_exporting() and levels is None and not return_levels:
+        out, lse = chosen_attention(q, k, v, settings.to_json(), implementation)
     else:
-        dense = from_segments(levels) if form == "segments" else levels.detach()
-        chosen = Chosen(dense, None)
-    out, lse = attend(
-        q,
-        k,
-        v,
-        chosen.levels,
-        **blocks,
-        scale=settings.scale,
-        is_causal=settings.causal,
-        rest=settings.rest,
-        implementation=implementation,
-    )
+        if levels is None:
+            chosen = choose_levels(q, k, settings)
+        else:
+            dense = from_segments(levels) if form == "segments" else levels.detach()
+            chosen = Chosen(dense, None)
+        out, lse = attend(
+            q,
+            k,
+            v,
+            chosen.levels,
+            **blocks,
+            scale=settings.scale,
+            is_causal=settings.causal,
+            rest=settings.rest,
+            implementation=implementation,
+        )
     results = [order.undo(out, state)]
     if return_lse:
         results.append(order.undo(lse, state))
