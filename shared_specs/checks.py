@@ -166,6 +166,21 @@ def check_rest(rest: Any) -> None:
         raise ValueError(f"rest must be one of {', '.join(map(repr, RESTS))}, got {rest!r}")
 
 
+def check_lens(name: str, lens: Described, batch: int, device: str) -> None:
+    """Lengths of the sequences of a batch: integers `[B]` on the device of q.
+
+    Raises:
+        TypeError: other numbers.
+        ValueError: another shape or device.
+    """
+    if lens.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name} must hold integers, got {lens.dtype}")
+    if tuple(lens.shape) != (batch,):
+        raise ValueError(f"{name} must be [B] = ({batch},), got shape {tuple(lens.shape)}")
+    if lens.device != device:
+        raise ValueError(f"{name} must be on the device of q, {device}, got {lens.device}")
+
+
 def check_levels_shape(
     levels: Described, q: Described, k: Described, *, block_m: int, block_n: int
 ) -> str:

@@ -6,6 +6,7 @@ from psa_torch._checks import absorb_scale, checked_inputs, describe, require_te
 from psa_torch.attention import flops  # noqa: F401  registers the formulas
 from psa_torch.attention.functorch import attention
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
+from psa_torch.attention.sequences import check_lengths, sequences_forward
 from psa_torch.masks import from_segments
 from shared_specs import checks
 from shared_specs.config import resolve_scale
@@ -25,6 +26,8 @@ def sparse_attention(
     is_causal: bool = False,
     rest: str = "skip",
     implementation: str | None = None,
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every query over the pooled keys that its block's levels select.
@@ -51,6 +54,10 @@ def sparse_attention(
             mean of its keys and values.
         implementation: a key of `IMPLEMENTATIONS`, or None for the best one that supports the
             input (logged once through the logger `psa_torch`).
+        q_lens, kv_lens: tokens of each sequence, integers `[B]` on the device of q from 0 to Lq
+            and Lk; None means all of them. Results are those of each sequence alone: what lies
+            past its end is not read, its out is 0, its lse -inf and its gradients 0, and under
+            `is_causal` its last query sees its last key. The host waits for the lengths.
         return_lse: also return the natural log of the sum of exponentials.
 
     Returns:
@@ -59,8 +66,9 @@ def sparse_attention(
 
     Raises:
         TypeError: an argument has a type or dtype that is not accepted.
-        ValueError: a shape, a device, a block size, a scale or a level does not fit, or the
-            implementation asked for cannot run on this input.
+        ValueError: a shape, a device, a block size, a scale, a level or a length does not fit, or
+            the implementation asked for cannot run on this input.
+        NotImplementedError: lengths inside a `torch.func` transform.
     """
     checks.check_blocks(block_m, block_n)
     if not isinstance(scale, Tensor):
@@ -87,6 +95,7 @@ def sparse_attention(
         is_causal=is_causal,
         rest=rest,
         implementation=implementation,
+        lens=(q_lens, kv_lens),
     )
     return (out, lse) if return_lse else out
 
@@ -103,12 +112,17 @@ def attend(
     is_causal: bool,
     rest: str,
     implementation: str | None,
+    lens: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """out and lse of `sparse_attention`, for arguments that passed its checks.
 
     Args:
         q, k, v: as autocast has them.
         levels: dense, without a graph.
+        lens: q_lens and kv_lens.
     """
     scale = resolve_scale(scale, q.shape[-1])
-    return attention(q, k, v, levels, implementation, block_m, block_n, scale, is_causal, rest)
+    settings = implementation, block_m, block_n, scale, is_causal, rest
+    if check_lengths(q, *lens):
+        return sequences_forward(q, k, v, levels, *lens, *settings)
+    return attention(q, k, v, levels, *settings)
