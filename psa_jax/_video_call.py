@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from psa_jax._arrays import describe
 from psa_jax._sharding import per_shard
+from psa_jax._switches import numpy_rules
 from psa_jax.attention import IMPLEMENTATIONS, sparse_attention
 from psa_jax.functional import choose_levels, resolve_config
 from psa_jax.order import Centroids, Resumed, TokenOrder
@@ -145,6 +146,7 @@ class VideoCall(NamedTuple):
             name: (*x.shape[:2], count, x.shape[3]) for name, x, count in sides if count is not None
         }
 
+    @numpy_rules
     def run(self, memory: Run | None) -> Called:
         """Compute it.
 
@@ -208,7 +210,7 @@ class VideoCall(NamedTuple):
             candidates = int(candidate_blocks(q.shape[2], k.shape[2], config).sum())
             listed = levels > 0
             cost = (listed / jnp.maximum(levels, 1).astype(jnp.float32)).sum((2, 3))
-            cost += (candidates - listed.sum((2, 3))) * config.rest_share
+            cost += (candidates - listed.sum((2, 3), dtype=jnp.float32)) * config.rest_share
             density = cost / max(1, candidates)
             centroids = [x for x in order_state.centroids if x is not None] if stored else []
             return *results, density, *centroids

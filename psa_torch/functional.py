@@ -5,11 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch._checks import absorb_scale, checked_inputs, describe
+from psa_torch._checks import absorb_scale, checked_inputs, levels_form, require_tensor
 from psa_torch._config import Settings, parse_config, settings_of
 from psa_torch._exported import chosen_attention
 from psa_torch.attention import IMPLEMENTATIONS, attend, choose
 from psa_torch.attention.sequences import check_lengths, runs
+from psa_torch.attention.whole import choose_and_attend
 from psa_torch.importance import block_scores
 from psa_torch.masks import from_segments, to_segments
 from psa_torch.order import TokenOrder
@@ -85,11 +86,13 @@ def psa_attention(
     checks.check_flag("return_lse", return_lse)
     checks.check_flag("return_levels", return_levels)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    (q, k, v), sizes = checked_inputs(q, k, v)
+    inputs = checked_inputs(q, k, v)
+    q, k, v = inputs.tensors
     q, _ = absorb_scale(q, scale)
     blocks = {"block_m": settings.block_m, "block_n": settings.block_n}
     if levels is not None:
-        form = checks.check_levels_shape(describe("levels", levels), *sizes[:2], **blocks)
+        require_tensor("levels", levels)
+        form = levels_form(levels, inputs, **blocks)
     if implementation is not None and not torch.compiler.is_compiling():
         choose(implementation, q, k, v, **blocks)  # refuses before any work
     lens = q_lens, kv_lens
@@ -101,14 +104,17 @@ def psa_attention(
         )
     order = TokenOrder.from_config(settings, q.shape[2], k.shape[2])
     q, k, v, state = order.apply(q, k, v)
-    inside = levels is None and not return_levels and not has_lens
-    if torch.compiler.is_exporting() and inside:
-        out, lse = chosen_attention(q, k, v, settings.to_json(), implementation)
+    if levels is None and not has_lens:
+        if torch.compiler.is_exporting() and not return_levels:
+            out, lse = chosen_attention(q, k, v, settings.to_json(), implementation)
+        else:
+            out, lse, *chosen = choose_and_attend(
+                choose_levels, q, k, v, settings, implementation, keep_scores=return_levels
+            )
+            chosen = Chosen(*chosen)
     else:
-        if levels is None and has_lens:
+        if levels is None:
             chosen = Chosen(*levels_of_sequences(q, k, *lens, settings.to_json()))
-        elif levels is None:
-            chosen = choose_levels(q, k, settings)
         else:
             dense = from_segments(levels) if form == "segments" else levels.detach()
             chosen = Chosen(dense, None)

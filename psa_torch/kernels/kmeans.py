@@ -5,15 +5,15 @@ added in float32, never leave the registers. Means are those of the tokens sorte
 one program a centroid adds up in a fixed order.
 
 What is multiplied. `|x - c|^2` falls as `x.(c - m) - m.(c - m) - |c - m|^2 / 2` rises, for any `m`;
-here the mean of the centroids that the call starts from. Tokens, times a power of two that brings
-the largest element of a head below 2^14, are float16 numbers: bfloat16 has fewer digits. `c - m`,
-times the same power, is *rounded* to float16, and the rounded centroid stands in every term. So
-labels are those of the nearest rounded centroid, with 11 digits of its distance to the mean of all,
-up to the rounding of float32 sums; equal sums take the lower centroid. Centroids themselves are
-float32.
+here the mean of evenly spaced tokens, which one strange centroid cannot move. Tokens, times a power
+of two that brings the largest element of a head below 2^14, are float16 numbers: bfloat16 has fewer
+digits. `c - m`, times the same power, is *rounded* to float16, and the rounded centroid stands in
+every term. So labels are those of the nearest rounded centroid, with 11 digits of what it differs
+from `m` by, up to the rounding of float32 sums; equal sums take the lower centroid. Centroids
+themselves are float32.
 
 At 75,600 tokens, 40 heads, 1,000 centroids, D = 128 a step multiplies 0.77 TFLOP, 1.3 ms at 600
-TFLOP/s, and reads the centroids 296 times a head, 3 GB from L2; the means read the tokens once,
+TFLOP/s, and reads the centroids 591 times a head, 6 GB from L2; the means read the tokens once,
 0.8 GB, 0.2 ms. Five instructions an element choose the largest sum: 0.5 ms on 132 processors,
 beside the products of another program.
 """
@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv, on_device_of, padded_head_dim, require_dtype
 from psa_torch.kernels.label_sort import sort_by_label
 
@@ -32,10 +33,21 @@ DTYPES = (torch.float16, torch.bfloat16)
 MAX_EXPONENT = 14
 """Elements of tokens are below two to this, those of centroids minus their mean below twice it."""
 
-COLUMNS = 64
-"""Centroids of a tile; padding stands infinitely far away."""
-
 MEAN_ROWS = 32
+"""Tokens that a mean adds up at a time."""
+
+
+class NearestTile(NamedTuple):
+    """Products of `rows` tokens by `columns` centroids; padding stands infinitely far away."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# Registers for two programs of a multiprocessor: one multiplies while the other chooses.
+TILE = NearestTile(rows=128, columns=64, warps=8, stages=3)
 
 
 class Columns(NamedTuple):
@@ -65,8 +77,7 @@ def kmeans(tokens: Tensor, centroids: Tensor, steps: int) -> tuple[Tensor, Tenso
         TypeError: dtype other than the two.
     """
     require_dtype("tokens", tokens, DTYPES)
-    scale = scales(tokens)
-    centre = centroids.mean(2)
+    scale, centre = scales(tokens), mean_token(tokens, centroids.shape[2])
     centroids, columns = move_centroids(tokens, centroids, None, scale, centre)
     for _ in range(steps):
         labels = nearest(tokens, columns, scale)
@@ -82,13 +93,20 @@ def scales(tokens: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), exponent)
 
 
+def mean_token(tokens: Tensor, count: int) -> Tensor:
+    """float32 `[B, H, D]`: the mean of `count` evenly spaced tokens, what centroids differ from."""
+    places = torch.arange(count, device=tokens.device) * tokens.shape[2] // count
+    return tokens.index_select(2, places).float().mean(2)
+
+
 def nearest(tokens: Tensor, columns: Columns, scale: Tensor) -> Tensor:
     """int32 `[B, H, N]`: the nearest centroid of each token, the lower one of equally near ones."""
     batch, heads, n, head_dim = tokens.shape
     labels = torch.empty(batch, heads, n, dtype=torch.int32, device=tokens.device)
-    rows = 256 if head_dim <= 128 else 128
     with on_device_of(tokens):
-        _nearest_kernel[(cdiv(n, rows), batch * heads)](
+        launch_kernel(
+            _nearest_kernel,
+            (cdiv(n, TILE.rows), batch * heads),
             tokens,
             *columns,
             scale,
@@ -99,10 +117,10 @@ def nearest(tokens: Tensor, columns: Columns, scale: Tensor) -> Tensor:
             columns.bias.shape[2],
             HEAD_DIM=head_dim,
             BLOCK_D=columns.columns.shape[3],
-            ROWS=rows,
-            COLUMNS=COLUMNS,
-            num_warps=8,
-            num_stages=2,
+            ROWS=TILE.rows,
+            COLUMNS=TILE.columns,
+            num_warps=TILE.warps,
+            num_stages=TILE.stages,
         )
     return labels
 
@@ -120,7 +138,7 @@ def move_centroids(
         centre: float32 `[B, H, D]`, what columns are measured from.
     """
     batch, heads, count, head_dim = centroids.shape
-    padded, width = cdiv(count, COLUMNS) * COLUMNS, padded_head_dim(head_dim)
+    padded, width = cdiv(count, TILE.columns) * TILE.columns, padded_head_dim(head_dim)
     centroids = centroids.contiguous()
     moved = torch.empty_like(centroids)
     columns = Columns(
@@ -130,7 +148,9 @@ def move_centroids(
     bins = 0 if by_label is None else by_label.totals.shape[2]
     order, _, totals, ends = (None,) * 4 if by_label is None else by_label
     with on_device_of(tokens):
-        _mean_kernel[(padded, batch * heads)](
+        launch_kernel(
+            _mean_kernel,
+            (padded, batch * heads),
             tokens,
             order,
             totals,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of
 
 CHUNK = 256
@@ -67,12 +68,24 @@ def sort_by_label(
     totals = labels.new_empty(batch, heads, bins)
     with on_device_of(labels):
         grid, sizes = (chunks, batch * heads), {"BINS": bins, "HAS_CURVE": curve is not None}
-        _count_kernel[grid](labels, curve, counts, n, chunks, CHUNK=CHUNK, **sizes, num_warps=4)
-        _scan_kernel[(bins // LANES, batch * heads)](
-            counts, totals, chunks, BINS=bins, LANES=LANES, ROWS=SCAN_ROWS, num_warps=4
+        launch_kernel(
+            _count_kernel, grid, labels, curve, counts, n, chunks, CHUNK=CHUNK, **sizes, num_warps=4
+        )
+        launch_kernel(
+            _scan_kernel,
+            (bins // LANES, batch * heads),
+            counts,
+            totals,
+            chunks,
+            BINS=bins,
+            LANES=LANES,
+            ROWS=SCAN_ROWS,
+            num_warps=4,
         )
         ends = totals.cumsum(-1, dtype=torch.int32)
-        _place_kernel[grid](
+        launch_kernel(
+            _place_kernel,
+            grid,
             labels,
             curve,
             counts,
@@ -166,11 +179,13 @@ def _place_kernel(
     place = first + tl.arange(0, CHUNK)
     token, label = _tokens_and_labels(LABELS, CURVE, place, n, BINS, HAS_CURVE)
     rank = tl.zeros([CHUNK], tl.int32)
+    before = tl.arange(0, CHUNK).to(tl.uint32)
     for part in range(0, CHUNK, LANES):
-        other = first + part + tl.arange(0, LANES)
-        _, label_there = _tokens_and_labels(LABELS, CURVE, other, n, BINS, HAS_CURVE)
-        same = (label[:, None] == label_there[None, :]) & (other[None, :] < place[:, None])
-        rank += tl.sum(same.to(tl.int32), 1)
+        other = part + tl.arange(0, LANES)
+        _, label_there = _tokens_and_labels(LABELS, CURVE, first + other, n, BINS, HAS_CURVE)
+        # Same label and before: one comparison without a sign. The sum is over a thread's own axis.
+        ahead = (label_there * CHUNK + other)[:, None] - (label * CHUNK)[None, :]
+        rank += tl.sum((ahead.to(tl.uint32, bitcast=True) < before[None, :]).to(tl.int32), 0)
     rank += tl.load(COUNTS + (bh * chunks + tl.program_id(0)) * BINS + label)
     rank += tl.load(ENDS + bh * BINS + label) - tl.load(TOTALS + bh * BINS + label)
     real = place < n

@@ -10,10 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of
 
-ROW_BYTES = 16_384
+TILE_BYTES = 16_384
 """Bytes that a program moves, near enough."""
+
+MAX_WIDTH = 512
+"""Channels of a row that one program moves; hidden states of a model have thousands."""
 
 
 def move(q: Tensor, k: Tensor, v: Tensor, q_order: Tensor, kv_order: Tensor) -> list[Tensor]:
@@ -44,10 +48,13 @@ def _launch(tensors, moved, orders, kv_heads: int) -> None:
     if not moved[0].numel():
         return
     orders = [order.contiguous() for order in orders]
-    width = next_power_of_2(head_dim)
-    rows = max(8, ROW_BYTES // (width * tensors[0].element_size()))
+    width = min(next_power_of_2(head_dim), MAX_WIDTH)
+    rows = max(1, TILE_BYTES // (width * tensors[0].element_size()))
+    tiles = cdiv(length, rows) * cdiv(head_dim, width)
     with on_device_of(tensors[0]):
-        _move_kernel[(cdiv(length, rows), batch * (heads + 2 * kv_heads))](
+        launch_kernel(
+            _move_kernel,
+            (tiles, batch * (heads + 2 * kv_heads)),
             *tensors,
             *moved,
             *orders,
@@ -106,7 +113,7 @@ def _move_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Grid: tiles of rows, batch * (heads of q, of k, of v)."""
+    """Grid: tiles of rows * tiles of channels, batch * (heads of q, of k, of v)."""
     every = heads + 2 * kv_heads
     b = (tl.program_id(1) // every).to(tl.int64)
     h = (tl.program_id(1) % every).to(tl.int64)
@@ -163,8 +170,9 @@ def _move_rows(
     ROWS: tl.constexpr,
 ):
     """The rows of one tile of one head."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
+    PARTS: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
+    row = tl.program_id(0) // PARTS * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(0) % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
     real = row < length
     mask = real[:, None] & (d < HEAD_DIM)[None, :]
     token = tl.load(ORDER + row, mask=real, other=0).to(tl.int64)

@@ -21,16 +21,19 @@ import machine_code  # noqa: E402  (first: it turns the interpreter off)
 import torch  # noqa: E402
 
 from psa_torch.kernels import (  # noqa: E402
-    antidiagonal,
-    pool,
+    kmeans,
+    label_sort,
+    move,
     pyramid,
     scores,
-    scores_hopper,
     select,
     similarity,
     table,
 )
-from psa_torch.kernels.configs import HOPPER_PEAK, ScoreConfig  # noqa: E402
+from psa_torch.kernels._launch import padded_head_dim  # noqa: E402
+from psa_torch.kernels.scores import antidiagonal, means, peaks, tiles  # noqa: E402
+from psa_torch.kernels.scores.hopper import kernel as hopper  # noqa: E402
+from psa_torch.kernels.scores.tiles import HOPPER_PEAK, ScoreConfig  # noqa: E402
 from shared_specs import PSAConfig  # noqa: E402
 
 REGISTERS = 65_536
@@ -39,13 +42,19 @@ SHARED_MEMORY = {80: 167_936, 90: 233_472, 100: 233_472}
 
 KERNELS = [
     (pyramid, "_pyramid_kernel"),
-    (pool, "_pool_kernel"),
-    (scores, "_peak_kernel"),
-    (scores_hopper, "peak_kernel_hopper"),
+    (means, "_pool_kernel"),
+    (peaks, "_peak_kernel"),
+    (hopper, "peak_kernel_hopper"),
     (antidiagonal, "_antidiagonal_kernel"),
     (select, "_select_kernel"),
     (table, "_table_kernel"),
     (similarity, "_cap_kernel"),
+    (move, "_move_kernel"),
+    (label_sort, "_count_kernel"),
+    (label_sort, "_scan_kernel"),
+    (label_sort, "_place_kernel"),
+    (kmeans, "_nearest_kernel"),
+    (kmeans, "_mean_kernel"),
 ]
 CAUSAL = PSAConfig(causal=True, sink_blocks=1, text_length=100)
 SAMPLED = PSAConfig(importance="sampled")
@@ -94,23 +103,52 @@ def score_hopper(config, head_dim=128):
     """The warp-specialised kernel, which tensors without a device would not get."""
 
     def launch():
-        with mock.patch.object(scores, "_tile", lambda *_: HOPPER_PEAK[head_dim]):
+        with mock.patch.object(peaks, "peak_tile", lambda *_: HOPPER_PEAK[head_dim]):
             score(config, head_dim)()
 
     return launch
 
 
-def selection(config, kv_blocks=1_182, with_table=True):
+def selection(config, kv_blocks=1_182):
     kv_len = kv_blocks * config.block_n
     x = tensor(1, 24, 1, kv_blocks, dtype=torch.float32)
-    function = select.select_levels_and_table if with_table else select.select_levels
-    return lambda: function(x, config, q_len=100, kv_len=kv_len)
+    return lambda: select.select_levels(x, config, q_len=100, kv_len=kv_len)
 
 
 def plan(transposed, kv_blocks=1_182):
     x = tensor(1, 24, 591, kv_blocks, dtype=torch.int32)
     sizes = {"q_len": LONG, "kv_len": kv_blocks * 64, "block_m": 128, "block_n": 64}
     return lambda: table.build_plan(x, is_causal=True, transposed=transposed, **sizes)
+
+
+def order_of(heads=24):
+    return tensor(1, heads, LONG, dtype=torch.int32)
+
+
+def moves(head_dim=128, dtype=torch.bfloat16):
+    x = tokens(head_dim, dtype)
+    return lambda: move.move(x, x, x, order_of(), order_of(2))
+
+
+def label_order(count=1000):
+    return lambda: label_sort.sort_by_label(order_of(), count, tensor(LONG, dtype=torch.int32))
+
+
+def nearest(head_dim=128, dtype=torch.bfloat16):
+    width = padded_head_dim(head_dim)
+    columns = kmeans.Columns(
+        tensor(1, 24, 1024, width, dtype=torch.float16), tensor(1, 24, 1024, dtype=torch.float32)
+    )
+    scale = tensor(1, 24, dtype=torch.float32)
+    return lambda: kmeans.nearest(tokens(head_dim, dtype), columns, scale)
+
+
+def means(head_dim=128, dtype=torch.bfloat16):
+    x, scale = tokens(head_dim, dtype), tensor(1, 24, dtype=torch.float32)
+    start = tensor(1, 24, 1000, head_dim, dtype=torch.float32)
+    bins = tensor(1, 24, 1024, dtype=torch.int32)
+    by_label = label_sort.Sorted(order_of(), order_of(), bins, bins)
+    return lambda: kmeans.move_centroids(x, start, by_label, scale, start[:, :, 0])
 
 
 def both(x, function):
@@ -123,18 +161,27 @@ def cases():
     yield Case("pooled causal", score(CAUSAL), loop=400, always=True)
     yield Case("sampled", score(SAMPLED), loop=210, per_processor=2, always=True)
     yield Case("antidiagonal causal", score(ANTIDIAGONAL), loop=245, always=True)
-    yield Case("topk", selection(CAUSAL, with_table=False), always=True)
-    yield Case("thresholdbound and table", selection(THRESHOLD), always=True)
+    yield Case("topk", selection(CAUSAL), always=True)
+    yield Case("thresholdbound", selection(THRESHOLD), always=True)
     yield Case("plan", plan(False), always=True)
     yield Case("plan transposed", plan(True), always=True)
     yield Case("pyramid", both(tokens(), pyramid.build_pyramid), per_processor=4, always=True)
-    yield Case("pool", lambda: pool.pool_blocks(tokens(), 128, 4), per_processor=4, always=True)
+    yield Case("pool", lambda: means.pool_blocks(tokens(), 128, 4), per_processor=4, always=True)
     yield Case(
         "similarity",
         lambda: similarity.similarity_cap(tokens(), PSAConfig()),
         per_processor=4,
         always=True,
     )
+    yield Case("moves", moves(), per_processor=8, always=True)
+    yield Case("sort by label", label_order(), per_processor=8, always=True)
+    # Two programs: the products of one beside the choice of the other.
+    yield Case("nearest centroid", nearest(), loop=270, per_processor=2, always=True)
+    yield Case("means of clusters", means(), per_processor=6, always=True)
+    for head_dim in (64, 96, 256):
+        yield Case(f"nearest D={head_dim}", nearest(head_dim, torch.float16), loop=400)
+    yield Case("moves of hidden states", moves(5120))
+    yield Case("moves float32", moves(64, torch.float32))
     # 16 warps hold 8,192 blocks with 128 registers each; what spills is outside the loops.
     yield Case("thresholdbound 8,192", selection(THRESHOLD, 8_192), spills=400)
     # Eight columns a block are few enough for the compiler to unroll their loop.
@@ -164,8 +211,9 @@ def cases():
         yield Case("pooled", score(PSAConfig()), arch=arch, loop=400, spills=32)
         yield Case("pooled causal", score(CAUSAL), arch=arch, loop=900)
         yield Case("antidiagonal causal", score(ANTIDIAGONAL), arch=arch, loop=300, spills=400)
-        yield Case("thresholdbound and table", selection(THRESHOLD), arch=arch)
+        yield Case("thresholdbound", selection(THRESHOLD), arch=arch)
         yield Case("pyramid", both(tokens(), pyramid.build_pyramid), arch=arch)
+        yield Case("nearest centroid", nearest(), arch=arch, loop=600)
 
 
 class Recorder:
@@ -185,7 +233,7 @@ def record(launch, arch: int) -> tuple:
         for module, name in KERNELS:
             recorder = Recorder(getattr(module, name), launches)
             stack.enter_context(mock.patch.object(module, name, recorder))
-        for module in (scores, antidiagonal):
+        for module in (tiles, antidiagonal):
             stack.enter_context(mock.patch.object(module, "capability", lambda _: divmod(arch, 10)))
         launch()
     return launches[-1]
@@ -226,7 +274,7 @@ def judge(case: Case) -> list[str]:
 def negative_control_fails() -> bool:
     """A tile twice too wide for its warps must be found out."""
     wide = ScoreConfig(rows=128, columns=256, warps=4, stages=2, per_processor=1)
-    with mock.patch.object(scores, "choose_peak", lambda *_: wide):
+    with mock.patch.object(tiles, "choose_peak", lambda *_: wide):
         case = Case("negative control", score(PSAConfig()), loop=10_000)
         return bool(judge(case))
 

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from psa_torch import PSAVideoAttention, VideoState
+from psa_torch.kernels import kmeans as kernels
 from psa_torch.order import TokenOrder, _lloyd_step, kmeans
 from shared_specs import PSAConfig
+from shared_specs import order as spec
 from shared_specs.order import clustering
 
 pytestmark = pytest.mark.gpu
@@ -46,6 +48,29 @@ def test_labels_agree_with_the_specification_from_equal_centroids(dtype):
     labels, _ = _lloyd_step(tokens, start, move=False)
     expected = clustering.assign(tokens.float().cpu().numpy(), start.cpu().numpy())
     assert np.mean(labels.cpu().numpy() == expected) >= 0.999
+
+
+def test_labels_of_the_kernel_are_those_of_the_nearest_centroid():
+    tokens = (torch.randn(1, 2, 6000, 128, device="cuda") + 3).bfloat16()
+    start = tokens[:, :, clustering.evenly_spaced(6000, 187)].float()
+    labels, _ = kernels.kmeans(tokens, start, 0)
+    wide = tokens.double()
+    every = torch.cdist(wide, start.double()).square()
+    chosen = every.gather(-1, labels.long()[..., None])[..., 0]
+    assert (chosen <= every.amin(-1) * 1.002).all()
+    assert (labels == every.argmin(-1)).float().mean() >= 0.99
+
+
+@pytest.mark.parametrize("method", ["Clusters", "SemanticAware"])
+def test_the_order_sorts_by_the_labels(method):
+    _, k, v = draw()
+    order = TokenOrder.from_config(config_of(method), LENGTH, LENGTH)
+    state = order.choose(draw()[0], k)
+    labels, _ = kmeans(k[:, :, order.video], order.key_centroids, order=order._curve(k))
+    expected = spec.TokenOrder.from_config(config_of(method), LENGTH, LENGTH)
+    expected = expected.by_cluster(labels.cpu().numpy())
+    np.testing.assert_array_equal(state.keys.order.cpu().numpy(), expected.order)
+    np.testing.assert_array_equal(state.keys.inverse.cpu().numpy(), expected.inverse)
 
 
 def test_kmeans_repeats_itself_bit_for_bit_in_bounded_memory():

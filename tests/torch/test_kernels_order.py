@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from psa_torch import _dispatch, psa_attention
+from psa_torch import _dispatch
 from psa_torch import order as rooms
 from psa_torch.kernels import kmeans, label_sort, move
 from psa_torch.order import TokenOrder
@@ -22,7 +22,7 @@ def permutations(rng, *shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("length", "head_dim"), [(300, 16), (77, 24)])
+@pytest.mark.parametrize(("length", "head_dim"), [(300, 16), (77, 24), (5, 1100)])
 @pytest.mark.parametrize("heads_of_orders", [(None, None), (4, 2), (2, 2), (None, 2)])
 def test_moves_are_gathers(rng, heads_of_orders, length, head_dim, dtype):
     q, k, v = (
@@ -68,8 +68,9 @@ def test_sorts_by_label_as_the_specification_does(rng, n, count, with_curve):
 
 
 def rounded(centroids, tokens):
-    """Centroids as the kernel multiplies them: 11 digits of what they differ from their mean by."""
-    centre = centroids.mean(2, keepdims=True)
+    """Centroids as the kernel multiplies them: 11 digits of what they differ from a mean by."""
+    places = clustering.evenly_spaced(tokens.shape[2], centroids.shape[2])
+    centre = tokens[:, :, places].mean(2, keepdims=True)
     exponent = np.frexp(np.abs(tokens).max((2, 3), keepdims=True))[1]
     scale = np.ldexp(np.float32(1), kmeans.MAX_EXPONENT - exponent)
     return ((centroids - centre) * scale).astype(np.float16).astype(np.float32) / scale + centre
@@ -80,15 +81,20 @@ def distances(tokens, centroids):
     return np.square(difference).sum(-1)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [1.0, 1e-6, 1e4, 1e30])
-@pytest.mark.parametrize("offset", [0.0, 20.0])
-def test_labels_are_those_of_the_nearest_centroid(rng, offset, size, dtype):
-    if dtype == torch.float16 and size > 1e4 or size * (offset + 5) > 6e4 and size < 1e30:
-        pytest.skip("float16 ends at 65,504")
-    tokens = to_device((rng.normal(size=(1, 2, 500, 32)) + offset) * size, dtype)
+@pytest.mark.parametrize(
+    ("dtype", "size", "offset"),
+    [
+        (torch.bfloat16, 1.0, 0.0),
+        (torch.bfloat16, 1e-6, 20.0),
+        (torch.bfloat16, 1e30, 20.0),
+        (torch.float16, 1.0, 20.0),
+        (torch.float16, 1e4, 0.0),
+    ],
+)
+def test_labels_are_those_of_the_nearest_centroid(rng, dtype, size, offset):
+    tokens = to_device((rng.normal(size=(1, 1, 400, 32)) + offset) * size, dtype)
     wide = to_numpy(tokens)
-    start = wide[:, :, clustering.evenly_spaced(500, 70)] * np.float32(1.01)
+    start = wide[:, :, clustering.evenly_spaced(400, 50)] * np.float32(1.01)
     labels, unmoved = kmeans.kmeans(tokens, to_device(start), 0)
     np.testing.assert_array_equal(to_numpy(unmoved), start)
     labels = to_numpy(labels)
@@ -115,10 +121,10 @@ def test_equal_distances_take_the_lower_centroid():
 
 def test_means_are_those_of_the_tokens_and_empty_centroids_stay(rng):
     tokens = to_device(rng.normal(size=(2, 2, 700, 24)) + 3, torch.bfloat16)[:, :, 20:]
-    labels = rng.choice([0, 3, 4, 66], size=(2, 2, 680)).astype(np.int32)
-    start = rng.normal(size=(2, 2, 70, 24)).astype(np.float32)
+    labels = rng.choice([0, 3, 4, 29], size=(2, 2, 680)).astype(np.int32)
+    start = rng.normal(size=(2, 2, 30, 24)).astype(np.float32)
     scale = kmeans.scales(tokens)
-    by_label = label_sort.sort_by_label(to_device(labels), 70)
+    by_label = label_sort.sort_by_label(to_device(labels), 30)
     centroids = to_device(start)
     moved, _ = kmeans.move_centroids(tokens, centroids, by_label, scale, centroids.mean(2))
     expected = clustering.update(to_numpy(tokens), labels, start)
@@ -126,14 +132,15 @@ def test_means_are_those_of_the_tokens_and_empty_centroids_stay(rng):
 
 
 def test_the_last_assignment_is_to_the_centroids_that_are_returned(rng):
-    tokens = to_device(rng.normal(size=(1, 2, 600, 16)), torch.bfloat16)
+    tokens = to_device(rng.normal(size=(1, 1, 600, 16)), torch.bfloat16)
     start = tokens[:, :, :40].float()
-    labels, centroids = kmeans.kmeans(tokens, start, 2)
+    labels, centroids = kmeans.kmeans(tokens, start, 1)
     again, _ = kmeans.kmeans(tokens, centroids, 0)
-    assert (again == labels).float().mean() > 0.995  # measured from another mean
-    _, further = kmeans.kmeans(tokens, start, 3)
-    assert not torch.equal(further, centroids)
-    repeated = kmeans.kmeans(tokens.clone(), start.clone(), 2)
+    assert torch.equal(again, labels)
+    first = clustering.assign(to_numpy(tokens), to_numpy(start))
+    expected = clustering.update(to_numpy(tokens), first, to_numpy(start))
+    assert np.mean(np.abs(to_numpy(centroids) - expected) < 1e-4) > 0.9
+    repeated = kmeans.kmeans(tokens.clone(), start.clone(), 1)
     assert torch.equal(repeated[0], labels) and torch.equal(repeated[1], centroids)
 
 
@@ -142,24 +149,28 @@ def test_far_centroids_and_far_tokens_give_labels_in_range(rng, far):
     tokens = to_device(rng.normal(size=(1, 1, 200, 16)), torch.bfloat16)
     start = tokens[:, :, :9].float()
     start[..., 4, :] = far
+    labels, centroids = kmeans.kmeans(tokens, start, 0)
+    near = [place for place in range(9) if place != 4]
+    expected = distances(to_numpy(tokens), to_numpy(start)[:, :, near]).argmin(-1)
+    assert np.mean(to_numpy(labels) == np.take(near, expected)) > 0.98
     labels, centroids = kmeans.kmeans(tokens, start, 1)
-    assert 0 <= int(labels.min()) and int(labels.max()) < 9 and not (labels == 4).any()
-    assert centroids.isfinite().all()
+    assert not (labels == 4).any() and centroids.isfinite().all()
 
 
-METHODS = ("Gilbert", "STA", "Clusters", "SemanticAware", "Hybrid")
-
-
-@pytest.mark.parametrize("position", ["start", "end"])
-@pytest.mark.parametrize("method", METHODS)
-def test_orders_of_kernels_are_permutations_that_agree_with_the_rule(rng, method, position):
+@pytest.mark.parametrize(
+    ("method", "position"),
+    [("Gilbert", "start"), ("Clusters", "start"), ("Clusters", "end"), ("SemanticAware", "end")],
+)
+def test_orders_of_kernels_agree_with_the_rule(rng, method, position, monkeypatch):
+    monkeypatch.setattr(rooms, "COLD_STEPS", 1)
+    monkeypatch.setattr(clustering, "COLD_STEPS", 1)
     config = PSAConfig(
         rearrange_method=method, grid=(4, 8, 9), text_length=7, text_position=position
     )
     length = 4 * 8 * 9 + 7
     order = TokenOrder.from_config(config, length, length)
     q, k, v = (
-        to_device(rng.normal(size=(1, heads, length, 16)), torch.bfloat16) for heads in (4, 2, 2)
+        to_device(rng.normal(size=(1, heads, length, 16)), torch.bfloat16) for heads in (2, 1, 1)
     )
     with _dispatch.forced_kernels():
         *moved, state = order.apply(q, k, v)
@@ -184,11 +195,12 @@ def test_orders_of_kernels_are_permutations_that_agree_with_the_rule(rng, method
 
 
 @pytest.mark.parametrize("method", ["Gilbert", "Clusters"])
-def test_gradients_pass_through_the_moves(rng, method):
+def test_gradients_pass_through_the_moves(rng, method, monkeypatch):
+    monkeypatch.setattr(rooms, "COLD_STEPS", 1)
     config = PSAConfig(rearrange_method=method, grid=(4, 8, 8))
     qkv = [
         to_device(rng.normal(size=(1, heads, 256, 16)), torch.bfloat16).requires_grad_()
-        for heads in (4, 2, 2)
+        for heads in (2, 1, 1)
     ]
     order = TokenOrder.from_config(config, 256, 256)
     with _dispatch.forced_kernels():
@@ -201,14 +213,3 @@ def test_gradients_pass_through_the_moves(rng, method):
 
     for x, grad, after, weight in zip(qkv, ours, moved, weights, strict=True):
         assert pairs(x, grad) == pairs(after, weight)
-
-
-def test_dense_attention_is_unchanged(rng):
-    config = PSAConfig(
-        rearrange_method="Clusters", grid=(4, 8, 8), mask_ratios={1: (0.0, 1.0)}, text_length=9
-    )
-    q, k, v = (to_device(rng.normal(size=(1, 2, 265, 16)), torch.bfloat16) for _ in range(3))
-    plain = psa_attention(q, k, v, mask_ratios={1: (0.0, 1.0)}, implementation="gather")
-    with _dispatch.forced_kernels():
-        moved = psa_attention(q, k, v, config=config, implementation="gather")
-    torch.testing.assert_close(moved, plain, atol=2e-2, rtol=0)

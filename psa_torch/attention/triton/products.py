@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from psa_torch._triton.constants import LOG2E
 from psa_torch.attention.triton.columns import in_columns
-from psa_torch.attention.triton.row_statistics import LOG2E
 
 
 @triton.jit
