@@ -190,7 +190,7 @@ def backward_config(q: Tensor, v: Tensor, block_m: int, block_n: int) -> Backwar
 def _needs_plain(q: Tensor, v: Tensor) -> bool:
     """Whether no warp-specialised kernel can run, whatever the GPU."""
     # On the CPU the interpreter plays an H100, but cannot run its warp-specialised kernels.
-    return q.device.type == "cpu" or not q.shape[-1] == v.shape[-1] == _widest(q, v)
+    return q.device.type == "cpu" or q.shape[-1] != v.shape[-1]
 
 
 def width_of(head_dim: int) -> int:
