@@ -81,7 +81,7 @@ class TorchAdapter(Adapter):
             **call,
         )  # fmt: skip
 
-    def order(self, method, grid, tile):
+    def order(self, method, grid: Any, tile: Any):
         made = order.gilbert_order(grid) if method == "Gilbert" else order.sta_order(grid, tile)
         return np.asarray(made)
 

@@ -1,13 +1,14 @@
 """Pyramid sparse attention as a function: from q, k and v to the output."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from psa_torch._checks import absorb_scale, checked_inputs, levels_form, require_tensor
-from psa_torch._config import Settings, parse_config, settings_of
+from psa_torch._config import parse_config, settings_of
 from psa_torch._exported import chosen_attention
+from psa_torch._types import CallArguments, Overrides
 from psa_torch.attention import IMPLEMENTATIONS, attend, choose
 from psa_torch.attention.sequences import check_lengths, runs
 from psa_torch.attention.whole import choose_and_attend
@@ -19,9 +20,60 @@ from psa_torch.similarity import similarity_cap
 from shared_specs import checks
 from shared_specs.budget import check_costs
 from shared_specs.config import PSAConfig
+from shared_specs.config_types import CallConfig
 from shared_specs.geometry import cdiv
 
 
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_levels: Literal[False] = False,
+    **arguments: Unpack[CallArguments],
+) -> Tensor: ...
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_levels: Literal[True],
+    **arguments: Unpack[CallArguments],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_levels: Literal[False] = False,
+    **arguments: Unpack[CallArguments],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_levels: Literal[True],
+    **arguments: Unpack[CallArguments],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = False,
+    return_levels: bool = False,
+    **arguments: Unpack[CallArguments],
+) -> Tensor | tuple[Tensor, ...]: ...
 def psa_attention(
     q: Tensor,
     k: Tensor,
@@ -34,10 +86,10 @@ def psa_attention(
     implementation: str | None = None,
     q_lens: Tensor | None = None,
     kv_lens: Tensor | None = None,
-    attn_mask: None = None,
+    attn_mask: Tensor | None = None,
     dropout_p: float = 0,  # a float would be a symbol, and analysed twice, under dynamic shapes
     is_causal: bool = False,
-    **overrides,
+    **overrides: Unpack[Overrides],
 ) -> Tensor | tuple[Tensor, ...]:
     """Pyramid sparse attention: choose a level for every block, attend over pooled keys.
 
@@ -107,11 +159,19 @@ def psa_attention(
     if levels is None and not has_lens:
         if torch.compiler.is_exporting() and not return_levels:
             out, lse = chosen_attention(q, k, v, settings.to_json(), implementation)
+            chosen = Chosen(None, None)
         else:
-            out, lse, *chosen = choose_and_attend(
-                choose_levels, q, k, v, settings, implementation, keep_scores=return_levels
+            out, lse, listed, scores = choose_and_attend(
+                choose_levels,
+                q,
+                k,
+                v,
+                settings,
+                implementation,
+                keep_lse=return_lse,
+                keep_choice=return_levels,
             )
-            chosen = Chosen(*chosen)
+            chosen = Chosen(listed, scores)
     else:
         if levels is None:
             chosen = Chosen(*levels_of_sequences(q, k, *lens, settings.to_json()))
@@ -129,6 +189,7 @@ def psa_attention(
             rest=settings.rest,
             implementation=implementation,
             lens=lens,
+            keep_lse=return_lse,
         )
     results = [order.undo(out, state)]
     if return_lse:
@@ -171,7 +232,7 @@ class Chosen(NamedTuple):
     scores: Tensor | None
 
 
-def choose_levels(q: Tensor, k: Tensor, config: PSAConfig | Settings) -> Chosen:
+def choose_levels(q: Tensor, k: Tensor, config: CallConfig) -> Chosen:
     """Scores and levels of q and k as they stand, in whatever order their tokens are.
 
     Every room detaches what it gets, so no gradient flows through the choice.
@@ -216,7 +277,7 @@ def _like_levels(q: Tensor, k: Tensor, config: PSAConfig) -> tuple[Tensor, Tenso
     return torch.empty_like(scores, dtype=torch.int32), scores
 
 
-def serial_levels(chosen: Chosen, config: PSAConfig | Settings) -> Tensor:
+def serial_levels(chosen: Chosen, config: CallConfig) -> Tensor:
     """Levels in the form that `config.attn_impl` names, int32."""
     if config.attn_impl == "old_mask_type":
         return chosen.levels.int()

@@ -10,7 +10,8 @@ from torch import Tensor
 from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton.columns import in_columns
-from psa_torch.kernels._launch import cdiv, next_power_of_2
+from psa_torch.kernels._launch import next_power_of_2
+from shared_specs.geometry import cdiv
 
 
 class RowStatistics(NamedTuple):
