@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from psa_jax._arrays import describe
+from psa_jax._arrays import check_inputs
 from psa_jax._sharding import per_shard
 from psa_jax._switches import numpy_rules
 from psa_jax.attention import IMPLEMENTATIONS, sparse_attention
@@ -19,6 +19,9 @@ from shared_specs.config import PSAConfig
 from shared_specs.geometry import cdiv
 from shared_specs.selection import candidate_blocks
 from shared_specs.video import is_cross_attention, require_step
+
+NOT_CALLED = -1.0
+"""Stands in the density record of a step that has not been computed."""
 
 
 class Run(NamedTuple):
@@ -123,7 +126,7 @@ class VideoCall(NamedTuple):
         checks.check_flag("cross_attention", cross_attention)
         checks.check_flag("return_lse", return_lse)
         checks.check_implementation(implementation, IMPLEMENTATIONS)
-        checks.check_qkv(describe("q", q), describe("k", k), describe("v", v))
+        check_inputs(q, k, v)
         check_branch(branch)
         step = _checked_step(step)
         order = None
@@ -184,7 +187,7 @@ class VideoCall(NamedTuple):
         if memory is not None:
             # A warm-up step opens a run: whatever was clustered before it is another video's.
             memory = memory._replace(last=tuple(last)).reset(warming_up)
-        return Called(tuple(results), density.mean(0), warming_up, memory)
+        return Called(tuple(results), density.sum(0) / max(1, q.shape[0]), warming_up, memory)
 
     def _sparse(self, q, k, v, stored, is_warm) -> tuple[Array, ...]:
         config, order = self.config, self.order
@@ -220,6 +223,51 @@ class VideoCall(NamedTuple):
             return *results, density, *centroids
 
         return per_shard(of_shard, q, k, v, *stored)
+
+
+Memory = dict[str, Array]
+"""What one branch of a layer remembers, by name: `centroids_step`, and where something is clustered
+`start_is_warm`, `query_start`, `query_centroids`, `key_start` and `key_centroids` (a `Run`); and
+`density [record_steps, H]`."""
+
+
+def new_memory(call: VideoCall, record_steps: int) -> Memory:
+    """The memory of a branch before its first call."""
+    sides = call.centroids()
+    memory = _with_run({}, Run.new(tuple(sides.values())), tuple(sides))
+    if record_steps:
+        shape = (record_steps, call.q.shape[1])
+        memory["density"] = jnp.full(shape, NOT_CALLED, jnp.float32)
+    return memory
+
+
+def call_with(call: VideoCall, memory: Memory | None) -> tuple[Called, Memory | None]:
+    """Compute the call, and what its branch remembers then.
+
+    Args:
+        memory: what the branch remembers, or None: k-means starts cold.
+    """
+    if memory is None or not call.is_remembered:
+        return call.run(None), None
+    sides = tuple(name for name in ("query", "key") if f"{name}_centroids" in memory)
+    start, last = (
+        tuple(memory[f"{name}_{kind}"] for name in sides) for kind in ("start", "centroids")
+    )
+    is_warm = memory["start_is_warm"] if sides else jnp.bool_(False)
+    called = call.run(Run(memory["centroids_step"], is_warm, start, last))
+    memory = _with_run(memory, called.run, sides)
+    if "density" in memory:
+        density = memory["density"].at[call.step].set(called.density, mode="drop")
+        memory["density"] = density
+    return called, memory
+
+
+def _with_run(memory: Memory, run: Run, sides: tuple[str, ...]) -> Memory:
+    memory = {**memory, "centroids_step": run.step}
+    for name, start, last in zip(sides, run.start, run.last, strict=True):
+        memory["start_is_warm"] = run.is_warm
+        memory[f"{name}_start"], memory[f"{name}_centroids"] = start, last
+    return memory
 
 
 def check_branch(branch: Any) -> None:

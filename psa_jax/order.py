@@ -150,7 +150,7 @@ def lloyd(tokens: Array, centroids: Array, steps: int | Array) -> tuple[Array, A
     """Labels and centroids after `steps` Lloyd steps; `steps` may be a traced scalar."""
     b, h, n, _ = tokens.shape
     count = centroids.shape[2]
-    chunk = min(n, max(1, DISTANCE_ELEMENTS // (b * h * count)))
+    chunk = min(n, max(1, DISTANCE_ELEMENTS // max(1, b * h * count)))
     return _lloyd(tokens, centroids, steps, chunk=chunk)
 
 

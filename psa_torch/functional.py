@@ -140,7 +140,14 @@ def psa_attention(
     q, k, v, state = order.apply(q, k, v)
     if levels is None:
         out, lse, listed, scores = choose_and_attend(
-            choose_levels, q, k, v, settings, implementation, keep_scores=return_levels
+            choose_levels,
+            q,
+            k,
+            v,
+            settings,
+            implementation,
+            keep_lse=return_lse,
+            keep_choice=return_levels,
         )
         chosen = Chosen(listed, scores)
     else:
@@ -156,6 +163,7 @@ def psa_attention(
             is_causal=settings.causal,
             rest=settings.rest,
             implementation=implementation,
+            keep_lse=return_lse,
         )
     results = [order.undo(out, state)]
     if return_lse:

@@ -213,7 +213,11 @@ def _packed(pieces: list[_Allocation]) -> tuple[list[int], int]:
 
 
 class Plan:
-    """The launches of a call, to be made again on other memory."""
+    """The launches of a call, to be made again on other memory.
+
+    Attributes:
+        elsewhere: what `_triton.launch` keeps for where a distance is not for a kernel.
+    """
 
     def __init__(
         self, launches: list[Launch], outputs: list[Output | None], size: int, *, is_tuple: bool
@@ -222,6 +226,7 @@ class Plan:
         self._outputs = outputs
         self._size = size
         self._is_tuple = is_tuple
+        self.elsewhere: Any = None
         distances = itertools.chain.from_iterable(launch.distances() for launch in launches)
         self._distances = list(dict.fromkeys(distances))
 

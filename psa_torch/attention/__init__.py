@@ -5,8 +5,12 @@ from typing import Literal, Unpack, overload
 from torch import Tensor
 
 from psa_torch._checks import absorb_scale, checked_inputs, levels_form, require_tensor
+from psa_torch._eager import is_eager, wants_gradient
 from psa_torch._types import SparseArguments
-from psa_torch.attention import flops  # noqa: F401  registers the formulas
+from psa_torch.attention import (
+    flops,  # noqa: F401  registers the formulas
+    ops,
+)
 from psa_torch.attention.functorch import attention
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
 from psa_torch.masks import from_segments
@@ -118,6 +122,7 @@ def sparse_attention(
         is_causal=is_causal,
         rest=rest,
         implementation=implementation,
+        keep_lse=return_lse,
     )
     return (out, lse) if return_lse else out
 
@@ -134,12 +139,16 @@ def attend(
     is_causal: bool,
     rest: str,
     implementation: str | None,
-) -> tuple[Tensor, Tensor]:
+    keep_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """out and lse of `sparse_attention`, for arguments that passed its checks.
 
     Args:
         q, k, v: as autocast has them.
         levels: dense, without a graph.
+        keep_lse: whether the caller uses lse, which may be None otherwise.
     """
-    scale = resolve_scale(scale, q.shape[-1])
-    return attention(q, k, v, levels, implementation, block_m, block_n, scale, is_causal, rest)
+    settings = implementation, block_m, block_n, resolve_scale(scale, q.shape[-1]), is_causal, rest
+    if not keep_lse and is_eager(q, k, v, levels) and not wants_gradient(q, k, v):
+        return ops.forward_alone(q, k, v, levels, *settings), None
+    return attention(q, k, v, levels, *settings)

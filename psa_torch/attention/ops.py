@@ -202,6 +202,12 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Ten
     return attention_forward._init_fn(q, k, v, *rest)
 
 
+@repeated
+def forward_alone(*inputs) -> Tensor:
+    """out of `psa::attention_forward`, for an eager call that wants neither lse nor a gradient."""
+    return attention_forward._init_fn(*inputs)[0]
+
+
 register_batch_rule(attention_tangent)
 register_batch_rule(attention_forward)
 register_batch_rule(attention_backward)

@@ -52,6 +52,11 @@ class Family:
         """Whether text is attended over together with the video."""
         return self.text is not Family.text
 
+    @property
+    def cuts_masks(self) -> bool:
+        """Whether only a mask tells how much text a call attends over."""
+        return self.text is _of_mask
+
 
 def _patches(model: Any, arguments: Arguments) -> tuple[int, int, int]:
     """Grid of `hidden_states [B, C, T, H, W]` under the patch size of the configuration."""

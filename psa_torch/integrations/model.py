@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from psa_torch.integrations.families import Family
 from psa_torch.integrations.intercept import Layer, wrapped
+from psa_torch.integrations.memory import Memory
 from psa_torch.integrations.ordering import Ordering
 from psa_torch.integrations.parallel import sharding
 from shared_specs.config import PSAConfig
@@ -28,6 +29,7 @@ class Model:
         layers: its attentions over the video.
         grid: tokens (frames, height, width) of the present forward.
         ordering: whether its tokens are in an order as a whole.
+        memory: what attentions keep for some steps, if they do.
         inside: why they are moved inside each layer instead; None: they are not, or not yet.
     """
 
@@ -55,6 +57,14 @@ class Model:
             layer = Layer(name, self)
             self.layers.append(layer)
             self._places.append((module, module.processor, wrapped(module.processor, layer)))
+        self.memory: Memory | None = None
+        if owner.refresh_every > 1:
+            if family.cuts_masks:
+                raise ValueError(
+                    f"refresh_every must be 1 for {type(model).__name__}, whose calls differ in "
+                    f"length by their masks; got {owner.refresh_every}"
+                )
+            self.memory = Memory(self.layers, owner.refresh_every)
 
     def install(self) -> None:
         for module, _, ours in self._places:
@@ -102,6 +112,12 @@ class Model:
         config = None if text is None else self._config(text)
         for layer in self.layers:
             layer.config = config
+        if self.memory is not None:
+            if dense:
+                self.memory.forget()
+            else:
+                records = self.owner.records if self.record else None
+                self.memory.begin(self.owner.current_step, config, records)
         return moved
 
     def _why_inside_layers(self, sharded: bool, arguments) -> str | None:

@@ -1,9 +1,11 @@
 """Levels under a cost budget (specification, section 6, `budget`), integer for integer.
 
 A block's level changes at most four times as lambda grows. With a budget for each head, every
-change enters a histogram over lambda, first by its leading 12 bits, then, of the one bin in which
-the budget is met, by the others; integer sums do not depend on their order. With a budget for each
-row, a program holds the row and halves the interval of lambda, as the rule does.
+change enters a histogram over lambda: first 128 bins an octave, then the one bin in which the
+budget is met in up to 4,096, then what is left of it, if anything is. Octaves, because changes
+crowd at small lambda, and additions to one place wait for each other; integer sums do not depend on
+their order. With a budget for each row, a program holds the row and halves the interval of lambda,
+as the rule does.
 
 Counts at 24 heads, 256 x 512 blocks: 50 MB of defects, read four times; some 500 integer
 instructions a block and pass.
@@ -34,7 +36,10 @@ from shared_specs.config import PSAConfig
 from shared_specs.geometry import cdiv
 from shared_specs.selection import candidate_blocks
 
-HIGH_BITS = 12
+BINS = 4096
+"""Of the first two histograms; 128 for each of up to 25 octaves are fewer."""
+LAST_BINS = 64
+"""Of the third."""
 
 
 def budget_levels(defects: Tensor, config: PSAConfig, *, q_len: int, kv_len: int) -> Tensor:
@@ -80,13 +85,13 @@ def budget_levels(defects: Tensor, config: PSAConfig, *, q_len: int, kv_len: int
             launch_kernel(levels_by_row, grid, defects, levels, *sizes, SHARE=share, **constants)
             return levels
         tops = defects.new_empty(batch * heads, q_blocks, dtype=torch.int32)
-        bins = (1 << HIGH_BITS, 1 << (bits - HIGH_BITS))
-        found = defects.new_empty(batch * heads, sum(bins) + 1, dtype=torch.int32)
+        places = 2 * BINS + LAST_BINS + 1
+        found = defects.new_empty(batch * heads, places, dtype=torch.int32)
         limit = _limit(q_len, kv_len, config)
-        constants |= {"SHIFT": bits - HIGH_BITS, "ROWS": next_power_of_2(q_blocks)}
-        share = next_power_of_2(cdiv(sum(bins) + 1, q_blocks))
+        constants |= {"BINS": BINS, "LAST_BINS": LAST_BINS, "ROWS": next_power_of_2(q_blocks)}
+        share = next_power_of_2(cdiv(places, q_blocks))
         launch_kernel(largest_of_rows, grid, defects, tops, found, *sizes, SHARE=share, **constants)
-        for is_low in (False, True):
+        for digit in range(3):
             launch_kernel(
                 count_changes,
                 grid,
@@ -95,7 +100,7 @@ def budget_levels(defects: Tensor, config: PSAConfig, *, q_len: int, kv_len: int
                 found,
                 limit,
                 *sizes,
-                IS_LOW=is_low,
+                DIGIT=digit,
                 **constants,
             )
         launch_kernel(
@@ -109,6 +114,35 @@ def _limit(q_len: int, kv_len: int, config: PSAConfig) -> int:
     """W of a head, in the same float64 product as `shared_specs.budget.cost_limits`."""
     candidates = int(candidate_blocks(q_len, kv_len, config).sum())
     return math.floor(float(candidates) * (config.budget * config.block_n))
+
+
+@triton.jit
+@triton.jit
+def _octave_bin(lam):
+    """Bin of a lambda in 1 … 2^25 - 1, 128 an octave: its exponent and leading bits as a float."""
+    # Exact as float32: from 2^24 on without its last bit, which no bin sees.
+    exact = tl.where(lam >= 1 << 24, lam & -2, lam)
+    return (exact.to(tl.float32).to(tl.int32, bitcast=True) >> 16) - (127 << 7)
+
+
+@triton.jit
+def _digits(found, limit, BINS: tl.constexpr, LAST_BINS: tl.constexpr, DIGIT: tl.constexpr):
+    """Where the first `DIGIT` histograms say the budget is met.
+
+    Returns:
+        the octave bin (`BINS` if it is met nowhere), its least lambda, the second bin, the shift
+        that makes second bins, and what is still to be saved in this place.
+    """
+    over = tl.load(found + (2 * BINS + LAST_BINS)) - limit
+    first, before = crossing(found, over, BINS)
+    octave, part = first >> 7, first & 127
+    start = ((128 + part) << tl.maximum(octave - 7, 0)) >> tl.maximum(7 - octave, 0)
+    shift = tl.maximum(octave - 7 - 12, 0)
+    second = first * 0
+    if DIGIT > 1:
+        second, more = crossing(found + BINS, over - before, BINS)
+        before += more
+    return first, start, second, shift, over - before
 
 
 @triton.jit
@@ -133,7 +167,8 @@ def largest_of_rows(
     TEXT: tl.constexpr,
     TEXT_FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
-    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    LAST_BINS: tl.constexpr,
     ROWS: tl.constexpr,
     SHARE: tl.constexpr,
 ):
@@ -147,9 +182,9 @@ def largest_of_rows(
     )  # fmt: skip
     raw = raw_bits(defects, pid * k_blocks + column, column < k_blocks, 3)
     tl.store(tops + pid, tl.max(tl.where(candidate & (forced == 0), raw, 0), 0))
-    bins: tl.constexpr = (1 << (BITS - SHIFT)) + (1 << SHIFT) + 1
+    places: tl.constexpr = 2 * BINS + LAST_BINS + 1
     at = tl.program_id(0) % q_blocks * SHARE + tl.arange(0, SHARE)
-    tl.store(found + pid // q_blocks * bins + at, tl.zeros_like(at), mask=at < bins)
+    tl.store(found + pid // q_blocks * places + at, tl.zeros_like(at), mask=at < places)
 
 
 @triton.jit
@@ -175,17 +210,16 @@ def count_changes(
     TEXT: tl.constexpr,
     TEXT_FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
-    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    LAST_BINS: tl.constexpr,
     ROWS: tl.constexpr,
-    IS_LOW: tl.constexpr,
+    DIGIT: tl.constexpr,
 ):
-    """What a row saves at each lambda, added to its head's histogram.
+    """What a row saves at each lambda, added to one of its head's histograms.
 
-    found `[B * H, high bins + low bins + 1]`; the last is the cost at lambda 0, which the first of
-    the two launches adds up too.
+    found `[B * H, 2 * BINS + LAST_BINS + 1]`: three histograms, and the cost at lambda 0, which the
+    first launch adds up too.
     """
-    HIGH: tl.constexpr = 1 << (BITS - SHIFT)
-    LOW: tl.constexpr = 1 << SHIFT
     pid = tl.program_id(0).to(tl.int64)
     head = pid // q_blocks
     column = tl.arange(0, WIDTH)
@@ -196,23 +230,22 @@ def count_changes(
     free = candidate & (forced == 0)
     rows = tl.arange(0, ROWS)
     top = tl.max(tl.load(tops + head * q_blocks + rows, mask=rows < q_blocks, other=0), 0)
-    found += head * (HIGH + LOW + 1)
-    wanted_bin = 0
-    if IS_LOW:
-        over = tl.load(found + (HIGH + LOW)) - limit
-        wanted_bin, _ = crossing(found, over, HIGH)
+    found += head * (2 * BINS + LAST_BINS + 1)
+    if DIGIT > 0:
+        first, start, second, shift, _ = _digits(found, limit, BINS, LAST_BINS, DIGIT)
+        if DIGIT == 2 and shift == 0:  # second bins of one lambda each
+            return
     two, four, eight, rest = integer_defects(
         defects, pid * k_blocks + column, column < k_blocks, top, BITS
     )
     level, price = best_levels(0, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
-    if IS_LOW == 0:
+    if DIGIT == 0:
         cost = tl.where(free, price, tl.where(forced, BLOCK_N, 0))
-        tl.atomic_add(found + (HIGH + LOW), tl.sum(cost, 0), sem="relaxed")
+        tl.atomic_add(found + (2 * BINS + LAST_BINS), tl.sum(cost, 0), sem="relaxed")
     never = tl.full([WIDTH], 0x7FFFFFFF, tl.int32)
     of_1, of_2, of_4, of_8 = next_changes(
         two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8
     )
-    least = tl.zeros_like(price)
     for _ in tl.static_range(4):
         change = tl.where(level == 8, of_8, never)
         change = tl.where(level == 4, of_4, change)
@@ -225,18 +258,18 @@ def count_changes(
             at, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8
         )
         saved = tl.where(moved, price - next_price, 0)
-        of_bin = at >> SHIFT
-        if IS_LOW:
-            counts = moved & (of_bin == wanted_bin)
-            tl.atomic_add(found + HIGH + (at & (LOW - 1)), saved, mask=counts, sem="relaxed")
+        place = _octave_bin(at)
+        if DIGIT > 0:
+            moved_here = moved & (place == first)
+            place = (at - start) >> shift
+            if DIGIT == 2:
+                moved_here = moved_here & (place == second)
+                place = (at - start) & ((1 << shift) - 1)
+            tl.atomic_add(found + DIGIT * BINS + place, saved, mask=moved_here, sem="relaxed")
         else:
-            # Most changes are in the first bin: one sum a row instead of an addition each.
-            least += tl.where(of_bin == 0, saved, 0)
-            tl.atomic_add(found + of_bin, saved, mask=moved & (of_bin > 0), sem="relaxed")
+            tl.atomic_add(found + place, saved, mask=moved, sem="relaxed")
         price = tl.where(moved, next_price, price)
         level = tl.where(moved, next_level, level)
-    if IS_LOW == 0:
-        tl.atomic_add(found, tl.sum(least, 0), sem="relaxed")
 
 
 @triton.jit
@@ -263,12 +296,11 @@ def levels_by_head(
     TEXT: tl.constexpr,
     TEXT_FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
-    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    LAST_BINS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Levels of one row at the lambda of its head."""
-    HIGH: tl.constexpr = 1 << (BITS - SHIFT)
-    LOW: tl.constexpr = 1 << SHIFT
     pid = tl.program_id(0).to(tl.int64)
     head = pid // q_blocks
     column = tl.arange(0, WIDTH)
@@ -279,11 +311,12 @@ def levels_by_head(
     )  # fmt: skip
     rows = tl.arange(0, ROWS)
     top = tl.max(tl.load(tops + head * q_blocks + rows, mask=rows < q_blocks, other=0), 0)
-    found += head * (HIGH + LOW + 1)
-    over = tl.load(found + (HIGH + LOW)) - limit
-    high, before = crossing(found, over, HIGH)
-    low, _ = crossing(found + HIGH, over - before, LOW)
-    lam = tl.where(high < HIGH, (high << SHIFT) + low, 1 << BITS)
+    found += head * (2 * BINS + LAST_BINS + 1)
+    first, start, second, shift, left = _digits(found, limit, BINS, LAST_BINS, 2)
+    third, _ = crossing(found + 2 * BINS, left, LAST_BINS)
+    lam = start + (second << shift) + tl.where(shift > 0, third, 0)
+    lam = tl.where(first < BINS, lam, 1 << BITS)
+    over = tl.load(found + (2 * BINS + LAST_BINS)) - limit
     lam = tl.where(over > 0, lam, 0)
     at = pid * k_blocks + column
     two, four, eight, rest = integer_defects(defects, at, inside, top, BITS)

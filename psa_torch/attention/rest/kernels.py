@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psa_torch._triton.constants import LN2, LOG2E
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.attention.rest.mean_kernel import dense_rows, load_rows, means_of_blocks
+from psa_torch.attention.rest.mean_kernel import dense_rows, load_rows, means_of_blocks, places
 from psa_torch.attention.rest.means import Call
 from psa_torch.kernels._launch import on_device_of, padded_head_dim, resident_programs
 from shared_specs.geometry import cdiv
@@ -104,10 +104,8 @@ def rest_forward(
     blind = total == 0
     total = tl.where(blind, 1.0, total)
     acc = acc / total[:, None]
-    d = tl.arange(0, WIDTH)
-    at = m.to(tl.int64)[:, None] * D + d[None, :]
-    inside = real[:, None] & (d < D)[None, :]
-    tl.store(out_pointer + at, acc.to(out_pointer.dtype.element_ty), mask=inside)
+    at, inside = places(out_pointer, first, q_len, D, WIDTH, D, ROWS)
+    tl.store(at, acc.to(out_pointer.dtype.element_ty), mask=inside)
     lse = tl.where(blind, float("-inf"), (top + tl.log2(total)) * LN2)
     tl.store(lse_pointer + batch_head * q_len + m, lse, mask=real)
 
@@ -192,11 +190,9 @@ def rest_query_gradient(
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    d = tl.arange(0, WIDTH)
-    at = m.to(tl.int64)[:, None] * D + d[None, :]
-    inside = real[:, None] & (d < D)[None, :]
-    dq = dq * scale + tl.load(dq_pointer + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dq_pointer + at, dq.to(dq_pointer.dtype.element_ty), mask=inside)
+    at, inside = places(dq_pointer, first, q_len, D, WIDTH, D, ROWS)
+    dq = dq * scale + tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, dq.to(dq_pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit

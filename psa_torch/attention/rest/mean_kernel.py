@@ -16,12 +16,22 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def places(pointer, first, end, stride, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+    """Where rows `first … first + N - 1` are, `[N, WIDTH]`, and which of them are real.
+
+    64-bit offsets for the first row only: those of all numbers would fill the registers.
+    """
+    m = tl.arange(0, N)
+    d = tl.arange(0, WIDTH)
+    at = pointer + tl.cast(first, tl.int64) * stride + (m[:, None] * stride + d[None, :])
+    return at, (m < end - first)[:, None] & (d < D)[None, :]
+
+
+@triton.jit
 def load_rows(pointer, first, end, stride, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
     """`[N, WIDTH]` from row `first` on, zero from row `end` and column `D` on."""
-    m = first + tl.arange(0, N)
-    d = tl.arange(0, WIDTH)
-    at = m.to(tl.int64)[:, None] * stride + d[None, :]
-    return tl.load(pointer + at, mask=(m < end)[:, None] & (d < D)[None, :], other=0.0)
+    at, real = places(pointer, first, end, stride, WIDTH, D, N)
+    return tl.load(at, mask=real, other=0.0)
 
 
 @triton.jit

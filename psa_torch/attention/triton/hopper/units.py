@@ -104,10 +104,10 @@ def _units_kernel(
 ):
     """Grid: batch * heads * units."""
     pid = tl.program_id(0)
-    bh = (pid // units).to(tl.int64)
+    batch_head = (pid // units).to(tl.int64)
     unit = pid % units
     query_block = tl.arange(0, WIDTH)
-    levels += (bh // heads) * stride_b + (bh % heads) * stride_h
+    levels += (batch_head // heads) * stride_b + (batch_head % heads) * stride_h
     levels += query_block.to(tl.int64) * stride_m
     bits = tl.zeros([WIDTH], tl.int32)
     masked = bits
