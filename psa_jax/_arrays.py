@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from shared_specs.checks import Described, check_scale
 from shared_specs.dispatch import Announcer
@@ -68,16 +69,16 @@ def is_known(x: Any) -> bool:
     """
     if isinstance(x, np.ndarray):
         return True
-    if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
+    if isinstance(x, Tracer) or not x.is_fully_addressable:
         return False
     return all(device.platform == "cpu" for device in x.devices())
 
 
 def platform_of(x: Any) -> str:
     """'cpu', 'gpu' or 'tpu': where `x` is, or inside `jit` where the default device is."""
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer):
         return next(iter(x.devices())).platform
-    device = jax.config.jax_default_device
+    device: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

@@ -16,6 +16,7 @@ from psa_jax.functional import choose_levels, resolve_config
 from psa_jax.order import Centroids, Resumed, TokenOrder
 from shared_specs import checks
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 from shared_specs.selection import candidate_blocks
 from shared_specs.video import is_cross_attention, require_step
 
@@ -139,6 +140,8 @@ class VideoCall(NamedTuple):
 
     def centroids(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the centroids of what the order clusters, by 'query' and 'key'."""
+        if self.order is None:
+            return {}
         sides = ("query", self.q, self.order.query_centroids), (
             "key", self.k, self.order.key_centroids
         )  # fmt: skip
@@ -185,6 +188,7 @@ class VideoCall(NamedTuple):
 
     def _sparse(self, q, k, v, stored, is_warm) -> tuple[Array, ...]:
         config, order = self.config, self.order
+        assert order is not None  # cross-attention is dense
 
         def of_shard(q, k, v, *stored):
             resumed = [Resumed(centroids, is_warm) for centroids in stored]
@@ -246,7 +250,7 @@ def _checked_step(step: Any) -> int | Array | None:
 
 def _dense(q, k, v, config, causal, return_lse) -> tuple[Array, ...]:
     """Dense attention, which is attention with every block at level 1."""
-    rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+    rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
     attended = sparse_attention(
         q,
         k,

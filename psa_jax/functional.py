@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import Array, lax
 from psa_jax._arrays import absorb_scale, describe, is_array
 from psa_jax._sharding import per_shard
 from psa_jax._switches import numpy_rules
+from psa_jax._types import CallArguments, Overrides
 from psa_jax.attention import IMPLEMENTATIONS, choose, sparse_attention
 from psa_jax.importance import block_scores
 from psa_jax.masks import check_levels_of_form, from_segments, to_segments
@@ -23,6 +25,56 @@ from shared_specs.config import PSAConfig, check_config
 from shared_specs.geometry import cdiv
 
 
+@overload
+def psa_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: Literal[False] = False,
+    return_levels: Literal[False] = False,
+    **arguments: Unpack[CallArguments],
+) -> Array: ...
+@overload
+def psa_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: Literal[True],
+    return_levels: Literal[True],
+    **arguments: Unpack[CallArguments],
+) -> tuple[Array, Array, Array]: ...
+@overload
+def psa_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: Literal[True],
+    return_levels: Literal[False] = False,
+    **arguments: Unpack[CallArguments],
+) -> tuple[Array, Array]: ...
+@overload
+def psa_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: Literal[False] = False,
+    return_levels: Literal[True],
+    **arguments: Unpack[CallArguments],
+) -> tuple[Array, Array]: ...
+@overload
+def psa_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: bool = False,
+    return_levels: bool = False,
+    **arguments: Unpack[CallArguments],
+) -> Array | tuple[Array, ...]: ...
 @numpy_rules
 def psa_attention(
     q: Array,
@@ -34,7 +86,7 @@ def psa_attention(
     return_lse: bool = False,
     return_levels: bool = False,
     implementation: str | None = None,
-    **overrides,
+    **overrides: Unpack[Overrides],
 ) -> Array | tuple[Array, ...]:
     """Pyramid sparse attention: choose a level for every block, attend over pooled keys.
 
@@ -115,7 +167,7 @@ def _attend(
 ) -> tuple[Array, ...]:
     order = TokenOrder.from_config(config, q.shape[2], k.shape[2])
     q, k, v, state = order.apply(q, k, v)
-    if form is None:
+    if levels is None:
         chosen = choose_levels(q, k, config)
     else:
         chosen = Chosen(from_segments(levels) if form == "segments" else levels, None)
@@ -170,7 +222,7 @@ def serial_levels(chosen: Chosen, config: PSAConfig) -> Array:
     return to_segments(chosen.levels, chosen.scores)
 
 
-def resolve_config(config: PSAConfig | None, overrides: dict) -> PSAConfig:
+def resolve_config(config: PSAConfig | None, overrides: Mapping[str, Any]) -> PSAConfig:
     """`config` (the default one if None) with `overrides` in place.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from psa_jax._switches import numpy_rules
@@ -104,7 +105,7 @@ def kmeans(
     count: int,
     *,
     centroids: Array | Resumed | None = None,
-    order: Array | None = None,
+    order: Array | np.ndarray | None = None,
 ) -> tuple[Array, Array]:
     """Labels and centroids after a fixed number of Lloyd steps (specification, section 8).
 
@@ -137,7 +138,9 @@ def kmeans(
     return lloyd(tokens, start, jnp.where(warm, WARM_STEPS, COLD_STEPS))
 
 
-def evenly_spaced_tokens(tokens: Array, count: int, order: Array | None = None) -> Array:
+def evenly_spaced_tokens(
+    tokens: Array, count: int, order: Array | np.ndarray | None = None
+) -> Array:
     """The cold centroids: float32 `[B, H, count, D]`."""
     places = evenly_spaced(tokens.shape[2], count)
     return tokens[:, :, places if order is None else order[places]].astype(jnp.float32)

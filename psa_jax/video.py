@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from psa_jax._types import VideoArguments
 from psa_jax._video_call import Called, Run, VideoCall
 from shared_specs import checks, presets
 from shared_specs.config import PSAConfig
@@ -62,6 +63,36 @@ class PSAVideoAttention(nn.Module):
         config = found.config_for(video_size)
         return cls(config=config, warmup_steps=found.warmup_steps, **arguments)
 
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: Literal[False] = False,
+        **arguments: Unpack[VideoArguments],
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: Literal[True],
+        **arguments: Unpack[VideoArguments],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: bool,
+        **arguments: Unpack[VideoArguments],
+    ) -> Array | tuple[Array, ...]: ...
     @nn.compact
     def __call__(
         self,
@@ -74,7 +105,7 @@ class PSAVideoAttention(nn.Module):
         cross_attention: bool = False,
         return_lse: bool = False,
         implementation: str | None = None,
-    ) -> Array | tuple[Array, Array]:
+    ) -> Array | tuple[Array, ...]:
         """Attention over text and video tokens, in the order that they come in.
 
         Dense where the model needs it: in the warm-up steps, and for cross-attention, which is
@@ -141,8 +172,9 @@ class PSAVideoAttention(nn.Module):
             for name, value in values.items()
         }
 
-    def _remember(self, memory: dict[str, nn.Variable], called: Called, step: int | Array) -> None:
+    def _remember(self, memory: dict[str, nn.Variable], called: Called, step: Any) -> None:
         run = called.run
+        assert run is not None  # of a call with memory
         # What other branches clustered before a warm-up step is another video's too.
         for name in self.variables[STATE]:
             if name.startswith("centroids_step["):

@@ -1,6 +1,7 @@
 """Attention over a pyramid at given levels (specification, section 4)."""
 
 import functools
+from typing import Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax import Array, lax
 from psa_jax._arrays import absorb_scale, describe, is_array
 from psa_jax._sharding import per_shard, vary_alike
 from psa_jax._switches import numpy_rules
+from psa_jax._types import SparseArguments
 from psa_jax.attention.differentiable import Call, attention, attention_with_lse
 from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
 from psa_jax.masks import check_levels_of_form, from_segments
@@ -18,6 +20,36 @@ from shared_specs.config import resolve_scale
 __all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
 
 
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    *,
+    return_lse: Literal[False] = False,
+    **arguments: Unpack[SparseArguments],
+) -> Array: ...
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    *,
+    return_lse: Literal[True],
+    **arguments: Unpack[SparseArguments],
+) -> tuple[Array, Array]: ...
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    *,
+    return_lse: bool,
+    **arguments: Unpack[SparseArguments],
+) -> Array | tuple[Array, Array]: ...
 @numpy_rules
 def sparse_attention(
     q: Array,
@@ -76,15 +108,15 @@ def sparse_attention(
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     sizes = describe("q", q), describe("k", k), describe("v", v)
     checks.check_qkv(*sizes)
-    q, scale = absorb_scale(q, scale)
+    q, factor = absorb_scale(q, scale)
     form = checks.check_levels_shape(
         describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
     )
     check_levels_of_form(levels, form)
-    scale = resolve_scale(scale, q.shape[-1])
+    factor = resolve_scale(factor, q.shape[-1])
 
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
-    call = Call(name, block_m, block_n, scale, is_causal, rest)
+    call = Call(name, block_m, block_n, factor, is_causal, rest)
     run = functools.partial(_attend, call=call, form=form, return_lse=return_lse)
     levels = lax.stop_gradient(levels)
     return per_shard(run, q, k, v, levels, along_sequence=1 + return_lse)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 from jax import Array
@@ -33,15 +34,16 @@ class Call:
         }
 
     @numpy_rules
-    def forward(self, *arrays: Array) -> tuple[Array, Array]:
+    def forward(self, *arrays: Array) -> Any:
         """out and lse of q, k, v and levels."""
         return vary_alike(vmap_as_batch(self._forward)(*arrays), *arrays)
 
-    def _forward(self, *arrays: Array) -> tuple[Array, Array]:
-        found = IMPLEMENTATIONS[self.implementation].forward(*arrays, **self._options())
+    def _forward(self, *arrays: Any) -> tuple[Array, Array]:
+        q, k, v, levels = arrays
+        out, lse = IMPLEMENTATIONS[self.implementation].forward(*arrays, **self._options())
         if self.rest == "mean":
-            found = means_of_rest.add_means(*arrays, *found, **self._options())
-        return found
+            return means_of_rest.add_means(q, k, v, levels, out, lse, **self._options())
+        return out, lse
 
     @numpy_rules
     def backward(self, dout: Array, dlse: Array | None, *arrays: Array) -> tuple[Array, ...]:
@@ -53,10 +55,12 @@ class Call:
             gradients = vmap_as_batch(run)(dout, dlse, *arrays)
         return vary_alike(gradients, *arrays)
 
-    def _backward(self, *arrays: Array | None) -> tuple[Array, ...]:
+    def _backward(self, *arrays: Any) -> tuple[Array, ...]:
         found = IMPLEMENTATIONS[self.implementation].backward(*arrays, **self._options())
         if self.rest == "mean":
-            found = means_of_rest.add_gradients(*arrays, found, **self._options())
+            dout, dlse, q, k, v, levels, out, lse = arrays
+            saved = q, k, v, levels, out, lse
+            found = means_of_rest.add_gradients(dout, dlse, *saved, found, **self._options())
         return found
 
 

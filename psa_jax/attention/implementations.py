@@ -18,6 +18,7 @@ class Implementation(Protocol):
 
     def unsupported(self, q: Array, k: Array, v: Array, block_m: int, block_n: int) -> str | None:
         """Why it cannot run on this input, or None if it can."""
+        ...
 
     def forward(
         self,
@@ -32,6 +33,7 @@ class Implementation(Protocol):
         is_causal: bool,
     ) -> tuple[Array, Array]:
         """out and lse."""
+        ...
 
     def backward(
         self,
@@ -50,6 +52,7 @@ class Implementation(Protocol):
         is_causal: bool,
     ) -> tuple[Array, Array, Array]:
         """dq, dk and dv in the dtypes of q, k and v."""
+        ...
 
 
 class _Mosaic:

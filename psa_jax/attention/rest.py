@@ -8,7 +8,7 @@ means owe is added. One pass over `[Lq, Nk]` means, `1 / block_n` of dense atten
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,9 @@ def _weights(chunk: _Chunk, means: _Means, sizes: _Sizes) -> Array:
     return jnp.exp(_logits(chunk, means, sizes) - lse[..., None])
 
 
-def _by_chunk(join: Callable, sizes: _Sizes, q: Array, levels: Array, lse: Array, *arrays: Array):
+def _by_chunk(
+    join: Callable, sizes: _Sizes, q: Array, levels: Array, lse: Array, *arrays: Array
+) -> Any:
     """`join(chunk, *arrays of the chunk)` over all chunks, results in the layout of `q`."""
 
     def step(_, of_chunk):

@@ -17,6 +17,7 @@ from psa_torch._video_memory import is_recomputation
 from psa_torch.functional import psa_attention
 from psa_torch.masks import from_segments
 from psa_torch.video import PSAVideoAttention, head_density
+from shared_specs.config import PSAConfig
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -40,7 +41,7 @@ class Layer:
         self.owner = owner
         self.dense = False
         self.always_dense = False
-        self.config = None
+        self.config: PSAConfig | None = None
         self.calls: Counter[str] = Counter()
         self.densities: list[Tensor] = []
         self.video: PSAVideoAttention | None = None
