@@ -19,6 +19,9 @@ from shared_specs.records import DensityRecord, DensityRecords
 STATE = "psa"
 """The Flax variable collection that holds centroids and density records."""
 
+KEPT = ("query_order", "query_inverse", "key_order", "key_inverse", "levels")
+"""Names of the variables that hold what later steps use again."""
+
 NOT_CALLED = -1.0
 """Stands in the density record of a step that has not been computed."""
 
@@ -36,6 +39,10 @@ class PSAVideoAttention(nn.Module):
         config: the configuration, with the grid of the video if it orders tokens; None means the
             default one.
         warmup_steps: steps `0 … warmup_steps - 1` use dense attention.
+        refresh_every: steps for which the clusters' order and the levels are kept once chosen; 1
+            chooses in every step.
+        schedule: first step of a phase -> the budget from there on, or the mask_ratios in other
+            modes than 'budget'; before the first one the configuration holds. None: always.
         record_steps: densities of the steps `0 … record_steps - 1` are recorded; read them with
             `density_records`.
 
@@ -45,6 +52,8 @@ class PSAVideoAttention(nn.Module):
 
     config: PSAConfig | None = None
     warmup_steps: int = 0
+    refresh_every: int = 1
+    schedule: Mapping[int, Any] | None = None
     record_steps: int = 0
 
     @classmethod
@@ -56,7 +65,8 @@ class PSAVideoAttention(nn.Module):
         Args:
             preset: one of `shared_specs.presets.names()`.
             video_size: `(width, height, frames)` in pixels and frames.
-            **arguments: `record_steps` and the `name` of the Flax module, as for the class.
+            **arguments: `refresh_every`, `schedule`, `record_steps` and the `name` of the Flax
+                module, as for the class.
         """
         found = presets.load(preset)
         config = found.config_for(video_size)
@@ -98,8 +108,8 @@ class PSAVideoAttention(nn.Module):
 
         Raises:
             TypeError: an argument has a type or dtype that is not accepted.
-            ValueError: a shape does not fit, the length is not grid + text, centroids have another
-                shape than the last call's, or there are warm-up steps and no step.
+            ValueError: a shape does not fit, the length is not grid + text, what is remembered has
+                another shape than this call needs, or there is no step where one decides.
         """
         checks.check_integer("record_steps", self.record_steps)
         call = VideoCall.checked(
@@ -108,6 +118,8 @@ class PSAVideoAttention(nn.Module):
             v,
             config=self.config,
             warmup_steps=self.warmup_steps,
+            refresh_every=self.refresh_every,
+            schedule=self.schedule,
             step=step,
             branch=branch,
             cross_attention=cross_attention,
@@ -126,8 +138,10 @@ class PSAVideoAttention(nn.Module):
         step = "centroids_step" + suffix
         if not (self.is_mutable_collection(STATE) or self.has_variable(STATE, step)):
             return None
-        new = Run.new(tuple(call.centroids().values()))
+        new = Run.new(tuple(call.centroids().values()), call.kept())
         values = {"centroids_step": new.step}
+        if new.kept:
+            values |= {"chosen_at": new.chosen_at, **new.kept}
         for place, name in enumerate(call.centroids()):
             values["start_is_warm"] = new.is_warm
             values[f"{name}_start"] = new.start[place]
@@ -149,6 +163,9 @@ class PSAVideoAttention(nn.Module):
                 other = self.get_variable(STATE, name)
                 self.put_variable(STATE, name, jnp.where(called.warming_up, -1, other))
         memory["centroids_step"].value = run.step
+        if run.kept:
+            for name, value in {"chosen_at": run.chosen_at, **run.kept}.items():
+                memory[name].value = value
         if "start_is_warm" in memory:
             memory["start_is_warm"].value = run.is_warm
         for place, name in enumerate(_clustered(memory)):
@@ -169,7 +186,11 @@ def _stored_run(memory: Mapping[str, nn.Variable]) -> Run:
     start, last = (
         tuple(memory[f"{name}_{kind}"].value for name in sides) for kind in ("start", "centroids")
     )
-    return Run(memory["centroids_step"].value, is_warm, start, last)
+    step = memory["centroids_step"].value
+    kept = {name: memory[name].value for name in KEPT if name in memory}
+    # A warm-up step of another branch ends this one's run by its step alone.
+    chosen_at = jnp.where(step < 0, step, memory["chosen_at"].value) if kept else step
+    return Run(step, chosen_at, is_warm, start, last, kept)
 
 
 def density_records(variables: Mapping[str, Any]) -> DensityRecords:

@@ -109,7 +109,7 @@ def test_a_missing_step_and_a_bad_period_are_refused(rng):
     with pytest.raises(ValueError, match="refresh_every must be at least 1, got 0"):
         PSAVideoAttention(refresh_every=0)
     for bad in (True, 2.0, None):
-        with pytest.raises(TypeError, match="refresh_every must be a Python integer"):
+        with pytest.raises(TypeError, match="refresh_every must be an integer"):
             PSAVideoAttention(refresh_every=bad)
 
 
