@@ -79,7 +79,7 @@ $(INTEGRATIONS_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(INTEGRATIONS_VENV)
 	$(INTEGRATIONS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(PINS) torch
 	$(INTEGRATIONS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-e '.[torch,integrations]' accelerate peft pytest pytest-timeout
+		-e '.[torch,integrations]' accelerate kernels peft pytest pytest-timeout
 	@touch $@
 
 test-integrations: $(INTEGRATIONS_VENV)/.installed

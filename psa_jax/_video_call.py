@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from psa_jax._arrays import describe
 from psa_jax._sharding import per_shard, vary_alike
+from psa_jax._switches import numpy_rules
 from psa_jax.attention import IMPLEMENTATIONS, sparse_attention
 from psa_jax.functional import choose_levels, resolve_config
 from psa_jax.order import Centroids, OrderState, Permutation, Resumed, TokenOrder
@@ -197,6 +198,7 @@ class VideoCall(NamedTuple):
         rows, columns = cdiv(length, self.config.block_m), cdiv(kv_length, self.config.block_n)
         return found | {"levels": (batch, heads, rows, columns)}
 
+    @numpy_rules
     def run(self, memory: Run | None) -> Called:
         """Compute it.
 
@@ -333,7 +335,7 @@ def _densities(levels: Array, q_len: int, kv_len: int, config: PSAConfig) -> Arr
     candidates = int(candidate_blocks(q_len, kv_len, config).sum())
     listed = levels > 0
     cost = (listed / jnp.maximum(levels, 1).astype(jnp.float32)).sum((2, 3))
-    cost += (candidates - listed.sum((2, 3))) * config.rest_share
+    cost += (candidates - listed.sum((2, 3), dtype=jnp.float32)) * config.rest_share
     return cost / max(1, candidates)
 
 

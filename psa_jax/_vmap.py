@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
+from psa_jax._switches import numpy_rules
+
 
 def vmap_as_batch(run: Callable) -> Callable:
     """`run`, whose arrays all lead with a batch axis, so that `vmap` makes that axis longer.
@@ -16,7 +18,7 @@ def vmap_as_batch(run: Callable) -> Callable:
     Args:
         run: takes arrays and returns a tuple of arrays.
     """
-    run = custom_vmap(run)
+    run = custom_vmap(numpy_rules(run))  # which a transform may trace again, later
 
     @run.def_vmap
     def longer_batch(axis_size: int, in_batched: list[bool], *arrays: Array):

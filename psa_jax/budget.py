@@ -3,10 +3,12 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
+from psa_jax._switches import numpy_rules
 from shared_specs.budget import options, precision_bits
 from shared_specs.constants import LEVELS
 
 
+@numpy_rules
 def budget_levels(
     defects: Array,
     candidate: Array,

@@ -4,10 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from psa_jax._switches import numpy_rules
 from shared_specs.defect import defect_offsets
 from shared_specs.geometry import cdiv
 
 
+@numpy_rules
 def defect_scores(
     q: Array,
     k: Array,

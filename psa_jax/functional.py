@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from psa_jax._arrays import absorb_scale, describe, is_array
 from psa_jax._sharding import per_shard
+from psa_jax._switches import numpy_rules
 from psa_jax.attention import IMPLEMENTATIONS, choose, sparse_attention
 from psa_jax.importance import block_scores
 from psa_jax.masks import check_levels_of_form, from_segments, to_segments
@@ -22,6 +23,7 @@ from shared_specs.config import PSAConfig, check_config
 from shared_specs.geometry import cdiv
 
 
+@numpy_rules
 def psa_attention(
     q: Array,
     k: Array,
@@ -148,6 +150,7 @@ class Chosen(NamedTuple):
     scores: Array | None
 
 
+@numpy_rules
 def choose_levels(q: Array, k: Array, config: PSAConfig) -> Chosen:
     """Scores and levels of q and k as they stand, in whatever order their tokens are."""
     is_budget = config.mask_mode == "budget"

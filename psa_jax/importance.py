@@ -15,6 +15,7 @@ from jax import Array, lax
 from psa_jax._arrays import announce, platform_of
 from psa_jax._mosaic.device import interpreter
 from psa_jax._sharding import per_shard
+from psa_jax._switches import numpy_rules
 from psa_jax.defect import defect_scores
 from psa_jax.pyramid import accumulator, group_means, split_tokens
 from shared_specs.config import PSAConfig
@@ -26,6 +27,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "gpu": 1 << 26}
 CPU's cache; on a GPU, what makes the launches of a chunk short beside its work."""
 
 
+@numpy_rules
 def block_scores(q: Array, k: Array, config: PSAConfig) -> Array:
     """Scores of every (query block, key block) pair by `config.importance`.
 
@@ -79,6 +81,7 @@ def _against_kernel(q: Array, k: Array, config: PSAConfig) -> str | None:
     return scores.unsupported(q, k, config)
 
 
+@numpy_rules
 def pooled_scores(q: Array, k: Array, config: PSAConfig) -> Array:
     """Rows and columns are means over groups of `importance_pool` adjacent tokens.
 
@@ -94,6 +97,7 @@ def pooled_scores(q: Array, k: Array, config: PSAConfig) -> Array:
     return _scores(side(q, config.block_m), side(k, config.block_n), q, k, config, _largest_ratio)
 
 
+@numpy_rules
 def sampled_scores(q: Array, k: Array, config: PSAConfig) -> Array:
     """Rows and columns are tokens at fixed offsets of each block.
 
@@ -110,6 +114,7 @@ def sampled_scores(q: Array, k: Array, config: PSAConfig) -> Array:
     return _scores(rows, cols, q, k, config, _largest_ratio)
 
 
+@numpy_rules
 def antidiagonal_scores(q: Array, k: Array, config: PSAConfig) -> Array:
     """Softmax over tiles of the q.k sums along each tile's antidiagonal, summed over a block.
 

@@ -12,11 +12,13 @@ import numpy as np
 from jax import Array, lax
 
 from psa_jax._arrays import is_known
+from psa_jax._switches import numpy_rules
 from shared_specs import masks as specification
 from shared_specs.constants import MASK_LEVELS
 from shared_specs.masks import SEPARATOR
 
 
+@numpy_rules
 def to_segments(levels: Array, scores: Array | None = None) -> Array:
     """Dense levels to `new_mask_type`.
 
@@ -55,6 +57,7 @@ def to_segments(levels: Array, scores: Array | None = None) -> Array:
     return put_along_last(blank, places, order)
 
 
+@numpy_rules
 def from_segments(segments: Array) -> Array:
     """`new_mask_type` to dense levels, int32 `[..., Nq, Nk]`.
 
@@ -79,6 +82,7 @@ def from_segments(segments: Array) -> Array:
     return put_along_last(jnp.zeros((*segments.shape[:-1], n + 1), jnp.int32), ids, value)[..., :n]
 
 
+@numpy_rules
 def density(levels: Array, *, candidates: Any = None, rest_share: float = 0.0) -> float | Array:
     """Mean of 1/level (`rest_share` at level 0) over the candidate blocks (section 9).
 

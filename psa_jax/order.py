@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from psa_jax._switches import numpy_rules
 from shared_specs.order import (
     Centroids,
     OrderState,
@@ -61,6 +62,7 @@ class TokenOrder(TokenOrderBase):
         labels, centroids = kmeans(video, count, centroids=warm, order=self.curve)
         return self.by_cluster(labels), centroids
 
+    @numpy_rules
     def by_cluster(self, labels: Array) -> Permutation:
         """The order that sorts video tokens by their labels int32 `[B, H, video]`."""
         along = labels if self.curve is None else labels[..., self.curve]
@@ -79,6 +81,7 @@ class TokenOrder(TokenOrderBase):
         return permute(x, permutation.order)
 
 
+@numpy_rules
 def permute(x: Array, order: Array) -> Array:
     """Tokens of `x [B,H,L]` or `[B,H,L,D]` in an order: one gather.
 
@@ -95,6 +98,7 @@ def permute(x: Array, order: Array) -> Array:
     return jax.vmap(jax.vmap(take, (0, shared)), (0, shared))(x, order)
 
 
+@numpy_rules
 def kmeans(
     tokens: Array,
     count: int,

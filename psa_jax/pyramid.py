@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from psa_jax._switches import numpy_rules
 from shared_specs.constants import LEVELS
 from shared_specs.geometry import cdiv, level_start, padded_length
 
@@ -19,6 +20,7 @@ class Pyramid(NamedTuple):
     v: Array
 
 
+@numpy_rules
 def build_pyramid(k: Array, v: Array, block_n: int) -> Pyramid:
     """Keys and values pooled by 1, 2, 4 and 8, finest first, end to end.
 
@@ -33,6 +35,7 @@ def build_pyramid(k: Array, v: Array, block_n: int) -> Pyramid:
     return Pyramid(_pool(k, block_n, LEVELS), _pool(v, block_n, LEVELS))
 
 
+@numpy_rules
 def pool_levels(k: Array, v: Array, block_n: int) -> Pyramid:
     """`build_pyramid` from level 2 on, for kernels that read level 1 from `k` and `v`."""
     return Pyramid(_pool(k, block_n, LEVELS[1:]), _pool(v, block_n, LEVELS[1:]))
@@ -48,6 +51,7 @@ def group_counts(length: int, groups: int, size: int, dtype) -> np.ndarray:
     return np.clip(length - np.arange(groups) * size, 1, size).astype(dtype)
 
 
+@numpy_rules
 def group_means(x: Array, size: int, groups: int | None = None) -> Array:
     """Means over groups of `size` adjacent tokens of `[..., L, D]`, real tokens only.
 
@@ -81,6 +85,7 @@ def _pool(x: Array, block_n: int, levels: tuple[int, ...]) -> Array:
     return jnp.concatenate([rows.astype(x.dtype) for rows in means], axis=-2)
 
 
+@numpy_rules
 def unpool(rows: Array, kv_len: int, block_n: int) -> Array:
     """The transpose of pooling: gradients of pyramid rows to gradients of keys.
 

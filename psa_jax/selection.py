@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from psa_jax._arrays import describe, is_known
+from psa_jax._switches import numpy_rules
 from psa_jax.budget import budget_levels
 from psa_jax.masks import put_along_last
 from shared_specs.budget import cost_limits
@@ -24,6 +25,7 @@ AFTER_SCORED, AFTER_NAN = 1, 2
 """Sort keys that stand behind every score's: a NaN score, a block that the row cannot see."""
 
 
+@numpy_rules
 def select_levels(
     scores: Array,
     config: PSAConfig,

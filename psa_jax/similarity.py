@@ -1,9 +1,13 @@
 """How far each key block may be pooled (specification, section 7)."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from psa_jax._switches import numpy_rules
 from psa_jax.pyramid import split_tokens
 from shared_specs.config import PSAConfig
 from shared_specs.geometry import cdiv
@@ -11,6 +15,7 @@ from shared_specs.geometry import cdiv
 MIN_NORM_PRODUCT = np.float32(1e-12)
 
 
+@numpy_rules
 def similarity_cap(k: Array, config: PSAConfig) -> Array:
     """Largest level at which a key block's neighbours are still alike.
 
@@ -21,7 +26,12 @@ def similarity_cap(k: Array, config: PSAConfig) -> Array:
     Returns:
         int32 `[B, Hk, Nk]` in {1, 2, 4, 8}. Carries no gradient.
     """
-    k = lax.stop_gradient(k)
+    return _similarity_cap(lax.stop_gradient(k), config)
+
+
+# One program: what it computes on the way is no result that `jax_debug_infs` should look at.
+@functools.partial(jax.jit, static_argnames="config")
+def _similarity_cap(k: Array, config: PSAConfig) -> Array:
     cap = jnp.int32(1)
     for level, threshold in config.similarity_thresholds.items():
         alike = block_similarity(k, config.block_n, level) > np.float32(threshold)
@@ -29,6 +39,7 @@ def similarity_cap(k: Array, config: PSAConfig) -> Array:
     return cap
 
 
+@numpy_rules
 def block_similarity(k: Array, block_n: int, level: int) -> Array:
     """Mean cosine between the first and last key of each whole group of `level` keys.
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from psa_jax._switches import numpy_rules
 from shared_specs.constants import LEVELS
 
 
@@ -21,6 +22,7 @@ class Table(NamedTuple):
     counts: Array
 
 
+@numpy_rules
 def build_table(levels: Array, *, transposed: bool = False) -> Table:
     """Table of a level mask; shapes are static, so it runs on the device under `jit`.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._eager import is_eager
-from shared_specs.checks import Described, check_qkv
+from shared_specs.checks import Described, check_levels_shape, check_qkv
 
 
 def require_tensor(name: str, x: Tensor) -> None:
@@ -24,7 +24,11 @@ def describe(name: str, x: Tensor) -> Described:
         TypeError: `x` is not a tensor.
     """
     require_tensor(name, x)
-    return Described(tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device))
+    return Described(tuple(x.shape), _name(x.dtype), str(x.device))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Inputs(NamedTuple):
@@ -51,13 +55,28 @@ def checked_inputs(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
 @functools.lru_cache(maxsize=1024)
 def _checked_sizes(*facts: tuple) -> tuple[Described, Described, Described]:
     sizes = tuple(
-        Described(tuple(shape), str(dtype).removeprefix("torch."), str(device))
-        for shape, dtype, device in facts
+        Described(tuple(shape), _name(dtype), str(device)) for shape, dtype, device in facts
     )
     # A batch of nothing is as good as any other if the rest fits.
     empty = all(len(x.shape) == 4 and x.shape[0] == 0 for x in sizes)
     check_qkv(*(x._replace(shape=(1, *x.shape[1:])) if empty else x for x in sizes))
     return sizes
+
+
+def levels_form(levels: Tensor, inputs: Inputs, *, block_m: int, block_n: int) -> str:
+    """Which serial form `levels` has for these inputs, from its shape: 'dense' or 'segments'.
+
+    Raises:
+        TypeError, ValueError: as `check_levels_shape` says.
+    """
+    find = _levels_form if is_eager(levels, *inputs.tensors) else _levels_form.__wrapped__
+    return find(levels.shape, levels.dtype, levels.device, *inputs.sizes[:2], block_m, block_n)
+
+
+@functools.lru_cache(maxsize=1024)
+def _levels_form(shape, dtype, device, q: Described, k: Described, block_m, block_n) -> str:
+    levels = Described(tuple(shape), _name(dtype), str(device))
+    return check_levels_shape(levels, q, k, block_m=block_m, block_n=block_n)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

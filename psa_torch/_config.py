@@ -61,6 +61,11 @@ def parse_config(text: str) -> PSAConfig:
 
 @torch.compiler.assume_constant_result
 def _constants(text: str) -> tuple:
+    return _kept_constants(text)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_constants(text: str) -> tuple:
     config = parse_config(text)
     return (*(getattr(config, name) for name in Settings._fields[:-1]), text)
 

@@ -4,7 +4,8 @@ import contextlib
 import functools
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,31 @@ def _reason_against(index: int) -> str | None:
         needed, found = (".".join(map(str, x)) for x in (MIN_CAPABILITY, capability))
         return f"compute capability must be at least {needed}, this GPU has {found}"
     return None
+
+
+def repeated(function: Callable) -> Callable:
+    """Makes the body of an operator cheap to call again on a GPU (see `_triton.launch.repeat`).
+
+    Args:
+        function: depends on nothing but its arguments, of which the first is a tensor and every
+            other tensor is one too, not inside of one.
+    """
+    plans: dict[tuple, Any] = {}
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if not (args[0].is_cuda and use_kernels(args[0])):
+            return function(*args, **kwargs)
+        return _repeat()(function, plans, args, kwargs)
+
+    return call
+
+
+@functools.cache
+def _repeat() -> Callable:
+    from psa_torch._triton.launch import repeat  # without Triton there are no kernels
+
+    return repeat
 
 
 @contextlib.contextmanager

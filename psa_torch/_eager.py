@@ -34,12 +34,14 @@ def is_eager(*tensors: Any) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
+    for x in tensors:
+        if type(x) not in _PLAIN and isinstance(x, Tensor):
+            return False
     return (
         (not torch._C._len_torch_dispatch_stack() or recording.recorder is not None)
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
-        and all(type(x) in _PLAIN or not isinstance(x, Tensor) for x in tensors)
     )
 
 

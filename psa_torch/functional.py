@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch._checks import absorb_scale, checked_inputs, describe
+from psa_torch._checks import absorb_scale, checked_inputs, levels_form, require_tensor
 from psa_torch._config import Settings, settings_of
 from psa_torch.attention import IMPLEMENTATIONS, attend, choose
+from psa_torch.attention.whole import choose_and_attend
 from psa_torch.importance import block_scores
 from psa_torch.masks import from_segments, to_segments
 from psa_torch.order import TokenOrder
@@ -74,31 +75,36 @@ def psa_attention(
     checks.check_flag("return_lse", return_lse)
     checks.check_flag("return_levels", return_levels)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    (q, k, v), sizes = checked_inputs(q, k, v)
+    inputs = checked_inputs(q, k, v)
+    q, k, v = inputs.tensors
     q, _ = absorb_scale(q, scale)
     blocks = {"block_m": settings.block_m, "block_n": settings.block_n}
     if levels is not None:
-        form = checks.check_levels_shape(describe("levels", levels), *sizes[:2], **blocks)
+        require_tensor("levels", levels)
+        form = levels_form(levels, inputs, **blocks)
     if implementation is not None and not torch.compiler.is_compiling():
         choose(implementation, q, k, v, **blocks)  # refuses before any work
     order = TokenOrder.from_config(settings, q.shape[2], k.shape[2])
     q, k, v, state = order.apply(q, k, v)
     if levels is None:
-        chosen = choose_levels(q, k, settings)
+        out, lse, *chosen = choose_and_attend(
+            choose_levels, q, k, v, settings, implementation, keep_scores=return_levels
+        )
+        chosen = Chosen(*chosen)
     else:
         dense = from_segments(levels) if form == "segments" else levels.detach()
         chosen = Chosen(dense, None)
-    out, lse = attend(
-        q,
-        k,
-        v,
-        chosen.levels,
-        **blocks,
-        scale=settings.scale,
-        is_causal=settings.causal,
-        rest=settings.rest,
-        implementation=implementation,
-    )
+        out, lse = attend(
+            q,
+            k,
+            v,
+            dense,
+            **blocks,
+            scale=settings.scale,
+            is_causal=settings.causal,
+            rest=settings.rest,
+            implementation=implementation,
+        )
     results = [order.undo(out, state)]
     if return_lse:
         results.append(order.undo(lse, state))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psa_torch._checks import without_autocast
 from psa_torch._config import parse_config
-from psa_torch._dispatch import use_kernels
+from psa_torch._dispatch import repeated, use_kernels
 from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
 from psa_torch.defect import defect_scores
@@ -42,6 +42,7 @@ def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
 
 
 @torch.library.custom_op("psa::block_scores", mutates_args=())
+@repeated
 def _block_scores(q: Tensor, k: Tensor, config: str) -> Tensor:
     settings = parse_config(config)
     if settings.importance == "defect":

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch._dispatch import use_kernels
+from psa_torch._dispatch import repeated, use_kernels
 from psa_torch._eager import is_eager, wants_gradient
 from psa_torch._transforms import is_transformed
 from psa_torch._vmap import register_batch_rule
@@ -54,6 +54,7 @@ def pool_levels(k: Tensor, v: Tensor, block_n: int) -> Pyramid:
 
 
 @torch.library.custom_op("psa::build_pyramid", mutates_args=())
+@repeated
 def _build_pyramid(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
     if use_kernels(k):
         from psa_torch.kernels import pyramid

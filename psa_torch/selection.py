@@ -7,7 +7,7 @@ from torch import Tensor
 
 from psa_torch._checks import describe
 from psa_torch._config import parse_config
-from psa_torch._dispatch import use_kernels
+from psa_torch._dispatch import repeated, use_kernels
 from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
 from psa_torch.budget import budget_levels
@@ -49,6 +49,7 @@ def select_levels(
 
 
 @torch.library.custom_op("psa::select_levels", mutates_args=())
+@repeated
 def _select_levels(
     scores: Tensor, cap: Tensor | None, q_len: int, kv_len: int, config: str
 ) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._config import parse_config
-from psa_torch._dispatch import use_kernels
+from psa_torch._dispatch import repeated, use_kernels
 from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
 from shared_specs.config import PSAConfig
@@ -27,6 +27,7 @@ def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
 
 
 @torch.library.custom_op("psa::similarity_cap", mutates_args=())
+@repeated
 def _similarity_cap(k: Tensor, config: str) -> Tensor:
     settings = parse_config(config)
     if use_kernels(k):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch._dispatch import use_kernels
+from psa_torch._dispatch import repeated, use_kernels
 from psa_torch._vmap import register_batch_rule
 from shared_specs.constants import LEVELS
 
@@ -35,6 +35,7 @@ def build_table(levels: Tensor, *, transposed: bool = False) -> Table:
 
 
 @torch.library.custom_op("psa::build_table", mutates_args=())
+@repeated
 def _build_table(levels: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     if use_kernels(levels):
         from psa_torch.kernels import table

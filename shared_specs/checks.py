@@ -15,6 +15,7 @@ import numpy as np
 from shared_specs.constants import (
     BLOCK_M,
     BLOCK_N,
+    LOG2E,
     MASK_LEVELS,
     MATMUL_DTYPES,
     MAX_HEAD_DIM,
@@ -22,7 +23,7 @@ from shared_specs.constants import (
 )
 from shared_specs.geometry import cdiv
 
-MAX_SCALE = float(np.finfo(np.float32).max) / math.log2(math.e)
+MAX_SCALE = float(np.finfo(np.float32).max) / LOG2E
 """Kernels multiply by `scale * log2(e)`, in float32."""
 
 INTEGER_DTYPES = ("int8", "uint8", "int16", "int32", "int64")
@@ -99,7 +100,8 @@ def is_array(value: Any) -> bool:
     One compares and converts as its number does, but loses its gradient on the way, and a traced
     one fails later and without a name. NumPy's scalars are numbers.
     """
-    return hasattr(value, "shape") and not isinstance(value, np.generic)
+    # Numbers first: of one that is a symbol PyTorch's compiler cannot tell what it has.
+    return not isinstance(value, (int, float, np.generic)) and hasattr(value, "shape")
 
 
 def check_blocks(block_m: Any, block_n: Any) -> None:

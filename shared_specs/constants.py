@@ -1,5 +1,7 @@
 """Names and limits that every implementation shares (specification, sections 1 and 4)."""
 
+import math
+
 LEVELS = (1, 2, 4, 8)
 """Pooling factors of the pyramid, finest first. Level 0 in a mask means: the rest (`RESTS`)."""
 
@@ -20,3 +22,6 @@ MAX_HEAD_DIM = 256
 
 MATMUL_DTYPES = ("float16", "bfloat16", "float32", "float64")
 """Input dtypes of attention. float64 is for checking gradients; kernels take the first three."""
+
+LOG2E = math.log2(math.e)
+"""Logits are multiplied by it, so that exponentials are powers of 2."""

@@ -8,6 +8,7 @@ from jax import Array, lax
 
 from psa_jax._arrays import absorb_scale, describe, is_array
 from psa_jax._sharding import per_shard, vary_alike
+from psa_jax._switches import numpy_rules
 from psa_jax.attention.differentiable import Call, attention, attention_with_lse
 from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
 from psa_jax.masks import check_levels_of_form, from_segments
@@ -17,6 +18,7 @@ from shared_specs.config import resolve_scale
 __all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
 
 
+@numpy_rules
 def sparse_attention(
     q: Array,
     k: Array,

@@ -7,6 +7,7 @@ import jax
 from jax import Array
 
 from psa_jax._sharding import vary_alike
+from psa_jax._switches import numpy_rules
 from psa_jax._vmap import vmap_as_batch
 from psa_jax.attention import rest as means_of_rest
 from psa_jax.attention.implementations import IMPLEMENTATIONS
@@ -31,6 +32,7 @@ class Call:
             "is_causal": self.is_causal,
         }
 
+    @numpy_rules
     def forward(self, *arrays: Array) -> tuple[Array, Array]:
         """out and lse of q, k, v and levels."""
         return vary_alike(vmap_as_batch(self._forward)(*arrays), *arrays)
@@ -41,6 +43,7 @@ class Call:
             found = means_of_rest.add_means(*arrays, *found, **self._options())
         return found
 
+    @numpy_rules
     def backward(self, dout: Array, dlse: Array | None, *arrays: Array) -> tuple[Array, ...]:
         """dq, dk and dv; arrays are q, k, v, levels, out and lse."""
         run = self._backward

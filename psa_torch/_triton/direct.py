@@ -3,8 +3,12 @@
 What that function takes changed between Triton 3.6 and 3.9: nothing else knows of it.
 """
 
+import contextlib
+import functools
 import inspect
+import threading
 import types
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -89,11 +93,17 @@ class Descriptor:
 
     def _make(self, pointer: int) -> Any:
         base = types.SimpleNamespace(data_ptr=lambda: pointer)
-        like = types.SimpleNamespace(base=base, **self._like)
-        from triton.backends.nvidia.driver import make_tensordesc_arg
+        make, unused = _descriptor_maker()
+        return make(types.SimpleNamespace(base=base, **self._like), self._meta, *unused)[0]
 
-        places = len(inspect.signature(make_tensordesc_arg).parameters)
-        return make_tensordesc_arg(like, self._meta, *(None,) * (places - 2))[0]
+
+@functools.cache
+def _descriptor_maker() -> tuple[Callable, tuple]:
+    """What makes arguments of a descriptor and how it was compiled, and what else it takes."""
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    taken = len(inspect.signature(make_tensordesc_arg).parameters)
+    return make_tensordesc_arg, (None,) * (taken - 2)
 
 
 class Launch:
@@ -104,7 +114,7 @@ class Launch:
         grid = (*grid, 1, 1)[:3]
         flags = launcher.launch_cooperative_grid, launcher.launch_pdl
         before = [*grid, None, compiled.function, *flags]
-        arguments, self._places = _expanded(values)
+        arguments, places = _expanded(values)
         # Held: once collected, a compiled kernel takes its code from the device.
         self.kernel, self.compiled = kernel, compiled
         self._call = _c_function(launcher)
@@ -117,7 +127,10 @@ class Launch:
         else:
             self._before = [*before, *scratch, compiled.packed_metadata, *hooks, *arguments]
             self._arguments = None
-            self._places = [(i + len(before) + 6, place) for i, place in self._places]
+            places = [(i + len(before) + 6, place) for i, place in places]
+        self._addresses = [(i, *place) for i, place in places if type(place) is Address]
+        self._boxes = [(i, x.at, *x.address) for i, x in places if type(x) is Descriptor]
+        self._distances = [(i, place) for i, place in places if type(place) is Between]
 
     def run(self, stream: int, pieces: list[int], distances: dict[Between, int]) -> None:
         """Launch on a stream of the current device.
@@ -129,15 +142,12 @@ class Launch:
         before = self._before.copy()
         before[_STREAM] = stream
         arguments = before if self._arguments is None else self._arguments.copy()
-        for i, place in self._places:
-            kind = type(place)
-            if kind is Address:
-                arguments[i] = pieces[place[0]] + place[1]
-            elif kind is Descriptor:
-                piece, offset = place.address
-                arguments[i] = place.at(pieces[piece] + offset)
-            else:
-                arguments[i] = distances[place]
+        for i, piece, offset in self._addresses:
+            arguments[i] = pieces[piece] + offset
+        for i, box_at, piece, offset in self._boxes:
+            arguments[i] = box_at(pieces[piece] + offset)
+        for i, between in self._distances:
+            arguments[i] = distances[between]
         if self._arguments is None:
             self._call(*before)
         else:
@@ -145,7 +155,7 @@ class Launch:
 
     def distances(self) -> list[Between]:
         """Those of the arguments."""
-        return [place for _, place in self._places if type(place) is Between]
+        return [between for _, between in self._distances]
 
 
 def _expanded(values: list) -> tuple[list, list[tuple[int, Any]]]:
@@ -207,6 +217,24 @@ def is_watched() -> bool:
         or runtime.add_stages_inspection_hook
         or triton.knobs.compilation.instrumentation_mode
     )
+
+
+@contextlib.contextmanager
+def launches_of_this_thread() -> Iterator[list]:
+    """A list that grows with every launch that Triton makes inside."""
+    found: list = []
+    thread = threading.get_ident()
+
+    def see(metadata: Any) -> None:
+        if threading.get_ident() == thread:
+            found.append(metadata)
+
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(see)
+    try:
+        yield found
+    finally:
+        hook.remove(see)
 
 
 def _calls(hook: Any) -> Any:

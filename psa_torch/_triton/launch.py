@@ -5,7 +5,6 @@ which compiled kernel is meant. For calls alike in all that this depends on the 
 and so is everything else about the call but where its memory lies.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 from psa_torch._eager import recording
-from psa_torch._triton.direct import Distance, is_watched
+from psa_torch._triton.direct import Distance, is_watched, launches_of_this_thread
 from psa_torch._triton.recording import ALIGNMENT, Plan, Recorder
 
-__all__ = ["Distance", "launch_kernel", "repeated"]
+__all__ = ["Distance", "launch_kernel", "repeat"]
 
 MAX_CALLS = 4096
 """Kinds of calls that are remembered for one function; then it starts anew."""
@@ -38,28 +37,13 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
         recording.recorder.launched(kernel, compiled, grid, args, options)
 
 
-def repeated(function: Callable) -> Callable:
-    """Makes a function that launches kernels cheap to call again.
+def repeat(function: Callable, plans: dict[tuple, Any], args: tuple, kwargs: dict) -> Any:
+    """`function(*args, **kwargs)`, by the launches in `plans` if such a call is there.
 
     Of two calls alike (in shapes, strides, dtypes, device and alignment of all tensors, and in
-    everything else they are given) the second is recorded and later ones repeat its launches. It
-    must depend on nothing but that, and its tensors must be its arguments, not inside of them. What
-    does more than launch kernels, and what runs on a CPU, runs as it is.
+    everything else they are given) the second is recorded and later ones repeat its launches. What
+    does more than allocate and launch kernels runs as it is.
     """
-    plans: dict[tuple, Any] = {}
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        if not args[0].is_cuda:
-            return function(*args, **kwargs)
-        return repeat(function, plans, args, kwargs)
-
-    call.plans = plans
-    return call
-
-
-def repeat(function: Callable, plans: dict[tuple, Any], args: tuple, kwargs: dict) -> Any:
-    """`function(*args, **kwargs)`, by the launches in `plans` if such a call is there."""
     tensors: list[Tensor] = []
     pieces: list[int] = []
     key: list[Any] = []
@@ -90,11 +74,11 @@ def repeat(function: Callable, plans: dict[tuple, Any], args: tuple, kwargs: dic
     recorder = Recorder(tensors)
     recording.recorder = recorder
     try:
-        with recorder:
+        with launches_of_this_thread() as made, recorder:
             result = function(*args, **kwargs)
     finally:
         recording.recorder = None
-    plan = recorder.plan(result)
+    plan = recorder.plan(result, len(made))
     plans[key] = _NEVER if plan is None else plan
     return result
 

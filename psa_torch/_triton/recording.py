@@ -70,6 +70,7 @@ class Recorder(TorchDispatchMode):
         """
         super().__init__()
         self.refused: str | None = None
+        self._made = 0
         self._inputs = [x.data_ptr() for x in inputs]
         self._allocations: list[_Allocation] = []
         self._launches: list[tuple] = []
@@ -87,6 +88,7 @@ class Recorder(TorchDispatchMode):
 
     def launched(self, kernel: Any, compiled: Any, grid: tuple, args: tuple, options: dict) -> None:
         """Write down a launch, which has been made."""
+        self._made += 1
         self._refuse(why_not(kernel, compiled))
         if self.refused is not None:
             return
@@ -136,8 +138,14 @@ class Recorder(TorchDispatchMode):
     def _refuse(self, why: str | None) -> None:
         self.refused = self.refused or why
 
-    def plan(self, result: Any) -> "Plan | None":
-        """What repeats the call that returned `result`, or None where nothing does."""
+    def plan(self, result: Any, made: int) -> "Plan | None":
+        """What repeats the call that returned `result`, or None where nothing does.
+
+        Args:
+            made: launches that Triton made meanwhile.
+        """
+        if made != self._made:
+            self._refuse("it launches kernels past launch_kernel")
         results = result if type(result) is tuple else (result,)
         pieces, outputs = [], []
         for x in results:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from psa_torch._checks import absorb_scale, checked_inputs, describe, require_tensor
+from psa_torch._checks import absorb_scale, checked_inputs, levels_form, require_tensor
 from psa_torch.attention import flops  # noqa: F401  registers the formulas
 from psa_torch.attention.functorch import attention
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
@@ -69,11 +69,10 @@ def sparse_attention(
     checks.check_rest(rest)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     require_tensor("levels", levels)
-    (q, k, v), sizes = checked_inputs(q, k, v)
+    inputs = checked_inputs(q, k, v)
+    q, k, v = inputs.tensors
     q, scale = absorb_scale(q, scale)
-    form = checks.check_levels_shape(
-        describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
-    )
+    form = levels_form(levels, inputs, block_m=block_m, block_n=block_n)
     levels = levels.detach()
     out, lse = attend(
         q,

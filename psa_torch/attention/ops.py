@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from psa_torch._checks import without_autocast
+from psa_torch._dispatch import repeated
 from psa_torch._eager import eager, wants_gradient
 from psa_torch._vmap import register_batch_rule
 from psa_torch.attention import rest as means_of_rest
@@ -22,6 +23,7 @@ NO_SECOND_DERIVATIVE = (
 
 
 @torch.library.custom_op("psa::attention_forward", mutates_args=())
+@repeated
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -68,6 +70,7 @@ def _like_forward(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("psa::attention_backward", mutates_args=())
+@repeated
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -149,14 +152,16 @@ def _(tq, tk, tv, q, *_):
     return _like_forward(q)
 
 
-def _setup_context(ctx, inputs, output):
+def setup_context(ctx, inputs, output):
+    """Keep what `backward` needs; inputs and output are those of `psa::attention_forward`."""
     q, k, v, levels, *ctx.settings = inputs
     ctx.save_for_backward(q, k, v, levels, *output)
     # Most callers use only out; None instead of a tensor of zeros then saves its pass.
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):
+def backward(ctx, dout, dlse):
+    """Gradients of the inputs of `psa::attention_forward`."""
     no_grad = (None,) * (1 + len(ctx.settings))
     if dout is None and dlse is None:
         return None, None, None, *no_grad
@@ -172,7 +177,7 @@ def _no_second_derivative(ctx, *grads):
     raise NotImplementedError(NO_SECOND_DERIVATIVE)
 
 
-attention_forward.register_autograd(_backward, setup_context=_setup_context)
+attention_forward.register_autograd(backward, setup_context=setup_context)
 attention_backward.register_autograd(_no_second_derivative)
 attention_tangent.register_autograd(_no_second_derivative)
 _eager_backward = eager(attention_backward)
@@ -184,10 +189,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         output = attention_forward._init_fn(*inputs)
-        _setup_context(ctx, inputs, output)
+        setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    backward = staticmethod(backward)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:

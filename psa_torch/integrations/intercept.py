@@ -169,7 +169,7 @@ def _subclass(cls: type) -> type:
         if not mode.calls:
             raise RuntimeError(
                 "the processor did not call scaled_dot_product_attention: another attention "
-                "backend is set; call reset_attention_backend() or set_attention_backend('native')"
+                "backend is set; call set_attention_backend('native')"
             )
         return out
 

@@ -17,10 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import next_power_of_2, on_device_of, require_dtype
 from psa_torch.kernels.table import warps_for_row
 from shared_specs.budget import precision_bits
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 from shared_specs.selection import candidate_blocks
 
 HIGH_BITS = 12
@@ -66,17 +68,30 @@ def budget_levels(defects: Tensor, config: PSAConfig, *, q_len: int, kv_len: int
     with on_device_of(defects):
         if config.budget_scope == "row":
             share = config.budget * config.block_n
-            levels_by_row[grid](defects, levels, *sizes, SHARE=share, **constants)
+            launch_kernel(levels_by_row, grid, defects, levels, *sizes, SHARE=share, **constants)
             return levels
         tops = defects.new_empty(batch * heads, q_blocks, dtype=torch.int32)
         bins = (1 << HIGH_BITS, 1 << (bits - HIGH_BITS))
-        found = defects.new_zeros(batch * heads, sum(bins) + 1, dtype=torch.int32)
+        found = defects.new_empty(batch * heads, sum(bins) + 1, dtype=torch.int32)
         limit = _limit(q_len, kv_len, config)
         constants |= {"SHIFT": bits - HIGH_BITS, "ROWS": next_power_of_2(q_blocks)}
-        largest_of_rows[grid](defects, tops, *sizes, **constants)
+        share = next_power_of_2(cdiv(sum(bins) + 1, q_blocks))
+        launch_kernel(largest_of_rows, grid, defects, tops, found, *sizes, SHARE=share, **constants)
         for is_low in (False, True):
-            count_changes[grid](defects, tops, found, limit, *sizes, IS_LOW=is_low, **constants)
-        levels_by_head[grid](defects, tops, found, levels, limit, *sizes, **constants)
+            launch_kernel(
+                count_changes,
+                grid,
+                defects,
+                tops,
+                found,
+                limit,
+                *sizes,
+                IS_LOW=is_low,
+                **constants,
+            )
+        launch_kernel(
+            levels_by_head, grid, defects, tops, found, levels, limit, *sizes, **constants
+        )
     return levels
 
 
@@ -187,7 +202,7 @@ def _best(
     HAS_4: tl.constexpr,
     HAS_8: tl.constexpr,
 ):
-    """Level, price and defect of every block at `lam`."""
+    """Level and price of every block at `lam`."""
     value = lam * REST + rest
     level = tl.zeros_like(rest)
     price = level + REST
@@ -198,21 +213,21 @@ def _best(
     if HAS_2:
         value, level, price = _finer(value, level, price, lam, two, 2, BLOCK_N // 2)
     value, level, price = _finer(value, level, price, lam, 0, 1, BLOCK_N)
-    return level, price, value - lam * price
+    return level, price
 
 
 @triton.jit
-def _sooner(change, price, u, other, PRICE: tl.constexpr):
-    """`change`, or the least lambda at which a coarser choice is as good, if that is less."""
-    step = tl.maximum(price - PRICE, 1)
-    at = (other - u + step - 1) // step
-    return tl.where(price > PRICE, tl.minimum(change, at), change)
+def _sooner(change, finer, coarser, SAVED: tl.constexpr):
+    """`change`, or the least lambda at which the coarser choice is as good, if that is less.
+
+    Where the finer choice is the best one its defect is less, so the division is of a positive
+    number; elsewhere nobody reads the result.
+    """
+    return tl.minimum(change, (coarser - finer + (SAVED - 1)) // SAVED)
 
 
 @triton.jit
-def _next_change(
-    price,
-    u,
+def _next_changes(
     two,
     four,
     eight,
@@ -223,16 +238,23 @@ def _next_change(
     HAS_4: tl.constexpr,
     HAS_8: tl.constexpr,
 ):
-    """The lambda at which each block leaves its choice; the largest integer where it stays."""
-    change = tl.full(price.shape, 0x7FFFFFFF, tl.int32)
-    change = _sooner(change, price, u, rest, REST)
+    """The lambda at which each block leaves level 1, 2, 4 and 8: what it leaves a level for does
+    not depend on how it came there."""
+    never = tl.full(rest.shape, 0x7FFFFFFF, tl.int32)
+    of_1 = _sooner(never, 0, rest, BLOCK_N - REST)
+    of_2 = _sooner(never, two, rest, BLOCK_N // 2 - REST)
+    of_4 = _sooner(never, four, rest, BLOCK_N // 4 - REST)
+    of_8 = _sooner(never, eight, rest, BLOCK_N // 8 - REST)
     if HAS_8:
-        change = _sooner(change, price, u, eight, BLOCK_N // 8)
+        of_1 = _sooner(of_1, 0, eight, BLOCK_N - BLOCK_N // 8)
+        of_2 = _sooner(of_2, two, eight, BLOCK_N // 2 - BLOCK_N // 8)
+        of_4 = _sooner(of_4, four, eight, BLOCK_N // 4 - BLOCK_N // 8)
     if HAS_4:
-        change = _sooner(change, price, u, four, BLOCK_N // 4)
+        of_1 = _sooner(of_1, 0, four, BLOCK_N - BLOCK_N // 4)
+        of_2 = _sooner(of_2, two, four, BLOCK_N // 2 - BLOCK_N // 4)
     if HAS_2:
-        change = _sooner(change, price, u, two, BLOCK_N // 2)
-    return change
+        of_1 = _sooner(of_1, 0, two, BLOCK_N - BLOCK_N // 2)
+    return of_1, of_2, of_4, of_8
 
 
 @triton.jit
@@ -260,6 +282,7 @@ def _store_levels(pointer, at, level, raw_rest, is_nan, candidate, forced, insid
 def largest_of_rows(
     defects,
     tops,
+    found,
     q_blocks,
     k_blocks,
     q_len,
@@ -279,8 +302,10 @@ def largest_of_rows(
     WIDTH: tl.constexpr,
     SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
-    """Bits of the largest defect at rest among the free blocks of each row, `[B * H, Nq]`."""
+    """Bits of the largest defect at rest among the free blocks of each row, `[B * H, Nq]`; and
+    zeros to the row's share of the histograms."""
     pid = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     candidate, forced = _kinds(
@@ -289,6 +314,9 @@ def largest_of_rows(
     )  # fmt: skip
     raw = _raw(defects, pid * k_blocks + column, column < k_blocks, 3)
     tl.store(tops + pid, tl.max(tl.where(candidate & (forced == 0), raw, 0), 0))
+    bins: tl.constexpr = (1 << (BITS - SHIFT)) + (1 << SHIFT) + 1
+    at = tl.program_id(0) % q_blocks * SHARE + tl.arange(0, SHARE)
+    tl.store(found + pid // q_blocks * bins + at, tl.zeros_like(at), mask=at < bins)
 
 
 @triton.jit
@@ -343,17 +371,24 @@ def count_changes(
     two, four, eight, rest = _integers(
         defects, pid * k_blocks + column, column < k_blocks, top, BITS
     )
-    level, price, u = _best(0, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
+    level, price = _best(0, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
     if IS_LOW == 0:
         cost = tl.where(free, price, tl.where(forced, BLOCK_N, 0))
         tl.atomic_add(found + (HIGH + LOW), tl.sum(cost, 0), sem="relaxed")
-    least = 0
+    never = tl.full([WIDTH], 0x7FFFFFFF, tl.int32)
+    of_1, of_2, of_4, of_8 = _next_changes(
+        two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8
+    )
+    least = tl.zeros_like(price)
     for _ in tl.static_range(4):
-        change = _next_change(price, u, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
+        change = tl.where(level == 8, of_8, never)
+        change = tl.where(level == 4, of_4, change)
+        change = tl.where(level == 2, of_2, change)
+        change = tl.where(level == 1, of_1, change)
         # At 2^BITS every block has changed for the last time; that end needs no count.
         moved = free & (change < (1 << BITS))
         at = tl.where(moved, change, 0)
-        level, next_price, next_u = _best(
+        next_level, next_price = _best(
             at, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8
         )
         saved = tl.where(moved, price - next_price, 0)
@@ -363,12 +398,12 @@ def count_changes(
             tl.atomic_add(found + HIGH + (at & (LOW - 1)), saved, mask=counts, sem="relaxed")
         else:
             # Most changes are in the first bin: one sum a row instead of an addition each.
-            least += tl.sum(tl.where(of_bin == 0, saved, 0), 0)
+            least += tl.where(of_bin == 0, saved, 0)
             tl.atomic_add(found + of_bin, saved, mask=moved & (of_bin > 0), sem="relaxed")
         price = tl.where(moved, next_price, price)
-        u = tl.where(moved, next_u, u)
+        level = tl.where(moved, next_level, level)
     if IS_LOW == 0:
-        tl.atomic_add(found, least, sem="relaxed")
+        tl.atomic_add(found, tl.sum(least, 0), sem="relaxed")
 
 
 @triton.jit
@@ -419,7 +454,7 @@ def levels_by_head(
     lam = tl.where(over > 0, lam, 0)
     at = pid * k_blocks + column
     two, four, eight, rest = _integers(defects, at, inside, top, BITS)
-    level, _, _ = _best(lam, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
+    level, _ = _best(lam, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
     defect = tl.load(defects + at * 4 + 3, mask=inside, other=0.0)
     raw = _raw(defects, at, inside, 3)
     _store_levels(levels, at, level, raw, defect != defect, candidate, forced, inside)
@@ -467,11 +502,11 @@ def levels_by_row(
     high = low + (1 << BITS)
     for _ in tl.range(BITS + 1):
         middle = (low + high) >> 1
-        _, price, _ = _best(middle, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
+        _, price = _best(middle, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
         cost = tl.sum(tl.where(free, price, tl.where(forced, BLOCK_N, 0)), 0)
         fits = cost <= limit
         low = tl.where(fits, low, tl.minimum(middle + 1, high))
         high = tl.where(fits, middle, high)
-    level, _, _ = _best(high, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
+    level, _ = _best(high, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
     defect = tl.load(defects + at * 4 + 3, mask=inside, other=0.0)
     _store_levels(levels, at, level, raw, defect != defect, candidate, forced, inside)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.constants import LOG2E
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import (
     cdiv,
     next_power_of_2,
@@ -24,7 +26,6 @@ from psa_torch.kernels._launch import (
 )
 from shared_specs.defect import defect_offsets
 
-LOG2E = 1.4426950408889634
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -53,14 +54,16 @@ def defect_scores(
     scores = q.new_empty(batch, heads, n_q, n_k, 4, dtype=torch.float32)
     places = (block_m // sample_m, int(defect_offsets(block_m, sample_m)[0]))
     with on_device_of(q):
-        lost_masses[(tiles, strips)](
+        launch_kernel(
+            lost_masses,
+            (tiles, strips),
             q,
             k,
             lost,
             parts,
             *q.stride()[:3],
             *k.stride()[:3],
-            scale * LOG2E,
+            scale * LOG2E.value,
             heads,
             heads // k.shape[1],
             q_len,
@@ -79,7 +82,9 @@ def defect_scores(
             num_stages=3 if q.dtype != torch.float32 else 1,
         )
         rows = max(64, sample_m)
-        mean_squares[(cdiv(samples, rows) * cdiv(n_k, 32), batch * heads)](
+        launch_kernel(
+            mean_squares,
+            (cdiv(samples, rows) * cdiv(n_k, 32), batch * heads),
             lost,
             parts,
             scores,
@@ -101,28 +106,45 @@ def defect_scores(
 
 
 @triton.jit
-def _group_sum(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
-    """Sums over groups of `SIZE` adjacent columns, `[ROWS, GROUPS]`."""
-    return tl.sum(tl.reshape(x, (ROWS, GROUPS, SIZE)), 2)
+def _key_of_column(BLOCK_N: tl.constexpr):
+    """Which key of its block each column of a product holds.
+
+    A thread has pairs of columns eight apart. In this order they are neighbours, so that all keys
+    of a pooled token are in one thread: pooling moves nothing.
+    """
+    n = tl.arange(0, BLOCK_N)
+    return n % 8 // 2 * (BLOCK_N // 4) + n // 8 * 2 + n % 2
 
 
 @triton.jit
-def _whole_lost(sums, mass, top, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
-    """Mass that tokens of `SIZE` keys lose, from the sums of their logits; all keys are seen."""
-    return mass - SIZE * tl.sum(tl.math.exp2(sums * (1.0 / SIZE) - top[:, None]), 1)
+def _first_pairs(x, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys 2t and 2t + 1 apart, `[ROWS, BLOCK_N // 8, 4]` each."""
+    return tl.split(tl.reshape(x, (ROWS, BLOCK_N // 8, 4, 2)))
 
 
 @triton.jit
-def _masked_lost(
-    s, real, seen, mass, top, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr
-):
-    """The same where keys are past the end, or not seen."""
-    count = _group_sum(tl.where(real, 1.0, 0.0), ROWS, GROUPS, SIZE)
-    hidden = _group_sum(tl.where(real & (seen == 0), 1.0, 0.0), ROWS, GROUPS, SIZE)
-    mean = _group_sum(tl.where(real, s, 0.0), ROWS, GROUPS, SIZE) / tl.maximum(count, 1.0)
+def _pairs(x, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """Tokens 2t and 2t + 1 of `[ROWS, 2 * COUNT, 4]` apart, `[ROWS, COUNT, 4]` each."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, COUNT, 2, 4)), (0, 1, 3, 2)))
+
+
+@triton.jit
+def _sum(x):
+    # What a thread holds first, then what its neighbours do.
+    return tl.sum(tl.sum(x, 1), 1)
+
+
+@triton.jit
+def _lost(mass, sums, count, hidden, top, SIZE: tl.constexpr):
+    """Mass that tokens of `SIZE` keys lose where some are past the end or not seen.
+
+    Args:
+        sums, count, hidden: `[ROWS, n, 4]`: sums of the logits of real keys, how many there are,
+            and how many of them are not seen.
+    """
     whole = (hidden == 0) & (count > 0)
-    weights = tl.where(whole, count * tl.math.exp2(tl.where(whole, mean - top[:, None], 0.0)), 0.0)
-    return mass - tl.sum(weights, 1)
+    mean = sums / tl.maximum(count, 1.0) - top[:, None, None]
+    return mass - _sum(tl.where(whole, count * tl.math.exp2(tl.where(whole, mean, 0.0)), 0.0))
 
 
 @triton.jit
@@ -168,7 +190,7 @@ def lost_masses(
     row = tl.minimum(r * step + offset, q_len - 1)
     last = row + (kv_len - q_len)
     d = tl.arange(0, WIDTH)
-    n = tl.arange(0, BLOCK_N)
+    n = _key_of_column(BLOCK_N)
     q_pointer += batch * q_stride_b + head * q_stride_h
     k_pointer += batch * k_stride_b + (head // group).to(tl.int64) * k_stride_h
     lost_pointer += batch_head * blocks * 5 * samples
@@ -195,16 +217,22 @@ def lost_masses(
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if j < whole_end:
             peak = tl.max(s, 1)
-            mass = tl.sum(tl.math.exp2(s - peak[:, None]), 1)
-            twos = _group_sum(s, ROWS, BLOCK_N // 2, 2)
-            fours = _group_sum(twos, ROWS, BLOCK_N // 4, 2)
-            eights = _group_sum(fours, ROWS, BLOCK_N // 8, 2)
-            lost2 = _whole_lost(twos, mass, peak, ROWS, BLOCK_N // 2, 2)
-            lost4 = _whole_lost(fours, mass, peak, ROWS, BLOCK_N // 4, 4)
-            lost8 = _whole_lost(eights, mass, peak, ROWS, BLOCK_N // 8, 8)
+            one = tl.math.exp2(s - peak[:, None])
+            mass = tl.sum(one, 1)
+            # The exponential of a mean is the geometric mean of exponentials. Where one of them
+            # underflows beside the row's largest, the mean is below 2^-63 of that.
+            first, second = _first_pairs(one, ROWS, BLOCK_N)
+            twos = tl.sqrt(first * second)
+            first, second = _pairs(twos, ROWS, BLOCK_N // 16)
+            fours = tl.sqrt(first * second)
+            first, second = _pairs(fours, ROWS, BLOCK_N // 32)
+            eights = tl.sqrt(first * second)
+            lost2 = mass - 2 * _sum(twos)
+            lost4 = mass - 4 * _sum(fours)
+            lost8 = mass - 8 * _sum(eights)
             rest = mass
             if REST_MEAN:
-                mean = tl.sum(eights, 1) * (1.0 / BLOCK_N)
+                mean = tl.sum(s, 1) * (1.0 / BLOCK_N)
                 rest = mass - BLOCK_N * tl.math.exp2(mean - peak)
         else:
             real = (column < kv_len)[None, :] & real_row[:, None]
@@ -215,12 +243,32 @@ def lost_masses(
             peak = tl.where(peak == float("-inf"), 0.0, peak)
             weights = tl.math.exp2(tl.where(seen, s - peak[:, None], 0.0))
             mass = tl.sum(tl.where(seen, weights, 0.0), 1)
-            lost2 = _masked_lost(s, real, seen, mass, peak, ROWS, BLOCK_N // 2, 2)
-            lost4 = _masked_lost(s, real, seen, mass, peak, ROWS, BLOCK_N // 4, 4)
-            lost8 = _masked_lost(s, real, seen, mass, peak, ROWS, BLOCK_N // 8, 8)
+            some = tl.where(real, s, 0.0)
+            count = tl.where(real, 1.0, 0.0)
+            hidden = tl.where(real & (seen == 0), 1.0, 0.0)
             rest = mass
             if REST_MEAN:
-                rest = _masked_lost(s, real, seen, mass, peak, ROWS, 1, BLOCK_N)
+                keys = tl.sum(count, 1)
+                whole = (tl.sum(hidden, 1) == 0) & (keys > 0)
+                mean = tl.where(whole, tl.sum(some, 1) / tl.maximum(keys, 1.0) - peak, 0.0)
+                rest = mass - tl.where(whole, keys * tl.math.exp2(mean), 0.0)
+            some_first, some_second = _first_pairs(some, ROWS, BLOCK_N)
+            count_first, count_second = _first_pairs(count, ROWS, BLOCK_N)
+            hidden_first, hidden_second = _first_pairs(hidden, ROWS, BLOCK_N)
+            sums, counts = some_first + some_second, count_first + count_second
+            hiddens = hidden_first + hidden_second
+            lost2 = _lost(mass, sums, counts, hiddens, peak, 2)
+            some_first, some_second = _pairs(sums, ROWS, BLOCK_N // 16)
+            count_first, count_second = _pairs(counts, ROWS, BLOCK_N // 16)
+            hidden_first, hidden_second = _pairs(hiddens, ROWS, BLOCK_N // 16)
+            sums4, counts4 = some_first + some_second, count_first + count_second
+            hiddens4 = hidden_first + hidden_second
+            lost4 = _lost(mass, sums4, counts4, hiddens4, peak, 4)
+            some_first, some_second = _pairs(sums4, ROWS, BLOCK_N // 32)
+            count_first, count_second = _pairs(counts4, ROWS, BLOCK_N // 32)
+            hidden_first, hidden_second = _pairs(hiddens4, ROWS, BLOCK_N // 32)
+            sums8, counts8 = some_first + some_second, count_first + count_second
+            lost8 = _lost(mass, sums8, counts8, hidden_first + hidden_second, peak, 8)
         at = lost_pointer + tl.cast(j, tl.int64) * 5 * samples + r
         tl.store(at, lost2, mask=real_row)
         tl.store(at + samples, lost4, mask=real_row)

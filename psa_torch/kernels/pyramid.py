@@ -14,14 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch._triton.launch import launch_kernel, repeated
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
 from shared_specs.pyramid import padded_length, pyramid_rows
 
 _TILE = 1024  # elements of one tile: one 16-byte load of 16-bit elements per thread of 4 warps
 
 
-@repeated
 def build_pyramid(
     k: Tensor, v: Tensor, block_n: int, *, with_level_1: bool = True
 ) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Scores to levels, and to the table, in one kernel per row (specification, section 6).
+"""Scores to levels, one kernel program a row (specification, section 6).
 
 A program holds one row of scores as ordered integers and never sorts it. Selection only asks
 which blocks stand before a few end ranks, and each end rank is found by bisection on the values,
@@ -11,7 +11,7 @@ Counts at 591 x 1,182 blocks, 24 heads (14,184 rows of 2,048 keys, 16 a lane): a
 instructions in each of 4 warps; distinct scores take about log2(Nk) + 2 = 12 steps an end, four
 ends 12,000 warp instructions a row, 0.2 ms on 132 processors; `thresholdbound` about twice that.
 A bitonic sort of 2,048 (score, index) pairs is 66 exchange stages of 64-bit shuffles, about 40,000.
-Bytes: scores 67 MB read, levels 67 MB and table 68 MB written, 0.04 ms at 4.8 TB/s.
+Bytes: scores 67 MB read, levels 67 MB written, 0.03 ms at 4.8 TB/s.
 """
 
 import functools
@@ -23,13 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch._triton.launch import launch_kernel, repeated
-from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
-from psa_torch.kernels.table import plan_of_blocks, store_table_row, warps_for_row
+from psa_torch._checks import describe
+from psa_torch._triton.launch import launch_kernel
+from psa_torch.kernels._launch import next_power_of_2, on_device_of
+from psa_torch.kernels.table import warps_for_row
 from shared_specs.config import PSAConfig
+from shared_specs.selection import check_scores
 
 
-@repeated
 def select_levels(
     scores: Tensor,
     config: PSAConfig,
@@ -52,52 +53,14 @@ def select_levels(
         every row.
 
     Raises:
-        TypeError: scores are not float32.
+        TypeError: scores are not float32, or the cap does not hold integers.
         ValueError: shapes do not fit the lengths.
     """
-    levels, _, _, _ = _launch(scores, config, q_len, kv_len, cap, with_table=False)
-    return levels
-
-
-def select_levels_and_table(
-    scores: Tensor,
-    config: PSAConfig,
-    *,
-    q_len: int,
-    kv_len: int,
-    cap: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`select_levels` and `table.build_plan` of its result, in one kernel.
-
-    Returns:
-        (levels, entries, counts, full) as those two functions return them.
-    """
-    return _launch(scores, config, q_len, kv_len, cap, with_table=True)
-
-
-def _launch(scores, config, q_len, kv_len, cap, *, with_table):
-    require_dtype("scores", scores, (torch.float32,))
-    nq, nk = cdiv(q_len, config.block_m), cdiv(kv_len, config.block_n)
-    if scores.ndim != 4 or tuple(scores.shape[2:]) != (nq, nk):
-        raise ValueError(
-            f"scores must be [B, H, {nq}, {nk}] for q_len={q_len}, kv_len={kv_len}, "
-            f"got {tuple(scores.shape)}"
-        )
-    batch, heads = scores.shape[:2]
-    if cap is not None:
-        if cap.ndim != 3 or (cap.shape[0], cap.shape[2]) != (batch, nk) or heads % cap.shape[1]:
-            raise ValueError(
-                f"cap must be [{batch}, Hk, {nk}] with {heads} % Hk == 0, got {tuple(cap.shape)}"
-            )
-        cap = cap.contiguous()
-    levels, entries = (
-        scores.new_empty(batch, heads, nq, nk, dtype=torch.int32) if wanted else None
-        for wanted in (True, with_table)
-    )
-    counts, full = (
-        scores.new_empty(batch, heads, nq, 4, dtype=torch.int32) if with_table else None
-        for _ in range(2)
-    )
+    described = None if cap is None else describe("cap", cap)
+    check_scores(describe("scores", scores), described, config, q_len, kv_len)
+    batch, heads, nq, nk = scores.shape
+    cap = None if cap is None else cap.contiguous()
+    levels = scores.new_empty(batch, heads, nq, nk, dtype=torch.int32)
     width = max(32, next_power_of_2(nk))
     with on_device_of(scores):
         launch_kernel(
@@ -106,9 +69,6 @@ def _launch(scores, config, q_len, kv_len, cap, *, with_table):
             scores,
             cap,
             levels,
-            entries,
-            counts,
-            full,
             *scores.stride(),
             heads,
             1 if cap is None else heads // cap.shape[1],
@@ -130,7 +90,7 @@ def _launch(scores, config, q_len, kv_len, cap, *, with_table):
             WIDTH=width,
             num_warps=warps_for_row(width),
         )
-    return levels, entries, counts, full
+    return levels
 
 
 class _Steps(NamedTuple):
@@ -161,9 +121,6 @@ def _select_kernel(
     SCORES,
     CAP,
     LEVELS,
-    ENTRIES,
-    COUNTS,
-    FULL,
     stride_b,
     stride_h,
     stride_row,
@@ -265,11 +222,6 @@ def _select_kernel(
         level = tl.where(column == best, 1, level)
 
     tl.store(LEVELS + pid.to(tl.int64) * k_blocks + column, level, mask=inside)
-    if ENTRIES is not None:
-        whole, level = plan_of_blocks(
-            level, row, column, q_len, kv_len, BLOCK_M, BLOCK_N, CAUSAL, False
-        )
-        store_table_row(level, whole, column, k_blocks, pid, ENTRIES, COUNTS, FULL)
 
 
 @triton.jit

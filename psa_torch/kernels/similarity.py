@@ -10,12 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch._triton.launch import launch_kernel, repeated
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
 from shared_specs.config import PSAConfig
 
 
-@repeated
 def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
     """Largest level at which a key block's neighbours are still alike.
 

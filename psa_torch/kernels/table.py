@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch._triton.launch import launch_kernel, repeated
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import next_power_of_2, on_device_of
 
 
-@repeated
 def build_table(levels: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor]:
     """Entries and counts of a level mask.
 

@@ -38,7 +38,7 @@ from psa_torch.attention.triton.plan import Plan  # noqa: E402
 from psa_torch.attention.triton.rows import rows_of_pyramid  # noqa: E402
 from psa_torch.pyramid import Pyramid  # noqa: E402
 from shared_specs.constants import BLOCK_M, BLOCK_N  # noqa: E402
-from shared_specs.pyramid import pyramid_rows  # noqa: E402
+from shared_specs.geometry import Geometry  # noqa: E402
 
 # The package exports functions of these names.
 forward = importlib.import_module("psa_torch.attention.triton.forward")
@@ -172,21 +172,15 @@ def launches(case: Case) -> list[Launch]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     heads, kv_heads = 24, 6
-    q_blocks, k_blocks = -(-LENGTH // case.block_m), -(-LENGTH // case.block_n)
+    geometry = Geometry(LENGTH, LENGTH, case.block_m, case.block_n, case.is_causal)
+    q_blocks, k_blocks = geometry.q_blocks, geometry.k_blocks
     q = tensor(1, heads, LENGTH, case.head_dim)
-    rows = tensor(1, kv_heads, pyramid_rows(LENGTH, case.block_n), case.head_dim)
+    rows = tensor(1, kv_heads, geometry.pyramid_rows, case.head_dim)
 
     def plan(rows, columns):
         count = tensor(1, heads, rows, 4, dtype=torch.int32)
         return Plan(tensor(1, heads, rows, columns, dtype=torch.int32), count, count)
 
-    settings = dict(
-        kv_len=LENGTH,
-        block_m=case.block_m,
-        block_n=case.block_n,
-        scale=0.1,
-        is_causal=case.is_causal,
-    )
     by_query = plan(q_blocks, k_blocks)
     lse = tensor(1, heads, LENGTH, dtype=torch.float32)
     found: list[Launch] = []
@@ -198,15 +192,14 @@ def launches(case: Case) -> list[Launch]:
             arch = divmod(case.arch, 10)
             stack.enter_context(mock.patch.object(module, "capability", lambda _, arch=arch: arch))
         if case.direction == "forward":
-            forward.forward_planned(
-                q, Pyramid(rows, rows), by_query, config=case.config, **settings
-            )
+            pyramid = Pyramid(rows, rows)
+            forward.forward_planned(q, pyramid, by_query, geometry, scale=0.1, config=case.config)
         else:
             levels = tensor(1, heads, q_blocks, k_blocks, dtype=torch.int32)
             kept = rows_of_pyramid(Pyramid(rows, rows))
             rest = (kept, levels, by_query, plan(k_blocks, q_blocks), q, lse)
             config = case.config or configs.backward_config(q, case.block_m, case.block_n)
-            backward.backward_planned(q, lse, q, *rest, config=config, **settings)
+            backward.backward_planned(q, lse, q, *rest, geometry, scale=0.1, config=config)
     return found
 
 

@@ -21,20 +21,19 @@ import machine_code  # noqa: E402  (first: it turns the interpreter off)
 import torch  # noqa: E402
 
 from psa_torch.kernels import (  # noqa: E402
-    antidiagonal,
     kmeans,
     label_sort,
     move,
-    pool,
     pyramid,
     scores,
-    scores_hopper,
     select,
     similarity,
     table,
 )
 from psa_torch.kernels._launch import padded_head_dim  # noqa: E402
-from psa_torch.kernels.configs import HOPPER_PEAK, ScoreConfig  # noqa: E402
+from psa_torch.kernels.scores import antidiagonal, means, peaks, tiles  # noqa: E402
+from psa_torch.kernels.scores.hopper import kernel as hopper  # noqa: E402
+from psa_torch.kernels.scores.tiles import HOPPER_PEAK, ScoreConfig  # noqa: E402
 from shared_specs import PSAConfig  # noqa: E402
 
 REGISTERS = 65_536
@@ -43,9 +42,9 @@ SHARED_MEMORY = {80: 167_936, 90: 233_472, 100: 233_472}
 
 KERNELS = [
     (pyramid, "_pyramid_kernel"),
-    (pool, "_pool_kernel"),
-    (scores, "_peak_kernel"),
-    (scores_hopper, "peak_kernel_hopper"),
+    (means, "_pool_kernel"),
+    (peaks, "_peak_kernel"),
+    (hopper, "peak_kernel_hopper"),
     (antidiagonal, "_antidiagonal_kernel"),
     (select, "_select_kernel"),
     (table, "_table_kernel"),
@@ -104,17 +103,16 @@ def score_hopper(config, head_dim=128):
     """The warp-specialised kernel, which tensors without a device would not get."""
 
     def launch():
-        with mock.patch.object(scores, "_tile", lambda *_: HOPPER_PEAK[head_dim]):
+        with mock.patch.object(peaks, "peak_tile", lambda *_: HOPPER_PEAK[head_dim]):
             score(config, head_dim)()
 
     return launch
 
 
-def selection(config, kv_blocks=1_182, with_table=True):
+def selection(config, kv_blocks=1_182):
     kv_len = kv_blocks * config.block_n
     x = tensor(1, 24, 1, kv_blocks, dtype=torch.float32)
-    function = select.select_levels_and_table if with_table else select.select_levels
-    return lambda: function(x, config, q_len=100, kv_len=kv_len)
+    return lambda: select.select_levels(x, config, q_len=100, kv_len=kv_len)
 
 
 def plan(transposed, kv_blocks=1_182):
@@ -163,12 +161,12 @@ def cases():
     yield Case("pooled causal", score(CAUSAL), loop=400, always=True)
     yield Case("sampled", score(SAMPLED), loop=210, per_processor=2, always=True)
     yield Case("antidiagonal causal", score(ANTIDIAGONAL), loop=245, always=True)
-    yield Case("topk", selection(CAUSAL, with_table=False), always=True)
-    yield Case("thresholdbound and table", selection(THRESHOLD), always=True)
+    yield Case("topk", selection(CAUSAL), always=True)
+    yield Case("thresholdbound", selection(THRESHOLD), always=True)
     yield Case("plan", plan(False), always=True)
     yield Case("plan transposed", plan(True), always=True)
     yield Case("pyramid", both(tokens(), pyramid.build_pyramid), per_processor=4, always=True)
-    yield Case("pool", lambda: pool.pool_blocks(tokens(), 128, 4), per_processor=4, always=True)
+    yield Case("pool", lambda: means.pool_blocks(tokens(), 128, 4), per_processor=4, always=True)
     yield Case(
         "similarity",
         lambda: similarity.similarity_cap(tokens(), PSAConfig()),
@@ -213,7 +211,7 @@ def cases():
         yield Case("pooled", score(PSAConfig()), arch=arch, loop=400, spills=32)
         yield Case("pooled causal", score(CAUSAL), arch=arch, loop=900)
         yield Case("antidiagonal causal", score(ANTIDIAGONAL), arch=arch, loop=300, spills=400)
-        yield Case("thresholdbound and table", selection(THRESHOLD), arch=arch)
+        yield Case("thresholdbound", selection(THRESHOLD), arch=arch)
         yield Case("pyramid", both(tokens(), pyramid.build_pyramid), arch=arch)
         yield Case("nearest centroid", nearest(), arch=arch, loop=600)
 
@@ -235,7 +233,7 @@ def record(launch, arch: int) -> tuple:
         for module, name in KERNELS:
             recorder = Recorder(getattr(module, name), launches)
             stack.enter_context(mock.patch.object(module, name, recorder))
-        for module in (scores, antidiagonal):
+        for module in (tiles, antidiagonal):
             stack.enter_context(mock.patch.object(module, "capability", lambda _: divmod(arch, 10)))
         launch()
     return launches[-1]
@@ -276,7 +274,7 @@ def judge(case: Case) -> list[str]:
 def negative_control_fails() -> bool:
     """A tile twice too wide for its warps must be found out."""
     wide = ScoreConfig(rows=128, columns=256, warps=4, stages=2, per_processor=1)
-    with mock.patch.object(scores, "choose_peak", lambda *_: wide):
+    with mock.patch.object(tiles, "choose_peak", lambda *_: wide):
         case = Case("negative control", score(PSAConfig()), loop=10_000)
         return bool(judge(case))
 

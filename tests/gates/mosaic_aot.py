@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from psa_jax.attention import mosaic
-from psa_jax.attention.mosaic.config import Config, default_config
+from psa_jax.attention.mosaic.configs import Config, default_config
 
 DUMP = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
 TARGET = Path(__file__).with_name("h200.txtpb")
@@ -35,8 +35,8 @@ SPILLED_BYTES = {
     "forward": 0,
     "query_gradient": 8,
     "key_gradient": 64,
-    "slot_gradient": 384,
-    "slot_sum": 0,
+    "coarse_partials": 384,
+    "coarse_sums": 0,
 }
 """Allowed by kernel, for addresses outside the loops that multiply: dk and dv fill their consumers'
 registers, so that a few addresses wait in local memory until the end. In slots the compiler also
@@ -68,7 +68,7 @@ class Report:
             faults.append(f"{self.spilled} bytes spilled")
         if self.serialised:
             faults.append("wgmma serialised")
-        if not self.wgmmas and self.name != "slot_sum":
+        if not self.wgmmas and self.name != "coarse_sums":
             faults.append("no wgmma")
         if self.shared_memory > SHARED_MEMORY:
             faults.append(f"{self.shared_memory} bytes of shared memory")
@@ -129,7 +129,7 @@ def starved() -> Config:
     """A configuration whose forward consumers have too few registers."""
     config = default_config(128, 128)
     return dataclasses.replace(
-        config, forward=dataclasses.replace(config.forward, consumer_registers=152)
+        config, forward=dataclasses.replace(config.forward, multiply_registers=152)
     )
 
 

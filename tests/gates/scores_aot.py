@@ -18,7 +18,7 @@ import jax
 from jax.experimental import topologies
 
 from psa_jax.kernels.scores import peak_scores
-from psa_jax.kernels.scores.config import PeakConfig
+from psa_jax.kernels.scores.tiles import PeakConfig
 from shared_specs.config import PSAConfig
 
 mosaic_aot.SPILLED_BYTES["peaks"] = 0
@@ -35,7 +35,7 @@ SHAPES = [
         ),
     )
 ]
-STARVED = PeakConfig(consumer_registers=152)
+STARVED = PeakConfig(multiply_registers=152)
 """Too few registers for the two products and the maximum of a pair."""
 
 

@@ -6,11 +6,11 @@ import torch
 from psa_torch import PSAConfig
 from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.importance import block_scores
-from psa_torch.kernels import select
 from psa_torch.pyramid import build_pyramid
 from psa_torch.selection import select_levels
 from psa_torch.similarity import similarity_cap
 from psa_torch.table import build_table
+from shared_specs.geometry import Geometry
 
 pytestmark = pytest.mark.gpu
 
@@ -59,7 +59,7 @@ def test_nothing_waits_for_the_device(name):
     config, length = CONFIGS[name], 3_001
     q, k, v = (tokens(2, length, 64, seed) for seed in range(3))
     sizes = {"q_len": length, "kv_len": length}
-    blocks = {"block_m": config.block_m, "block_n": config.block_n}
+    geometry = Geometry(length, length, config.block_m, config.block_n, config.causal)
 
     def everything():
         build_pyramid(k, v, config.block_n)
@@ -67,9 +67,8 @@ def test_nothing_waits_for_the_device(name):
         cap = similarity_cap(k, config)
         levels = select_levels(scores, config, **sizes, cap=cap)
         build_table(levels)
-        query_plan(levels, is_causal=config.causal, **sizes, **blocks)
-        key_plan(levels, is_causal=config.causal, **sizes, **blocks)
-        select.select_levels_and_table(scores, config, **sizes, cap=cap)
+        query_plan(levels, geometry)
+        key_plan(levels, geometry)
 
     everything()  # compiles, and copies the sampling plan
     torch.cuda.set_sync_debug_mode("error")

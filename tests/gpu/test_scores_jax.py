@@ -9,7 +9,7 @@ import pytest
 
 from psa_jax import importance
 from psa_jax.kernels import scores
-from psa_jax.kernels.scores.config import default_config
+from psa_jax.kernels.scores.tiles import default_config
 from psa_jax.selection import select_levels
 from shared_specs import PSAConfig
 from shared_specs import importance as np_importance

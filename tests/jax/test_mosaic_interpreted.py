@@ -18,8 +18,9 @@ import pytest
 from psa_jax import sparse_attention
 from psa_jax._mosaic.device import reset
 from psa_jax.attention import mosaic
-from psa_jax.attention.mosaic import api, forward_kernel, slot_gradient, walk
-from psa_jax.attention.mosaic.config import Config, default_config
+from psa_jax.attention.mosaic import api, forward_kernel, walk
+from psa_jax.attention.mosaic.coarse_gradient import partials
+from psa_jax.attention.mosaic.configs import Config, default_config
 from psa_jax.attention.mosaic.geometry import CHUNK
 from psa_jax.attention.mosaic.pyramid_rows import copy_rows
 from tests.jax.attention_contract import (
@@ -81,7 +82,7 @@ def small(head_dim, block_m, **slots):
         forward=cut(config.forward, tile=64, stages=2),
         query_gradient=cut(config.query_gradient, tile=64, stages=2),
         key_gradient=cut(config.key_gradient, stages=2),
-        slots=cut(config.slots, tiles=4, **slots),
+        coarse=cut(config.coarse, tiles=4, **slots),
     )
 
 
@@ -259,7 +260,7 @@ def test_a_buffer_filled_too_early_is_a_race(interpreter, monkeypatch, rng):
 def test_a_tile_given_back_before_its_gradients_left_is_a_race(interpreter, monkeypatch, rng):
     impatient = types.SimpleNamespace(**vars(plgpu))
     impatient.wait_smem_to_gmem = lambda n, wait_read_only=False: None
-    monkeypatch.setattr(slot_gradient, "plgpu", impatient)
+    monkeypatch.setattr(partials, "plgpu", impatient)
     case = case_of(level=8, kv_len=3000)
     with pytest.raises(Exception, match="[Rr]ace"):
         run(case.inputs(rng), "mosaic", **case.settings())

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 
 from psa_jax.attention import mosaic
-from psa_jax.attention.mosaic.config import SlotConfig, WalkConfig, default_config
+from psa_jax.attention.mosaic.configs import CoarseConfig, WalkConfig, default_config
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -101,8 +101,8 @@ def test_too_much_shared_memory_is_refused_here_already():
 @pytest.mark.parametrize("shape", FAST, ids=str)
 def test_level_4_in_slots_and_split_rounds_lower_for_cuda(shape):
     config = default_config(shape["head_dim"], shape["block_m"])
-    slots = dataclasses.replace(config.slots, levels=(4, 8), workspace_bytes=1, blocks=8)
-    config = dataclasses.replace(config, slots=slots)
+    coarse = dataclasses.replace(config.coarse, levels=(4, 8), workspace_bytes=1, blocks=8)
+    config = dataclasses.replace(config, coarse=coarse)
     assert kernels_in(lower(**shape, config=config)) == KERNELS + 2
 
 
@@ -110,7 +110,7 @@ def test_level_4_in_slots_and_split_rounds_lower_for_cuda(shape):
     ("wrong", "named"), [({"tile": 96}, "tile"), ({"stages": 1}, "stages")], ids=str
 )
 def test_sizes_that_no_kernel_takes_are_refused(wrong, named):
-    right = {"tile": 64, "stages": 2, "consumer_registers": 232, "producer_registers": 40}
+    right = {"tile": 64, "stages": 2, "multiply_registers": 232, "copy_registers": 40}
     make = functools.partial(WalkConfig, **{**right, **wrong})
     with pytest.raises(ValueError, match=named):
         make()
@@ -120,8 +120,8 @@ def test_sizes_that_no_kernel_takes_are_refused(wrong, named):
     ("wrong", "named"), [({"tiles": 5}, "tiles"), ({"levels": (2, 8)}, "levels")], ids=str
 )
 def test_slots_that_no_kernel_takes_are_refused(wrong, named):
-    right = {"tiles": 4, "query_slots": 1, "consumer_registers": 232, "producer_registers": 40}
-    make = functools.partial(SlotConfig, **{**right, **wrong})
+    right = {"tiles": 4, "query_stages": 1, "multiply_registers": 232, "copy_registers": 40}
+    make = functools.partial(CoarseConfig, **{**right, **wrong})
     with pytest.raises(ValueError, match=named):
         make()
 

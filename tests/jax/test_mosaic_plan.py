@@ -7,8 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from psa_jax.attention.mosaic.config import slot_config
-from psa_jax.attention.mosaic.geometry import CHUNK, QUERY_TILE, ROWS, Geometry
+from psa_jax.attention.mosaic.coarse_gradient.plan import (
+    FIRST_ENTRY,
+    FULL,
+    LISTED,
+    Rounds,
+    coarse_plan,
+)
+from psa_jax.attention.mosaic.coarse_gradient.plan import TAIL as SLOT_TAIL
+from psa_jax.attention.mosaic.configs import coarse_config
+from psa_jax.attention.mosaic.geometry import CHUNK, QUERY_TILE, ROWS, TiledGeometry
 from psa_jax.attention.mosaic.key_plan import (
     BLOCK_BITS,
     KeyTiles,
@@ -16,23 +24,15 @@ from psa_jax.attention.mosaic.key_plan import (
     unpack_row,
     visited_query,
 )
-from psa_jax.attention.mosaic.plan import (
+from psa_jax.attention.mosaic.pyramid_rows import pooled_rows
+from psa_jax.attention.mosaic.query_plan import (
     ENDS,
     FIRST,
     HALF,
     TAIL,
+    query_plan,
     unpack_covers,
-    walk_plan,
 )
-from psa_jax.attention.mosaic.pyramid_rows import pooled_rows
-from psa_jax.attention.mosaic.slot_plan import (
-    FIRST_ENTRY,
-    FULL,
-    LISTED,
-    Rounds,
-    slot_plan,
-)
-from psa_jax.attention.mosaic.slot_plan import TAIL as SLOT_TAIL
 from shared_specs.constants import LEVELS, MASK_LEVELS
 from shared_specs.pyramid import build_pyramid, level_start
 
@@ -42,7 +42,7 @@ LENGTHS = [(200, 777), (129, 70)]
 
 def random_levels(rng, geometry, heads):
     n_q = -(-geometry.q_len // geometry.block_m)
-    levels = rng.choice(MASK_LEVELS, size=(1, heads, n_q, geometry.key_blocks))
+    levels = rng.choice(MASK_LEVELS, size=(1, heads, n_q, geometry.k_blocks))
     levels[0, 0, 0] = rng.choice(LEVELS)
     levels[0, -1, -1] = 0
     return levels.astype(np.int32)
@@ -103,12 +103,12 @@ def walked(plan, geometry, row):
 def test_walk_visits_every_token_once(block_m, block_n, is_causal, rng):
     tile = 64 if block_m == 128 else 128
     for q_len, kv_len in LENGTHS:
-        geometry = Geometry(q_len, kv_len, block_m, block_n, is_causal, tile)
+        geometry = TiledGeometry(q_len, kv_len, block_m, block_n, is_causal, tile)
         levels = random_levels(rng, geometry, heads=2)
-        plan = jax.tree.map(np.asarray, jax.jit(walk_plan, static_argnums=1)(levels, geometry))
+        plan = jax.tree.map(np.asarray, jax.jit(query_plan, static_argnums=1)(levels, geometry))
         n_q = levels.shape[2]
-        for head, row in itertools.product(range(2), range(geometry.query_blocks)):
-            masked, unmasked = walked(plan, geometry, head * geometry.query_blocks + row)
+        for head, row in itertools.product(range(2), range(geometry.padded_q_blocks)):
+            masked, unmasked = walked(plan, geometry, head * geometry.padded_q_blocks + row)
             want = wanted(levels[0, head, row], geometry, row) if row < n_q else {}
             masked_tokens = [token for token, _ in masked]
             assert sorted(masked_tokens + unmasked) == sorted(want)
@@ -123,10 +123,10 @@ def test_walk_visits_every_token_once(block_m, block_n, is_causal, rng):
 def test_the_worst_tail_fits(rng):
     """Rows that leave the longest remainder at every level and straddle the diagonal."""
     for block_m, block_n in BLOCKS:
-        geometry = Geometry(512, 509, block_m, block_n, True, 128)
+        geometry = TiledGeometry(512, 509, block_m, block_n, True, 128)
         levels = random_levels(rng, geometry, heads=2)
         levels[0, 0] = 1
-        spans = np.asarray(jax.jit(walk_plan, static_argnums=1)(levels, geometry).spans)
+        spans = np.asarray(jax.jit(query_plan, static_argnums=1)(levels, geometry).spans)
         assert spans[:, TAIL].max() <= geometry.masked_chunk_capacity // geometry.chunks
 
 
@@ -135,7 +135,7 @@ def test_the_worst_tail_fits(rng):
 @pytest.mark.parametrize("key_levels", [(0, 1), (0, 1, 2, 3)])
 def test_key_walk_visits_every_pair_once(block_m, block_n, is_causal, key_levels, rng):
     for q_len, kv_len in LENGTHS:
-        geometry = Geometry(q_len, kv_len, block_m, block_n, is_causal, 64)
+        geometry = TiledGeometry(q_len, kv_len, block_m, block_n, is_causal, 64)
         tiles = KeyTiles(geometry, key_levels)
         levels = random_levels(rng, geometry, heads=4)
         plan = jax.jit(key_plan, static_argnums=(1, 2))(levels, 2, tiles)
@@ -147,7 +147,7 @@ def test_key_walk_visits_every_pair_once(block_m, block_n, is_causal, key_levels
             count, block, last = unpack_row(plan.rows[tile])
             tokens = [token_of_tile(tiles, tile, r) for r in range(ROWS)]
             for place, visit in enumerate(plan.visits[row, :visits]):
-                member, query_block = divmod(visited_query(visit), geometry.query_blocks)
+                member, query_block = divmod(visited_query(visit), geometry.padded_q_blocks)
                 bits = visit & (1 << BLOCK_BITS) - 1
                 seen = [r for r in range(ROWS) if bits >> block[r] & 1 and count[r]]
                 pair = pairs.setdefault((kv_head * 2 + member, query_block), [])
@@ -168,7 +168,9 @@ def token_of_tile(tiles, tile, row):
 
 
 def rounds_of(geometry, level, workspace_bytes, blocks):
-    config = dataclasses.replace(slot_config(64, geometry.block_m), workspace_bytes=workspace_bytes)
+    config = dataclasses.replace(
+        coarse_config(64, geometry.block_m), workspace_bytes=workspace_bytes
+    )
     return Rounds(geometry, LEVELS.index(level), config, 1, 4, 2, 64, blocks, True)
 
 
@@ -180,21 +182,21 @@ def test_every_slot_is_filled_by_one_query_block_and_summed_once(
     block_m, block_n, is_causal, level, workspace_bytes, rng
 ):
     for q_len, kv_len in LENGTHS:
-        geometry = Geometry(q_len, kv_len, block_m, block_n, is_causal, ROWS)
+        geometry = TiledGeometry(q_len, kv_len, block_m, block_n, is_causal, ROWS)
         rounds = rounds_of(geometry, level, workspace_bytes, blocks=2)
         levels = random_levels(rng, geometry, heads=4)
-        plan = jax.jit(lambda x, g=geometry, r=rounds: slot_plan(x, walk_plan(x, g), r))(levels)
+        plan = jax.jit(lambda x, g=geometry, r=rounds: coarse_plan(x, query_plan(x, g), r))(levels)
         plan = jax.tree.map(np.asarray, plan)
         assert (rounds.splits > 1) == (workspace_bytes == 1)
         for number in range(rounds.head_rounds * rounds.splits):
             filled = filled_slots(plan, geometry, rounds, levels, number)
-            units = rounds.heads_per_round * geometry.key_blocks
+            units = rounds.heads_per_round * geometry.k_blocks
             summed = {}
             for unit in range(units):
                 row = number * units + unit
                 slots = plan.slots[row, : plan.counts[row]]
                 assert (np.diff(slots) > 0).all()
-                kv_head, block = divmod(unit, geometry.key_blocks)
+                kv_head, block = divmod(unit, geometry.k_blocks)
                 summed |= {int(slot): (kv_head, block) for slot in slots}
             assert summed == filled
 
@@ -210,7 +212,7 @@ def filled_slots(plan, geometry, rounds, levels, number):
         if query >= levels.shape[2]:
             assert (spans[[FULL, SLOT_TAIL, LISTED]] == 0).all()
             continue
-        entries = plan.entries[head * geometry.query_blocks + query]
+        entries = plan.entries[head * geometry.padded_q_blocks + query]
         blocks = entries[spans[FIRST_ENTRY] :][: spans[LISTED]]
         covers = plan.tail_covers[head * rounds.padded_queries + query]
         count, last = (x[: spans[SLOT_TAIL]].ravel() for x in unpack_covers(covers))
@@ -247,19 +249,19 @@ def place_of(blocks, level_token, geometry, rounds):
 @pytest.mark.parametrize("block_n", [32, 64, 128])
 def test_pooled_rows_are_those_of_the_pyramid(block_n, rng):
     k = rng.standard_normal((2, 2, 300, 8)).astype(np.float32)
-    geometry = Geometry(100, 300, 128, block_n, False, 64)
+    geometry = TiledGeometry(100, 300, 128, block_n, False, 64)
     rows = build_pyramid(k, k, block_n).k[:, :, level_start(300, block_n, 2) :]
     ours = np.asarray(pooled_rows(jax.numpy.asarray(rows), geometry))
-    assert ours.shape == (4, geometry.pooled_rows, 8)
+    assert ours.shape == (4, geometry.stored_rows, 8)
     theirs = rows.reshape(4, -1, 8)
-    tokens = [token_of(geometry, geometry.first_pooled + r) for r in range(geometry.pooled_rows)]
+    tokens = [token_of(geometry, geometry.first_pooled + r) for r in range(geometry.stored_rows)]
     place = [r for r, (_, token) in enumerate(tokens) if token is not None]
     assert all(level > 1 for level, _ in tokens)
     np.testing.assert_array_equal(ours[:, place], theirs)
-    gaps = sorted(set(range(geometry.pooled_rows)) - set(place))
+    gaps = sorted(set(range(geometry.stored_rows)) - set(place))
     assert (ours[:, gaps] == 0).all() and bool(gaps) == (block_n == 32)
 
 
 def test_query_blocks_are_rounded_up_to_query_tiles():
-    geometry = Geometry(129, 64, 64, 64, False, 64)
-    assert geometry.query_blocks * 64 == geometry.padded_queries == 2 * QUERY_TILE
+    geometry = TiledGeometry(129, 64, 64, 64, False, 64)
+    assert geometry.padded_q_blocks * 64 == geometry.padded_queries == 2 * QUERY_TILE

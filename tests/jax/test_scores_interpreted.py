@@ -18,9 +18,9 @@ from psa_jax import importance, psa_attention
 from psa_jax._mosaic import products
 from psa_jax._mosaic.device import interpreted, reset
 from psa_jax.kernels import scores
-from psa_jax.kernels.scores import api, peaks, walk
-from psa_jax.kernels.scores.config import PeakConfig
+from psa_jax.kernels.scores import api, peaks, schedule
 from psa_jax.kernels.scores.samples import samples
+from psa_jax.kernels.scores.tiles import PeakConfig
 from psa_jax.selection import select_levels
 from shared_specs import importance as np_importance
 from shared_specs import selection as np_selection
@@ -141,7 +141,7 @@ def test_scores(case, interpreter, rng):
 
 SIZES = [
     PeakConfig(columns=64, stages=4, consumers=1, blocks=2, most_bytes=1),
-    PeakConfig(columns=128, stages=3, query_slots=2, blocks=1),
+    PeakConfig(columns=128, stages=3, query_stages=2, blocks=1),
     PeakConfig(columns=64, stages=2, consumers=3, pairs=False, blocks=1),
 ]
 
@@ -230,12 +230,12 @@ def one_tile_short(self):
     return np.maximum(right_spans.func(self) - [0, 1], 0).astype(np.int32)
 
 
-right_spans = walk.Walk.__dict__["spans"]
+right_spans = schedule.Walk.__dict__["spans"]
 
 MISTAKES = {
     "wrong order of columns": (api, "_by_place", keys_left_as_they_are),
-    "diagonal not masked": (walk.Walk, "spans", property(straddling_tiles_unmasked)),
-    "last tile skipped": (walk.Walk, "spans", property(one_tile_short)),
+    "diagonal not masked": (schedule.Walk, "spans", property(straddling_tiles_unmasked)),
+    "last tile skipped": (schedule.Walk, "spans", property(one_tile_short)),
 }
 
 

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from psa_jax.kernels.scores import peak_scores
-from psa_jax.kernels.scores.config import PeakConfig, default_config
+from psa_jax.kernels.scores.tiles import PeakConfig, default_config
 from shared_specs.config import PSAConfig
 
 pytestmark = pytest.mark.timeout(240)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_logits_of_any_size(logit, sign, is_causal, rng):
     case = Case(kv_len=300, level="empty", is_causal=is_causal, scale=1.0)
     inputs = case.inputs(rng)
     one = torch.ones(()) / case.head_dim**0.5
-    q = (one + inputs.q / 100) * sign * logit / plan.LOG2_E
+    q = (one + inputs.q / 100) * sign * logit / math.log2(math.e)
     inputs = inputs._replace(q=q, k=one + inputs.k / 100)
     got, want = run(inputs, "gather", **case.settings()), expected(inputs, **case.settings())
     rounding = 1e-6 * max(logit, 4)

@@ -15,8 +15,8 @@ from psa_torch.attention.triton.configs import (
     PooledGradConfig,
     QueryGradConfig,
 )
-from psa_torch.kernels import scores
-from psa_torch.kernels.configs import HopperScoreConfig, ScoreConfig
+from psa_torch.kernels.scores import tiles
+from psa_torch.kernels.scores.tiles import HopperScoreConfig, ScoreConfig
 from shared_specs import PSAConfig
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -87,7 +87,7 @@ SCORES = [
 @pytest.mark.parametrize("row", SCORES, ids=str)
 def test_of_scores(row, monkeypatch):
     capability, head_dim, dtype, keys, block_m, block_n, want = row
-    monkeypatch.setattr(scores, "capability", lambda _: capability)
+    monkeypatch.setattr(tiles, "capability", lambda _: capability)
     config = PSAConfig(block_m=block_m, block_n=block_n)
     q, k = (OnGPU((1, 2, length, head_dim), dtype) for length in (1000, keys))
-    assert type(scores._tile(q, k, block_m // config.importance_pool, config)) is want
+    assert type(tiles.peak_tile(q, k, block_m // config.importance_pool, config)) is want

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from psa_torch.kernels.configs import ScoreConfig
-from psa_torch.kernels.pool import pool_blocks
 from psa_torch.kernels.scores import block_scores
+from psa_torch.kernels.scores.means import pool_blocks
+from psa_torch.kernels.scores.tiles import ScoreConfig
 from shared_specs import PSAConfig, importance, pyramid, selection
 from tests.torch.kernel_device import to_device, to_numpy
 
@@ -133,7 +133,7 @@ def test_refuses_other_dtypes():
 def test_tiles_never_split_a_block(rng, monkeypatch):
     """Blocks with more rows than a tile has widen the tile."""
     small = ScoreConfig(rows=16, columns=16, warps=4, stages=1, per_processor=1)
-    monkeypatch.setattr("psa_torch.kernels.scores.choose_peak", lambda *_: small)
+    monkeypatch.setattr("psa_torch.kernels.scores.tiles.choose_peak", lambda *_: small)
     q, k = inputs(rng, 200, 260, 16)
     config = PSAConfig(importance_pool=2)
     np.testing.assert_allclose(

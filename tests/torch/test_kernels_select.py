@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from psa_torch.kernels.select import select_levels, select_levels_and_table
-from psa_torch.kernels.table import build_plan
+from psa_torch.kernels.select import select_levels
 from shared_specs import PSAConfig, selection
 from tests.torch.kernel_device import to_device, to_numpy
 
@@ -111,17 +110,6 @@ def test_long_rows(rng, mode, n_k):
 def test_nothing_but_skipped_blocks_keeps_the_best(rng, mode):
     config = PSAConfig(mask_ratios={0: (0, 1)}, mask_mode=mode)
     assert_equal_to_rules(steep(rng, (1, 3, 1, 12)), config, 128, 12 * 64)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_with_table(rng, causal):
-    config = PSAConfig(causal=causal, block_m=64, text_length=20)
-    q_len, kv_len = 250, 610
-    scores = to_device(steep(rng, (1, 2, *blocks(config, q_len, kv_len))))
-    levels, *table = select_levels_and_table(scores, config, q_len=q_len, kv_len=kv_len)
-    assert torch.equal(levels, select_levels(scores, config, q_len=q_len, kv_len=kv_len))
-    want = build_plan(levels, q_len=q_len, kv_len=kv_len, block_m=64, block_n=64, is_causal=causal)
-    assert all(torch.equal(x, y) for x, y in zip(table, want, strict=True))
 
 
 def test_strided_scores(rng):

@@ -54,14 +54,23 @@ def test_on_a_driver_that_writes_launches_down(report, case):
 def test_every_kernel_is_launched_where_a_recording_sees_it():
     """`kernel[grid](...)` would be left out of what is repeated."""
     package = Path(psa_torch.__file__).parent
-    found = []
-    for path in package.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                found.append((path.relative_to(package).as_posix(), ast.unparse(node.func)))
-    # Tables of functions are subscripted too.
-    launches = [place for place in found if "grid" in place[1] or "kernel" in place[1]]
-    assert launches == [("_triton/launch.py", "kernel[grid]")]
+    sources = {path: ast.parse(path.read_text()) for path in package.rglob("*.py")}
+    nodes = [(path, node) for path, tree in sources.items() for node in ast.walk(tree)]
+    kernels = {
+        node.name
+        for _, node in nodes
+        if isinstance(node, ast.FunctionDef)
+        and any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+    assert {"attention_forward", "attention_forward_hopper", "_pool_kernel"} < kernels
+    launched = [
+        (path.name, ast.unparse(node.func))
+        for path, node in nodes
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+        # Tables of functions are subscripted too.
+        if ast.unparse(node.func.value).split(".")[-1] in kernels | {"kernel"}
+    ]
+    assert launched == [("launch.py", "kernel[grid]")]
 
 
 def test_pieces_that_are_there_together_are_apart():

@@ -7,33 +7,23 @@ import pytest
 import torch
 
 from psa_torch.kernels import scores
-from psa_torch.kernels.configs import HopperScoreConfig
+from psa_torch.kernels.scores import peaks, tiles
+from psa_torch.kernels.scores.tiles import HopperScoreConfig
 from shared_specs import PSAConfig
 from shared_specs.importance import block_scores
 from tests.torch import gluon_interpreter
 
-scores_hopper = pytest.importorskip("psa_torch.kernels.scores_hopper")
+hopper = pytest.importorskip("psa_torch.kernels.scores.hopper.kernel")
 
 TILE = HopperScoreConfig(slots=2, columns=16)
 
 
-class _Interpreted:
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        def launch(*args, num_warps, **constants):
-            gluon_interpreter.launch(self.kernel, grid, *args, **constants)
-
-        return launch
-
-
 @pytest.fixture(autouse=True)
 def interpreted():
-    kernel = _Interpreted(scores_hopper.peak_kernel_hopper)
+    kernel = gluon_interpreter.Interpreted(hopper.peak_kernel_hopper)
     with (
-        mock.patch.object(scores_hopper, "peak_kernel_hopper", kernel),
-        mock.patch.object(scores, "_tile", tile),
+        mock.patch.object(hopper, "peak_kernel_hopper", kernel),
+        mock.patch.object(peaks, "peak_tile", tile),
     ):
         yield
 
@@ -94,8 +84,8 @@ def test_a_missing_wait_is_noticed(deaf, rng):
     q, k = draw(rng, case)
     roomy = TILE._replace(slots=6)
     with (
-        mock.patch.object(scores, "_tile", lambda *_: roomy),
-        mock.patch.object(scores, "resident_programs", lambda *_: 1),
+        mock.patch.object(peaks, "peak_tile", lambda *_: roomy),
+        mock.patch.object(hopper, "resident_programs", lambda *_: 1),
         mock.patch.object(torch, "empty", poisoned),
     ):
         want = scores.block_scores(q, k, case[0])
@@ -119,11 +109,11 @@ def test_strided_queries(rng):
 
 def test_calls_that_the_kernel_does_not_take():
     """float32, head dimensions without a tile, wide query blocks, few key blocks."""
-    assert scores.fits_hopper(torch.bfloat16, 128, 64, 128)
-    assert not scores.fits_hopper(torch.float32, 128, 64, 128)
-    assert not scores.fits_hopper(torch.bfloat16, 96, 64, 128)
-    assert not scores.fits_hopper(torch.bfloat16, 128, 128, 128)
-    assert not scores.fits_hopper(torch.bfloat16, 128, 64, 127)
+    assert tiles.fits_hopper(torch.bfloat16, 128, 64, 128)
+    assert not tiles.fits_hopper(torch.float32, 128, 64, 128)
+    assert not tiles.fits_hopper(torch.bfloat16, 96, 64, 128)
+    assert not tiles.fits_hopper(torch.bfloat16, 128, 128, 128)
+    assert not tiles.fits_hopper(torch.bfloat16, 128, 64, 127)
 
 
 def poisoned(*args, **kwargs):

@@ -21,6 +21,7 @@ from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.attention.triton.rows import rows_of_pyramid
 from psa_torch.pyramid import build_pyramid
 from shared_specs.constants import BLOCK_M, BLOCK_N
+from shared_specs.geometry import Geometry
 from shared_specs.pyramid import pooled_counts
 from tests.torch.attention_contract import Case, Results, assert_close, expected, to_numpy
 
@@ -114,11 +115,10 @@ def test_logits_below_every_finite_sentinel_keep_their_weight(rng):
 def test_rows_that_cover_no_key_are_never_used(is_causal, rng):
     case = Case(batch=1, kv_heads=1, q_len=130, kv_len=195, is_causal=is_causal)
     q, k, v, levels, dout, dlse = case.inputs(rng)
-    lengths = dict(q_len=case.q_len, kv_len=case.kv_len)
-    geometry = dict(block_m=case.block_m, block_n=case.block_n, is_causal=is_causal)
-    by_query = query_plan(levels, **lengths, **geometry)
+    geometry = Geometry(case.q_len, case.kv_len, case.block_m, case.block_n, is_causal)
+    by_query = query_plan(levels, geometry)
     config = backward_tiles(64, 32, 16, key_rows=32, keys=32)
-    by_key = key_plan(levels, **lengths, **geometry)
+    by_key = key_plan(levels, geometry)
     empty = torch.from_numpy(pooled_counts(case.kv_len, case.block_n) == 0)
     assert empty.any()
 
@@ -126,10 +126,9 @@ def test_rows_that_cover_no_key_are_never_used(is_causal, rng):
         pyramid = build_pyramid(k, v, case.block_n)
         for rows in pyramid:
             rows[:, :, empty] = fill
-        shared = dict(kv_len=case.kv_len, scale=0.2, **geometry)
-        out, lse = forward_planned(q, pyramid, by_query, **shared)
+        out, lse = forward_planned(q, pyramid, by_query, geometry, scale=0.2)
         rest = (rows_of_pyramid(pyramid), levels, by_query, by_key, out, lse)
-        grads = backward_planned(dout, dlse, q, *rest, config=config, **shared)
+        grads = backward_planned(dout, dlse, q, *rest, geometry, scale=0.2, config=config)
         return out, lse, *grads
 
     for clean, poisoned in zip(results(0.0), results(float("nan")), strict=True):

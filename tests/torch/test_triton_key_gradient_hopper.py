@@ -18,6 +18,7 @@ from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.attention.triton.row_statistics import launch_row_statistics
 from psa_torch.attention.triton.units import LEAST_RUN, LOG_ENTRY, MASKED, UNIT_ROWS, build_units
 from shared_specs.constants import LEVELS
+from shared_specs.geometry import Geometry
 from tests.torch import gluon_interpreter
 from tests.torch.attention_contract import Case, expected
 from tests.torch.memory_layouts import rows_copied, rows_in_one_place, strided
@@ -75,20 +76,19 @@ def gradients(
     pooled = PooledGradConfig(tile=32, rows=64, warps=4, stages=1)
     here = tuple(config if g <= coarsest and block_n >> g >= shortest else pooled for g in range(4))
     out, lse = torch.from_numpy(want.out).float(), torch.from_numpy(want.lse).float()
-    geometry = dict(block_n=block_n, **{x: settings[x] for x in ("block_m", "is_causal")})
-    lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
+    block_m, is_causal = settings["block_m"], settings["is_causal"]
+    geometry = Geometry(q.shape[2], k.shape[2], block_m, block_n, is_causal)
     return key_gradients(
         q,
         rows(k, v, block_n),
         dout,
-        launch_row_statistics(out, dout, lse, dlse, settings["block_m"]),
+        launch_row_statistics(out, dout, lse, dlse, block_m),
         levels,
-        query_plan(levels, **lengths, **geometry),
-        key_plan(levels, **lengths, **geometry),
-        kv_len=k.shape[2],
+        query_plan(levels, geometry),
+        key_plan(levels, geometry),
+        geometry,
         scale=settings["scale"],
         config=here,
-        **geometry,
     )
 
 

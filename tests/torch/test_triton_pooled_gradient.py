@@ -14,6 +14,7 @@ from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.attention.triton.pooled_gradient import round_size
 from psa_torch.attention.triton.rows import rows_of_pyramid
 from psa_torch.pyramid import build_pyramid
+from shared_specs.geometry import Geometry
 from tests.torch.attention_contract import (
     FLOAT32_TOLERANCE,
     Case,
@@ -132,25 +133,19 @@ def test_a_slot_that_nobody_wrote_shows(rng):
     """The poison that the other tests rely on: a list with one query block too many."""
     case = dataclasses.replace(ONE, level=8)
     q, k, v, levels, dout, dlse = case.inputs(rng)
-    geometry = dict(block_m=case.block_m, block_n=case.block_n, is_causal=False)
-    lengths = dict(q_len=case.q_len, kv_len=case.kv_len)
-    too_many = key_plan(levels, **lengths, **geometry)
+    geometry = Geometry(case.q_len, case.kv_len, case.block_m, case.block_n, is_causal=False)
+    too_many = key_plan(levels, geometry)
     levels[0, 0, 1, 2] = 0
-    right = key_plan(levels, **lengths, **geometry)
+    right = key_plan(levels, geometry)
     out, lse = forward(q, k, v, levels, **case.kernel_settings())
 
     def dk(by_key):
-        by_query = query_plan(levels, **lengths, **geometry)
+        by_query = query_plan(levels, geometry)
         rows = rows_of_pyramid(build_pyramid(k, v, case.block_n))
         rest = (rows, levels, by_query, by_key, out, lse)
+        scale = case.kernel_settings()["scale"]
         return backward_planned(
-            dout,
-            dlse,
-            q,
-            *rest,
-            kv_len=case.kv_len,
-            config=all_pooled(case),
-            **case.kernel_settings(),
+            dout, dlse, q, *rest, geometry, scale=scale, config=all_pooled(case)
         )[1]
 
     assert dk(right).isfinite().all()

@@ -12,6 +12,7 @@ from psa_torch.attention.triton.configs import HopperQueryGradConfig
 from psa_torch.attention.triton.plan import query_plan
 from psa_torch.attention.triton.query_gradient import launch_query_gradient
 from psa_torch.attention.triton.row_statistics import RowStatistics
+from shared_specs.geometry import Geometry
 from tests.torch import gluon_interpreter
 from tests.torch.attention_contract import FLOAT32_TOLERANCE, Case, Results, expected
 from tests.torch.memory_layouts import rows_copied, rows_in_one_place, strided
@@ -66,17 +67,16 @@ def query_gradient(
 
     delta = padded((dout.double() * out).sum(-1) - dlse.double(), 0.0)
     lse2 = padded(lse * 1.4426950408889634, torch.inf)
-    geometry = dict(block_m=block_m, block_n=block_n, is_causal=is_causal)
+    geometry = Geometry(q.shape[2], k.shape[2], block_m, block_n, is_causal)
     return launch_query_gradient(
         q,
         rows(k, v, block_n),
         dout,
         RowStatistics(delta, lse2),
-        query_plan(levels, q_len=q.shape[2], kv_len=k.shape[2], **geometry),
-        kv_len=k.shape[2],
+        query_plan(levels, geometry),
+        geometry,
         scale=scale,
         config=config,
-        **geometry,
     )
 
 

@@ -39,11 +39,11 @@ def backward(
     # d logit = weight * (dout . v - (dout . out - dlse)): what is subtracted, and the lse, per
     # row. A row that saw nothing has lse -inf; +inf makes all its weights 0.
     empty = lse == -jnp.inf
-    less = (dout.astype(dtype) * out.astype(dtype)).sum(-1)
+    delta = (dout.astype(dtype) * out.astype(dtype)).sum(-1)
     if dlse is not None:
-        less = less - jnp.where(empty, 0, dlse.astype(dtype))
+        delta = delta - jnp.where(empty, 0, dlse.astype(dtype))
     top = jnp.where(empty, jnp.inf, lse.astype(dtype))
-    grouped = (shape.group_heads(x) for x in (q, dout.astype(q.dtype), top, less, levels))
+    grouped = (shape.group_heads(x) for x in (q, dout.astype(q.dtype), top, delta, levels))
     arrays = (*grouped, k, v)
     if head_by_head(shape):
         one = shape.one_head()
@@ -57,7 +57,7 @@ def _heads(
     q: Array,
     dout: Array,
     lse: Array,
-    less: Array,
+    delta: Array,
     levels: Array,
     k: Array,
     v: Array,
@@ -70,7 +70,7 @@ def _heads(
     dtype = accumulator(q.dtype)
 
     def chunk(carry, of_chunk):
-        query, grad, top, minus, entries, counts, position = of_chunk
+        query, grad, top, delta, entries, counts, position = of_chunk
         tiles = walk(Table(entries, counts), shape, dtype, shape.tile_rows)
 
         def tile_gradients(index, carry):
@@ -81,7 +81,7 @@ def _heads(
             s = logits(query, key_rows, tile, position, shape)
             weights = jnp.exp(s - top[..., None])
             d_weights = product("bhgcmd,bhgctd->bhgcmt", grad, value_rows)
-            d_logits = (weights * (d_weights - minus[..., None])).astype(q.dtype)
+            d_logits = (weights * (d_weights - delta[..., None])).astype(q.dtype)
             dq = dq + product("bhgcmt,bhgctd->bhgcmd", d_logits, key_rows)
             dk_rows = product("bhgcmt,bhgcmd->bhgctd", d_logits, query)
             dv_rows = product("bhgcmt,bhgcmd->bhgctd", weights.astype(q.dtype), grad)
@@ -100,7 +100,7 @@ def _heads(
         chunk,
         (zeros, zeros),
         (
-            *(shape.split_rows(x) for x in (q, dout, lse, less)),
+            *(shape.split_rows(x) for x in (q, dout, lse, delta)),
             shape.split_blocks(table.entries),
             shape.split_blocks(table.counts),
             shape.positions(),

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from shared_specs.constants import LEVELS
-from shared_specs.pyramid import pyramid_rows
+from shared_specs.geometry import Geometry, cdiv
 
 TILE_ROWS = 256
 """Pyramid rows of one tile: little waste on a part-full last tile, enough for fast products."""
@@ -29,26 +29,21 @@ waiting for each other."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(Geometry):
     """The static side of one call, for grouped queries `[B, Hk, G, Lq, D]`."""
 
     batch: int
     kv_heads: int
     group: int
-    q_len: int
-    kv_len: int
     head_dim: int
-    block_m: int
-    block_n: int
     scale: float
-    is_causal: bool
     cpu_blocks: int = CPU_BLOCKS
 
     @classmethod
     def of(cls, q, k, *, block_m: int, block_n: int, scale: float, is_causal: bool) -> "Shape":
         """From q `[B, H, Lq, D]` and k `[B, Hk, Lk, D]`."""
         (b, h, q_len, d), (_, h_kv, kv_len, _) = q.shape, k.shape
-        return cls(b, h_kv, h // h_kv, q_len, kv_len, d, block_m, block_n, scale, is_causal)
+        return cls(q_len, kv_len, block_m, block_n, is_causal, b, h_kv, h // h_kv, d, scale)
 
     def one_head(self) -> "Shape":
         """The same call for one batch entry and key head."""
@@ -62,20 +57,12 @@ class Shape:
     @property
     def runs(self) -> int:
         """Runs of the pyramid."""
-        return pyramid_rows(self.kv_len, self.block_n) // self.run
-
-    @property
-    def n_q(self) -> int:
-        return -(-self.q_len // self.block_m)
-
-    @property
-    def n_k(self) -> int:
-        return -(-self.kv_len // self.block_n)
+        return self.pyramid_rows // self.run
 
     @property
     def most_rows(self) -> int:
         """Most pyramid rows that a query block can have: all its key blocks at level 1."""
-        return self.n_k * self.block_n
+        return self.padded_len
 
     @property
     def tile_rows(self) -> int:
@@ -101,11 +88,11 @@ class Shape:
     def chunk(self) -> int:
         """Query blocks of each head that are taken at a time."""
         wanted = self.cpu_blocks if jax.default_backend() == "cpu" else OTHER_BLOCKS
-        return min(self.n_q, max(1, wanted // (self.batch * self.kv_heads * self.group)))
+        return min(self.q_blocks, max(1, wanted // (self.batch * self.kv_heads * self.group)))
 
     @property
     def chunks(self) -> int:
-        return -(-self.n_q // self.chunk)
+        return cdiv(self.q_blocks, self.chunk)
 
     def group_heads(self, x: Array) -> Array:
         """`[B, H, ...]` to `[B, Hk, G, ...]`."""
@@ -133,7 +120,7 @@ class Shape:
         """Key position of every query, int32 `[chunks, chunk, block_m]`, for a causal mask."""
         rows = np.arange(self.chunks * self.chunk * self.block_m, dtype=np.int32)
         rows = rows.reshape(self.chunks, self.chunk, self.block_m)
-        return jnp.asarray(rows + np.int32(self.kv_len - self.q_len))
+        return jnp.asarray(rows + np.int32(self.offset))
 
 
 def _pad(x: Array, axis: int, size: int) -> Array:

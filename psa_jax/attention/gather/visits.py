@@ -15,7 +15,7 @@ from jax import Array, lax
 from psa_jax.attention.gather.shape import Shape
 from psa_jax.table import Table
 from shared_specs.constants import LEVELS
-from shared_specs.pyramid import level_start
+from shared_specs.geometry import cdiv
 
 RUNS_PER_BLOCK = np.array([LEVELS[-1] // level for level in LEVELS], np.int32)
 """Runs of a block at each level."""
@@ -113,10 +113,10 @@ def visit(table: Table, shape: Shape, places: int) -> Visit:
         return sum(jnp.where(level == g, per_level[..., g, :], 0) for g in range(len(LEVELS)))
 
     within = place - of_level(run_begin)
-    entry = jnp.clip(of_level(entry_begin) + (within >> (3 - level)), 0, shape.n_k - 1)
+    entry = jnp.clip(of_level(entry_begin) + (within >> (3 - level)), 0, shape.k_blocks - 1)
     block = jnp.take_along_axis(table.entries, entry, -1, mode="promise_in_bounds")
     run_of_level = (block << (3 - level)) + (within & ((8 >> level) - 1))
-    starts = [level_start(shape.kv_len, shape.block_n, x) // shape.run for x in LEVELS]
+    starts = [shape.level_start(g) // shape.run for g in range(len(LEVELS))]
     run = run_of_level + jnp.asarray(starts, jnp.int32)[level]
     return Visit(run, run_of_level, level, used)
 
@@ -144,7 +144,7 @@ def walk(table: Table, shape: Shape, dtype, tile_rows: int) -> Walk:
         dtype: of the bias.
         tile_rows: rows of a tile.
     """
-    tiles = -(-shape.most_rows // tile_rows)
+    tiles = cdiv(shape.most_rows, tile_rows)
     rows = as_tile(visit(table, shape, tiles * tile_rows // shape.run), shape, dtype)
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(*x.shape[:-1], tiles, -1), -2, 0), rows)
     return Walk(split, tiles_used(table.counts, shape, tile_rows))
@@ -166,7 +166,7 @@ def sees_any(table: Table, position: Array, shape: Shape) -> Array:
             (table.counts > 0).any(-1, keepdims=True), (*table.counts.shape[:-1], shape.block_m)
         )
     begin = jnp.cumsum(table.counts, -1, dtype=jnp.int32) - table.counts
-    begin = jnp.minimum(begin, shape.n_k - 1)
+    begin = jnp.minimum(begin, shape.k_blocks - 1)
     block = jnp.take_along_axis(table.entries, begin, -1, mode="promise_in_bounds")
     last_key = jnp.minimum(block * shape.block_n + np.array(LEVELS, np.int32), shape.kv_len) - 1
     last_key = jnp.where(table.counts > 0, last_key, jnp.iinfo(jnp.int32).max)

@@ -15,7 +15,15 @@ from jax import lax
 from psa_jax._mosaic import products
 from psa_jax._mosaic.launch import launch, scratch
 from psa_jax.attention.mosaic.geometry import CONSUMERS, ROWS
-from psa_jax.attention.mosaic.plan import ENDS, HALF, MASKED, TAIL, WalkPlan, read, unpack_covers
+from psa_jax.attention.mosaic.query_plan import (
+    ENDS,
+    HALF,
+    MASKED,
+    TAIL,
+    QueryPlan,
+    read,
+    unpack_covers,
+)
 from psa_jax.attention.mosaic.walk import (
     Tiles,
     Walk,
@@ -24,6 +32,7 @@ from psa_jax.attention.mosaic.walk import (
     level_of_tile,
     tile_memory,
 )
+from shared_specs.constants import LOG2E
 
 
 @scratch
@@ -37,7 +46,7 @@ class Scratch:
     turn: Any
 
 
-def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpret):
+def forward_kernel(q, k, v, plan: QueryPlan, walk: Walk, *, scale: float, interpret):
     """Run the kernel.
 
     Args:
@@ -49,14 +58,14 @@ def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpr
         out like `q`, and lse float32 `[B * H, padded_queries]`.
     """
     head_dim, dtype = q.shape[-1], q.dtype
-    slots = walk.config.query_slots * CONSUMERS
+    stages = walk.config.query_stages * CONSUMERS
     memory = Scratch(
         tiles=tile_memory(walk, head_dim, dtype),
-        queries=products.operand((slots, ROWS, head_dim), dtype),
+        queries=products.operand((stages, ROWS, head_dim), dtype),
         output=products.operand((CONSUMERS, ROWS, head_dim), dtype),
         lse=plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-        queries_full=plgpu.Barrier(num_barriers=slots),
-        queries_empty=plgpu.Barrier(num_barriers=slots),
+        queries_full=plgpu.Barrier(num_barriers=stages),
+        queries_empty=plgpu.Barrier(num_barriers=stages),
         turn=plgpu.Barrier(num_arrivals=CONSUMERS),
     )
     lse = jax.ShapeDtypeStruct((q.shape[0], walk.geometry.padded_queries), jnp.float32)
@@ -70,7 +79,7 @@ def forward_kernel(q, k, v, plan: WalkPlan, walk: Walk, *, scale: float, interpr
         out_type=(jax.ShapeDtypeStruct(q.shape, dtype), lse),
         scratch=memory,
         blocks=walk.blocks,
-        warpgroups=CONSUMERS + walk.lanes,
+        warpgroups=CONSUMERS + walk.streams,
         interpret=interpret,
     )
 
@@ -82,7 +91,7 @@ def _warpgroup(q_ref, k, v, plan, out_ref, lse_ref, memory, *, walk: Walk, scale
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
-        plgpu.set_max_registers(config.consumer_registers, action="increase")
+        plgpu.set_max_registers(config.multiply_registers, action="increase")
         consumer = functools.partial(
             _consume, plan, out_ref, lse_ref, memory, tiles, walk, scale, warpgroup
         )
@@ -95,28 +104,28 @@ def _warpgroup(q_ref, k, v, plan, out_ref, lse_ref, memory, *, walk: Walk, scale
 
     @pl.when(warpgroup >= CONSUMERS)
     def _():
-        plgpu.set_max_registers(config.producer_registers, action="decrease")
-        lane = 0 if walk.shared else warpgroup - CONSUMERS
-        consumers = range(CONSUMERS) if walk.shared else (lane,)
+        plgpu.set_max_registers(config.copy_registers, action="decrease")
+        stream = 0 if walk.shared else warpgroup - CONSUMERS
+        consumers = range(CONSUMERS) if walk.shared else (stream,)
 
         def produce(n, tiles_done):
-            place = walk.locate(n, lane)
+            place = walk.locate(n, stream)
             for consumer in consumers:
-                slot = walk.query_slot(n, consumer)
-                pl.when(n >= config.query_slots)(
-                    lambda slot=slot: plgpu.barrier_wait(memory.queries_empty.at[slot])
+                stage = walk.query_stage(n, consumer)
+                pl.when(n >= config.query_stages)(
+                    lambda stage=stage: plgpu.barrier_wait(memory.queries_empty.at[stage])
                 )
                 rows = pl.ds(place.first_query + consumer * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(
                     q_ref.at[place.head, rows],
-                    memory.queries.at[slot],
-                    memory.queries_full.at[slot],
+                    memory.queries.at[stage],
+                    memory.queries_full.at[stage],
                 )
-            return copy_row(walk, place, tiles_done, lane, k, v, plan, tiles)
+            return copy_row(walk, place, tiles_done, stream, k, v, plan, tiles)
 
         items = walk.items_of_block()
         tiles_done = lax.fori_loop(0, items, produce, jnp.int32(0))
-        drain(walk, tiles_done, lane, tiles)
+        drain(walk, tiles_done, stream, tiles)
         for consumer in consumers:
             walk.drain_queries(items, consumer, memory.queries_empty)
 
@@ -129,37 +138,37 @@ def _take_turn(turn) -> None:
 def _consume(plan, out_ref, lse_ref, memory, tiles, walk, scale, warpgroup, n, first_tile):
     """One query tile of one consumer; returns the number of tiles taken so far."""
     geometry, interpreted = walk.geometry, walk.interpreted
-    lane = 0 if walk.shared else warpgroup
-    place = walk.locate(n, lane)
+    stream = 0 if walk.shared else warpgroup
+    place = walk.locate(n, stream)
     first_query = place.first_query + warpgroup * ROWS
     spans = [read(plan.spans, place.row, i) for i in range(TAIL + 1)]
     ends = spans[ENDS]
     full_tiles = ends[-1]
     all_tiles = full_tiles + spans[HALF] + spans[TAIL]
 
-    query_slot = walk.query_slot(n, warpgroup)
-    queries = memory.queries.at[query_slot]
+    query_stage = walk.query_stage(n, warpgroup)
+    queries = memory.queries.at[query_stage]
     head_dim, dtype = queries.shape[-1], queries.dtype
-    to_log2 = scale * math.log2(math.e)
+    to_log2 = scale * LOG2E
     turn = functools.partial(_take_turn, memory.turn) if walk.config.ping_pong else lambda: None
 
-    plgpu.barrier_wait(memory.queries_full.at[query_slot])
+    plgpu.barrier_wait(memory.queries_full.at[query_stage])
 
     def wait_for_keys(t):
         @pl.when(t < all_tiles)
         def _():
-            plgpu.barrier_wait(tiles.keys_full.at[walk.slot(first_tile + t, lane)])
+            plgpu.barrier_wait(tiles.keys_full.at[walk.stage(first_tile + t, stream)])
 
     def step(t, carry, *, masked):
         acc, top, total = carry
-        slot = walk.slot(first_tile + t, lane)
+        stage = walk.stage(first_tile + t, stream)
         logits = products.rows_times_rows(
-            queries, tiles.keys.at[slot], interpreted=interpreted, meanwhile=turn
+            queries, tiles.keys.at[stage], interpreted=interpreted, meanwhile=turn
         )
-        products.release(tiles.keys_empty.at[slot], interpreted=interpreted)
+        products.release(tiles.keys_empty.at[stage], interpreted=interpreted)
         if masked:
-            plgpu.barrier_wait(tiles.covers_full.at[slot])
-            logits = masked_logits(logits * to_log2, tiles, slot, geometry, first_query)
+            plgpu.barrier_wait(tiles.covers_full.at[stage])
+            logits = masked_logits(logits * to_log2, tiles, stage, geometry, first_query)
             new_top = jnp.maximum(top, logits.max(axis=1))
             weights = jnp.exp2(logits - lax.broadcast_in_dim(new_top, logits.shape, [0]))
         else:
@@ -174,17 +183,17 @@ def _consume(plan, out_ref, lse_ref, memory, tiles, walk, scale, warpgroup, n, f
         acc, total, new_top, narrow = lax.optimization_barrier((acc, total, new_top, narrow))
         if walk.config.ping_pong:
             plgpu.barrier_arrive(memory.turn)
-        plgpu.barrier_wait(tiles.values_full.at[slot])
+        plgpu.barrier_wait(tiles.values_full.at[stage])
         if walk.config.ping_pong:
             plgpu.barrier_wait(memory.turn)
         acc = products.accumulate(
             acc,
             narrow,
-            tiles.values.at[slot],
+            tiles.values.at[stage],
             interpreted=interpreted,
             meanwhile=lambda: wait_for_keys(t + 1),
         )
-        products.release(tiles.values_empty.at[slot], interpreted=interpreted)
+        products.release(tiles.values_empty.at[stage], interpreted=interpreted)
         return acc, new_top, total
 
     # The other warpgroup may still be in its last step, where it needs two turns to go on; the
@@ -203,7 +212,7 @@ def _consume(plan, out_ref, lse_ref, memory, tiles, walk, scale, warpgroup, n, f
     carry = lax.fori_loop(0, full_tiles, functools.partial(step, masked=False), carry)
     carry = lax.fori_loop(full_tiles, all_tiles, functools.partial(step, masked=True), carry)
     acc, top, total = carry
-    products.release(memory.queries_empty.at[query_slot], interpreted=interpreted)
+    products.release(memory.queries_empty.at[query_stage], interpreted=interpreted)
 
     # A row that saw only masked tokens has a sum too: of exp2(MASKED - MASKED).
     sees = top > MASKED / 2
@@ -219,9 +228,9 @@ def _consume(plan, out_ref, lse_ref, memory, tiles, walk, scale, warpgroup, n, f
     return first_tile + all_tiles
 
 
-def masked_logits(logits, tiles, slot, geometry, first_query):
+def masked_logits(logits, tiles, stage, geometry, first_query):
     """Logits in log2 with the tile's bias, hidden ones pushed down to `MASKED`."""
-    count, last = unpack_covers(tiles.covers[slot])
+    count, last = unpack_covers(tiles.covers[stage])
     bias = jnp.where(count > 0, jnp.log2(count.astype(jnp.float32)), MASKED)
     logits += lax.broadcast_in_dim(bias, logits.shape, [1])
     if not geometry.is_causal:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 
 from shared_specs.constants import LEVELS
+from shared_specs.geometry import Geometry, cdiv
 
 CHUNK = 8
 """Rows of one swizzle atom: the smallest copy, and the unit in which masked tiles are listed."""
@@ -26,38 +27,22 @@ QUERY_TILE = CONSUMERS * ROWS
 """Query rows of one thread block."""
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 @dataclasses.dataclass(frozen=True)
-class Geometry:
-    """Static facts of one call.
+class TiledGeometry(Geometry):
+    """A geometry cut into the tiles of the kernels.
 
     Attributes:
-        q_len, kv_len, block_m, block_n: as in the specification, section 1.
-        is_causal: whether row `r` sees only pooled tokens that end at or before
-            `r + kv_len - q_len`.
         tile: pyramid rows per tile of the walk.
     """
 
-    q_len: int
-    kv_len: int
-    block_m: int
-    block_n: int
-    is_causal: bool
     tile: int
-
-    @property
-    def key_blocks(self) -> int:
-        return cdiv(self.kv_len, self.block_n)
 
     @property
     def query_tiles(self) -> int:
         return cdiv(self.q_len, QUERY_TILE)
 
     @property
-    def query_blocks(self) -> int:
+    def padded_q_blocks(self) -> int:
         """Query blocks, rounded up to whole query tiles."""
         return self.query_tiles * (QUERY_TILE // self.block_m)
 
@@ -65,15 +50,10 @@ class Geometry:
     def padded_queries(self) -> int:
         return self.query_tiles * QUERY_TILE
 
-    @property
-    def offset(self) -> int:
-        """Position of query row 0 among the keys, for the causal rule."""
-        return self.kv_len - self.q_len
-
     @functools.cached_property
     def rows(self) -> tuple[int, ...]:
         """Pooled tokens per block, by level."""
-        return tuple(self.block_n // level for level in LEVELS)
+        return tuple(self.block_rows(g) for g in range(len(LEVELS)))
 
     @functools.cached_property
     def pitch(self) -> tuple[int, ...]:
@@ -83,8 +63,7 @@ class Geometry:
     @functools.cached_property
     def start(self) -> tuple[int, ...]:
         """First pyramid row, by level."""
-        padded = self.key_blocks * self.block_n
-        return tuple(2 * padded - 2 * padded // level for level in LEVELS)
+        return tuple(self.level_start(g) for g in range(len(LEVELS)))
 
     @property
     def first_pooled(self) -> int:
@@ -92,9 +71,9 @@ class Geometry:
         return self.start[1]
 
     @property
-    def pooled_rows(self) -> int:
-        """Rows of levels 2, 4 and 8."""
-        return self.start[-1] + self.key_blocks * self.pitch[-1] - self.first_pooled
+    def stored_rows(self) -> int:
+        """Rows that levels 2, 4 and 8 take in the kernels' pyramid."""
+        return self.start[-1] + self.k_blocks * self.pitch[-1] - self.first_pooled
 
     @property
     def dense_levels(self) -> tuple[int, ...]:
@@ -111,7 +90,7 @@ class Geometry:
         """Most blocks of a row that need a mask: the ragged last one and, when causal, those that
         straddle the diagonal of the query block."""
         straddling = (self.block_m - 1) // self.block_n + 2 if self.is_causal else 0
-        return min(self.key_blocks, straddling + 1)
+        return min(self.k_blocks, straddling + 1)
 
     @property
     def masked_chunk_capacity(self) -> int:

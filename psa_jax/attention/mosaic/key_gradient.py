@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jax import lax
 
 from psa_jax._mosaic import products
 from psa_jax._mosaic.launch import launch, scratch
-from psa_jax.attention.mosaic.config import KeyConfig
+from psa_jax.attention.mosaic.configs import KeyConfig
 from psa_jax.attention.mosaic.geometry import CONSUMERS, ROWS
 from psa_jax.attention.mosaic.key_plan import (
     MASKED_VISITS,
@@ -29,8 +28,9 @@ from psa_jax.attention.mosaic.key_plan import (
     unpack_row,
     visited_query,
 )
-from psa_jax.attention.mosaic.plan import MASKED, read
 from psa_jax.attention.mosaic.pyramid_rows import copy_rows
+from psa_jax.attention.mosaic.query_plan import MASKED, read
+from shared_specs.constants import LOG2E
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +78,12 @@ class KeyWalk:
         """A consumer's share of a visit: query head of the group, first query row."""
         geometry = self.tiles.geometry
         query = visited_query(visit)
-        first = lax.rem(query, geometry.query_blocks) * geometry.block_m
+        first = lax.rem(query, geometry.padded_q_blocks) * geometry.block_m
         if self.split_blocks:
             first = first + consumer * ROWS
-        return lax.div(query, geometry.query_blocks), first
+        return lax.div(query, geometry.padded_q_blocks), first
 
-    def slot(self, step: jax.Array, consumer: jax.Array | int) -> jax.Array:
+    def stage(self, step: jax.Array, consumer: jax.Array | int) -> jax.Array:
         """Stage of a consumer's `step`-th query tile, counted from the start of the kernel."""
         return lax.rem(step, self.config.stages) + consumer * self.config.stages
 
@@ -97,25 +97,27 @@ class Scratch:
     keys_empty: Any
     queries: Any
     dout: Any
-    numbers: Any
+    statistics: Any
     queries_full: Any
     queries_empty: Any
     partial: Any
     given: Any
 
 
-def key_gradient_kernel(q, k, v, dout, numbers, plan: KeyPlan, walk: KeyWalk, *, scale, interpret):
+def key_gradient_kernel(
+    q, k, v, dout, statistics, plan: KeyPlan, walk: KeyWalk, *, scale, interpret
+):
     """Run the kernel.
 
     Args:
-        q, dout, k, v, numbers, scale: as for the dq kernel.
+        q, dout, k, v, statistics, scale: as for the dq kernel.
 
     Returns:
         dk, dv: float32 `[B * Hk, tiles * 64, D]`, gradients of the pyramid's rows, tile by tile.
     """
     head_dim, dtype = q.shape[-1], q.dtype
-    slots = CONSUMERS * walk.config.stages
-    queries = products.operand((slots, ROWS, head_dim), dtype)
+    stages = CONSUMERS * walk.config.stages
+    queries = products.operand((stages, ROWS, head_dim), dtype)
     keys = products.operand((ROWS, head_dim), dtype)
     memory = Scratch(
         keys=keys,
@@ -125,9 +127,9 @@ def key_gradient_kernel(q, k, v, dout, numbers, plan: KeyPlan, walk: KeyWalk, *,
         keys_empty=plgpu.Barrier(num_arrivals=CONSUMERS),
         queries=queries,
         dout=queries,
-        numbers=plgpu.SMEM((slots, 2, ROWS), jnp.float32),
-        queries_full=plgpu.Barrier(num_arrivals=3, num_barriers=slots),
-        queries_empty=plgpu.Barrier(num_barriers=slots),
+        statistics=plgpu.SMEM((stages, 2, ROWS), jnp.float32),
+        queries_full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        queries_empty=plgpu.Barrier(num_barriers=stages),
         partial=products.operand((ROWS, head_dim), jnp.float32),
         given=plgpu.Barrier(num_barriers=2),
     )
@@ -139,7 +141,7 @@ def key_gradient_kernel(q, k, v, dout, numbers, plan: KeyPlan, walk: KeyWalk, *,
 
     return launch(
         key_gradient,
-        ((q, dout, numbers), k, v, plan),
+        ((q, dout, statistics), k, v, plan),
         out_type=(rows, rows),
         scratch=memory,
         blocks=walk.blocks,
@@ -154,13 +156,13 @@ def _warpgroup(row_refs, k, v, plan, dk_ref, dv_ref, memory, *, walk, scale):
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
-        plgpu.set_max_registers(walk.config.consumer_registers, action="increase")
+        plgpu.set_max_registers(walk.config.multiply_registers, action="increase")
         consumer = functools.partial(_consume, plan, dk_ref, dv_ref, memory, walk, scale, warpgroup)
         lax.fori_loop(0, walk.items_of_block(), consumer, jnp.int32(0))
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
-        plgpu.set_max_registers(walk.config.producer_registers, action="decrease")
+        plgpu.set_max_registers(walk.config.copy_registers, action="decrease")
         producer = functools.partial(_produce, row_refs, k, v, plan, memory, walk)
         items = walk.items_of_block()
         done = lax.fori_loop(0, items, producer, (jnp.int32(0),) * CONSUMERS)
@@ -168,7 +170,7 @@ def _warpgroup(row_refs, k, v, plan, dk_ref, dv_ref, memory, *, walk, scale):
         for consumer in range(CONSUMERS):
 
             def wait(step, _, consumer=consumer):
-                plgpu.barrier_wait(memory.queries_empty.at[walk.slot(step, consumer)])
+                plgpu.barrier_wait(memory.queries_empty.at[walk.stage(step, consumer)])
 
             steps = done[consumer]
             lax.fori_loop(jnp.maximum(steps - walk.config.stages, 0), steps, wait, None)
@@ -176,7 +178,7 @@ def _warpgroup(row_refs, k, v, plan, dk_ref, dv_ref, memory, *, walk, scale):
 
 def _produce(row_refs, k, v, plan, memory, walk, n, done):
     """Copy one key tile and all its query tiles; carries the query tiles copied per consumer."""
-    q_ref, dout_ref, numbers_ref = row_refs
+    q_ref, dout_ref, statistics_ref = row_refs
     kv_head, tile = walk.locate(n)
     pl.when(n > 0)(lambda: plgpu.barrier_wait(memory.keys_empty))
     start, geometry = plan.starts[tile], walk.tiles.geometry
@@ -194,18 +196,18 @@ def _produce(row_refs, k, v, plan, memory, walk, n, done):
             def _(consumer=consumer):
                 visit = plan.visits[row, walk.visit_index(step, consumer)]
                 member, first = walk.queries(visit, consumer)
-                slot = walk.slot(done[consumer] + step, consumer)
+                stage = walk.stage(done[consumer] + step, consumer)
                 pl.when(done[consumer] + step >= walk.config.stages)(
-                    lambda: plgpu.barrier_wait(memory.queries_empty.at[slot])
+                    lambda: plgpu.barrier_wait(memory.queries_empty.at[stage])
                 )
                 rows = pl.ds(pl.multiple_of(first, ROWS), ROWS)
                 head = kv_head * walk.group + member
                 for source, target in (
                     (q_ref.at[head, rows], memory.queries),
                     (dout_ref.at[head, rows], memory.dout),
-                    (numbers_ref.at[head, :, rows], memory.numbers),
+                    (statistics_ref.at[head, :, rows], memory.statistics),
                 ):
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], memory.queries_full.at[slot])
+                    plgpu.copy_gmem_to_smem(source, target.at[stage], memory.queries_full.at[stage])
 
     lax.fori_loop(0, steps[0], copy_step, None)
     return tuple(before + new for before, new in zip(done, steps, strict=True))
@@ -216,13 +218,13 @@ def _consume(plan, dk_ref, dv_ref, memory, walk, scale, consumer, n, done):
     interpreted, geometry = walk.interpreted, walk.tiles.geometry
     kv_head, tile = walk.locate(n)
     head_dim = memory.keys.shape[-1]
-    to_log2 = scale * math.log2(math.e)
+    to_log2 = scale * LOG2E
     plgpu.barrier_wait(memory.keys_full)
 
     def step(s, carry, *, masked):
         visit = plan.visits[row, walk.visit_index(s, consumer)]
-        slot = walk.slot(done + s, consumer)
-        plgpu.barrier_wait(memory.queries_full.at[slot])
+        stage = walk.stage(done + s, consumer)
+        plgpu.barrier_wait(memory.queries_full.at[stage])
         # Read again in every step: the registers are all taken.
         count, block, last = unpack_row(memory.rows[...])
         visited = lax.shift_right_logical(lax.broadcast_in_dim(visit, (ROWS,), ()), block) & 1
@@ -241,13 +243,13 @@ def _consume(plan, dk_ref, dv_ref, memory, walk, scale, consumer, n, done):
         shape = (ROWS, ROWS)
         carry = products.key_gradients(
             *carry,
-            lax.broadcast_in_dim(memory.numbers[slot, 0] * (-1.0 / to_log2), shape, [1]),
-            lax.broadcast_in_dim(-memory.numbers[slot, 1], shape, [1]),
-            (memory.keys, memory.values, memory.queries.at[slot], memory.dout.at[slot]),
+            lax.broadcast_in_dim(memory.statistics[stage, 0] * (-1.0 / to_log2), shape, [1]),
+            lax.broadcast_in_dim(-memory.statistics[stage, 1], shape, [1]),
+            (memory.keys, memory.values, memory.queries.at[stage], memory.dout.at[stage]),
             weights=weights,
             interpreted=interpreted,
         )
-        products.release(memory.queries_empty.at[slot], interpreted=interpreted)
+        products.release(memory.queries_empty.at[stage], interpreted=interpreted)
         return carry
 
     row = kv_head * walk.tiles.total + tile

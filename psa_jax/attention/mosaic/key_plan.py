@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psa_jax.attention.mosaic.geometry import ROWS, Geometry, cdiv
-from psa_jax.attention.mosaic.plan import pad_query_blocks
+from psa_jax.attention.mosaic.geometry import ROWS, TiledGeometry
+from psa_jax.attention.mosaic.query_plan import pad_query_blocks
 from shared_specs.constants import LEVELS
+from shared_specs.geometry import cdiv
 
 BLOCK_BITS = 8
 """Bits of a visit that say which blocks of the tile it is to."""
@@ -34,7 +35,7 @@ class KeyPlan(NamedTuple):
     """The walk of every key tile over the query blocks.
 
     Attributes:
-        visits: int32 `[B * Hk * tiles, H / Hk * query_blocks]`, see `visited_query`; those that
+        visits: int32 `[B * Hk * tiles, H / Hk * padded_q_blocks]`, see `visited_query`; those that
             need a causal mask first, then by query head and block.
         counts: int32 `[B * Hk * tiles, 2]`: visits, and how many of them need a causal mask.
         starts: int32 `[tiles]`, first pyramid row.
@@ -65,12 +66,12 @@ class KeyTiles:
         levels: indices of the levels that have tiles, ascending.
     """
 
-    geometry: Geometry
+    geometry: TiledGeometry
     levels: tuple[int, ...]
 
     def count(self, g: int) -> int:
         """Tiles of a level."""
-        return cdiv(self.geometry.key_blocks * self.geometry.pitch[g], ROWS)
+        return cdiv(self.geometry.k_blocks * self.geometry.pitch[g], ROWS)
 
     @functools.cached_property
     def first(self) -> dict[int, int]:
@@ -94,7 +95,7 @@ class KeyTiles:
             row = np.arange(self.count(g) * ROWS).reshape(-1, ROWS)
             block, inside = np.divmod(row, geometry.pitch[g])
             token = block * geometry.rows[g] + inside
-            real = (inside < geometry.rows[g]) & (block < geometry.key_blocks)
+            real = (inside < geometry.rows[g]) & (block < geometry.k_blocks)
             count = np.where(real, np.clip(geometry.kv_len - token * level, 0, level), 0)
             last = np.where(count > 0, np.minimum((token + 1) * level, geometry.kv_len) - 1, 0)
             rows.append(pack_row(count, np.arange(ROWS) // self.block_rows(g), last))
@@ -113,9 +114,9 @@ def key_plan(levels: jax.Array, kv_heads: int, key_tiles: KeyTiles) -> KeyPlan:
     geometry = key_tiles.geometry
     starts, rows, last_key = key_tiles.arrays()
     levels = jnp.swapaxes(pad_query_blocks(levels, geometry), -1, -2)
-    query_block = jnp.arange(geometry.query_blocks, dtype=jnp.int32)
+    query_block = jnp.arange(geometry.padded_q_blocks, dtype=jnp.int32)
     if geometry.is_causal:
-        first_key = (jnp.arange(geometry.key_blocks) * geometry.block_n)[:, None]
+        first_key = (jnp.arange(geometry.k_blocks) * geometry.block_n)[:, None]
         last_query = (query_block + 1) * geometry.block_m - 1 + geometry.offset
         levels = jnp.where(first_key <= last_query, levels, 0)
     bits = jnp.concatenate([_bits(levels, key_tiles, g) for g in key_tiles.levels], axis=2)
@@ -127,9 +128,9 @@ def key_plan(levels: jax.Array, kv_heads: int, key_tiles: KeyTiles) -> KeyPlan:
     group = levels.shape[1] // kv_heads
     bits, masked = (
         jnp.broadcast_to(x, bits.shape)
-        .reshape(-1, group, key_tiles.total, geometry.query_blocks)
+        .reshape(-1, group, key_tiles.total, geometry.padded_q_blocks)
         .swapaxes(1, 2)
-        .reshape(-1, group * geometry.query_blocks)
+        .reshape(-1, group * geometry.padded_q_blocks)
         for x in (bits, masked)
     )
     visited = bits > 0
@@ -166,4 +167,4 @@ def _bits(levels: jax.Array, key_tiles: KeyTiles, g: int) -> jax.Array:
 def rows_of_level(rows: jax.Array, key_tiles: KeyTiles, g: int) -> jax.Array:
     """A level's part `[B * Hk, Nk * pitch, D]` of rows laid out tile by tile."""
     start = key_tiles.first[g] * ROWS
-    return rows[:, start : start + key_tiles.geometry.key_blocks * key_tiles.geometry.pitch[g]]
+    return rows[:, start : start + key_tiles.geometry.k_blocks * key_tiles.geometry.pitch[g]]

@@ -2,7 +2,7 @@
 
 Level 1 of a pyramid is a copy of the keys and values, more than half of its rows. The kernels read
 it from the keys and values themselves. Rows are still numbered through all levels, as in one
-pyramid (`Geometry.start`); the number of a row says which of the two arrays holds it.
+pyramid (`TiledGeometry.start`); the number of a row says which of the two arrays holds it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from psa_jax.attention.mosaic.geometry import CHUNK, Geometry
+from psa_jax.attention.mosaic.geometry import CHUNK, TiledGeometry
 
 
 class PyramidRows(NamedTuple):
@@ -22,25 +22,25 @@ class PyramidRows(NamedTuple):
 
     Attributes:
         tokens: `[B * Hk, Lk', D]`, level 1: the keys or values, and zeros past the last of them.
-        pooled: `[B * Hk, pooled_rows, D]`, levels 2, 4 and 8, laid out as `Geometry` says.
+        pooled: `[B * Hk, pooled_rows, D]`, levels 2, 4 and 8, laid out as `TiledGeometry` says.
     """
 
     tokens: Any
     pooled: Any
 
 
-def pooled_rows(rows: jax.Array, geometry: Geometry) -> jax.Array:
+def pooled_rows(rows: jax.Array, geometry: TiledGeometry) -> jax.Array:
     """What `pool_levels` makes, `[B, Hk, P, D]`, as the kernels' `[B * Hk, pooled_rows, D]`."""
     *lead, _, dim = rows.shape
     if geometry.rows != geometry.pitch:
         fine = geometry.start[-1] - geometry.first_pooled
         coarse = rows[..., fine:, :]
-        coarse = coarse.reshape(*lead, geometry.key_blocks, geometry.rows[-1], dim)
+        coarse = coarse.reshape(*lead, geometry.k_blocks, geometry.rows[-1], dim)
         gap = geometry.pitch[-1] - geometry.rows[-1]
         coarse = jnp.pad(coarse, [(0, 0)] * (len(lead) + 1) + [(0, gap), (0, 0)])
-        coarse = coarse.reshape(*lead, geometry.key_blocks * geometry.pitch[-1], dim)
+        coarse = coarse.reshape(*lead, geometry.k_blocks * geometry.pitch[-1], dim)
         rows = jnp.concatenate([rows[..., :fine, :], coarse], axis=-2)
-    return rows.reshape(-1, geometry.pooled_rows, dim)
+    return rows.reshape(-1, geometry.stored_rows, dim)
 
 
 def copy_rows(
@@ -51,7 +51,7 @@ def copy_rows(
     target: Any,
     full: Any,
     *,
-    geometry: Geometry,
+    geometry: TiledGeometry,
     level: int | None = None,
 ) -> None:
     """Start one copy of adjacent rows of a level to shared memory.

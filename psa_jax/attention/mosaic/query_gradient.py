@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from psa_jax._mosaic import products
 from psa_jax._mosaic.launch import launch, scratch
 from psa_jax.attention.mosaic.forward_kernel import masked_logits
 from psa_jax.attention.mosaic.geometry import CONSUMERS, ROWS
-from psa_jax.attention.mosaic.plan import ENDS, HALF, TAIL, WalkPlan, read
+from psa_jax.attention.mosaic.query_plan import ENDS, HALF, TAIL, QueryPlan, read
 from psa_jax.attention.mosaic.walk import (
     Tiles,
     Walk,
@@ -25,6 +24,7 @@ from psa_jax.attention.mosaic.walk import (
     level_of_tile,
     tile_memory,
 )
+from shared_specs.constants import LOG2E
 
 
 @scratch
@@ -32,19 +32,21 @@ class Scratch:
     tiles: Tiles
     queries: Any
     dout: Any
-    numbers: Any
+    statistics: Any
     output: Any
     full: Any
     empty: Any
 
 
-def query_gradient_kernel(q, k, v, dout, numbers, plan: WalkPlan, walk: Walk, *, scale, interpret):
+def query_gradient_kernel(
+    q, k, v, dout, statistics, plan: QueryPlan, walk: Walk, *, scale, interpret
+):
     """Run the kernel.
 
     Args:
         q, dout: `[B * H, Lq, D]`; in the interpreter `Lq` is a whole number of query tiles.
         k, v: `PyramidRows`.
-        numbers: float32 `[B * H, 2, padded_queries]`: lse in base 2, `-MASKED` on rows without
+        statistics: float32 `[B * H, 2, padded_queries]`: lse in base 2, `-MASKED` on rows without
             keys; and what to take from the gradient of each weight of the row.
         scale: factor on q.k, not negative.
 
@@ -52,16 +54,16 @@ def query_gradient_kernel(q, k, v, dout, numbers, plan: WalkPlan, walk: Walk, *,
         dq like `q`.
     """
     head_dim, dtype = q.shape[-1], q.dtype
-    slots = walk.config.query_slots * CONSUMERS
-    rows = products.operand((slots, ROWS, head_dim), dtype)
+    stages = walk.config.query_stages * CONSUMERS
+    rows = products.operand((stages, ROWS, head_dim), dtype)
     memory = Scratch(
         tiles=tile_memory(walk, head_dim, dtype),
         queries=rows,
         dout=rows,
-        numbers=plgpu.SMEM((slots, 2, ROWS), jnp.float32),
+        statistics=plgpu.SMEM((stages, 2, ROWS), jnp.float32),
         output=products.operand((CONSUMERS, ROWS, head_dim), dtype),
-        full=plgpu.Barrier(num_arrivals=3, num_barriers=slots),
-        empty=plgpu.Barrier(num_barriers=slots),
+        full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        empty=plgpu.Barrier(num_barriers=stages),
     )
 
     def query_gradient(inputs, out_ref, memory):
@@ -69,11 +71,11 @@ def query_gradient_kernel(q, k, v, dout, numbers, plan: WalkPlan, walk: Walk, *,
 
     return launch(
         query_gradient,
-        ((q, dout, numbers), k, v, plan),
+        ((q, dout, statistics), k, v, plan),
         out_type=jax.ShapeDtypeStruct(q.shape, dtype),
         scratch=memory,
         blocks=walk.blocks,
-        warpgroups=CONSUMERS + walk.lanes,
+        warpgroups=CONSUMERS + walk.streams,
         interpret=interpret,
     )
 
@@ -86,36 +88,36 @@ def _warpgroup(row_refs, k, v, plan, out_ref, memory, *, walk: Walk, scale):
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
-        plgpu.set_max_registers(config.consumer_registers, action="increase")
+        plgpu.set_max_registers(config.multiply_registers, action="increase")
         consumer = functools.partial(_consume, plan, out_ref, memory, tiles, walk, scale, warpgroup)
         lax.fori_loop(0, items, consumer, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup >= CONSUMERS)
     def _():
-        plgpu.set_max_registers(config.producer_registers, action="decrease")
-        lane = 0 if walk.shared else warpgroup - CONSUMERS
-        consumers = range(CONSUMERS) if walk.shared else (lane,)
-        q_ref, dout_ref, numbers_ref = row_refs
+        plgpu.set_max_registers(config.copy_registers, action="decrease")
+        stream = 0 if walk.shared else warpgroup - CONSUMERS
+        consumers = range(CONSUMERS) if walk.shared else (stream,)
+        q_ref, dout_ref, statistics_ref = row_refs
 
         def produce(n, tiles_done):
-            place = walk.locate(n, lane)
+            place = walk.locate(n, stream)
             for consumer in consumers:
-                slot = walk.query_slot(n, consumer)
-                pl.when(n >= config.query_slots)(
-                    lambda slot=slot: plgpu.barrier_wait(memory.empty.at[slot])
+                stage = walk.query_stage(n, consumer)
+                pl.when(n >= config.query_stages)(
+                    lambda stage=stage: plgpu.barrier_wait(memory.empty.at[stage])
                 )
                 rows = pl.ds(place.first_query + consumer * ROWS, ROWS)
                 for source, target in (
                     (q_ref.at[place.head, rows], memory.queries),
                     (dout_ref.at[place.head, rows], memory.dout),
-                    (numbers_ref.at[place.head, :, rows], memory.numbers),
+                    (statistics_ref.at[place.head, :, rows], memory.statistics),
                 ):
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], memory.full.at[slot])
-            return copy_row(walk, place, tiles_done, lane, k, v, plan, tiles)
+                    plgpu.copy_gmem_to_smem(source, target.at[stage], memory.full.at[stage])
+            return copy_row(walk, place, tiles_done, stream, k, v, plan, tiles)
 
         tiles_done = lax.fori_loop(0, items, produce, jnp.int32(0))
-        drain(walk, tiles_done, lane, tiles)
+        drain(walk, tiles_done, stream, tiles)
         for consumer in consumers:
             walk.drain_queries(items, consumer, memory.empty)
 
@@ -123,52 +125,52 @@ def _warpgroup(row_refs, k, v, plan, out_ref, memory, *, walk: Walk, scale):
 def _consume(plan, out_ref, memory, tiles, walk, scale, warpgroup, n, first_tile):
     """One query tile of one consumer; returns the number of tiles taken so far."""
     geometry, interpreted = walk.geometry, walk.interpreted
-    lane = 0 if walk.shared else warpgroup
-    place = walk.locate(n, lane)
+    stream = 0 if walk.shared else warpgroup
+    place = walk.locate(n, stream)
     first_query = place.first_query + warpgroup * ROWS
     spans = [read(plan.spans, place.row, i) for i in range(TAIL + 1)]
     ends = spans[ENDS]
     full_tiles = ends[-1]
     all_tiles = full_tiles + spans[HALF] + spans[TAIL]
-    query_slot = walk.query_slot(n, warpgroup)
-    queries, dout = memory.queries.at[query_slot], memory.dout.at[query_slot]
+    query_stage = walk.query_stage(n, warpgroup)
+    queries, dout = memory.queries.at[query_stage], memory.dout.at[query_stage]
     head_dim, dtype = queries.shape[-1], queries.dtype
-    to_log2 = scale * math.log2(math.e)
+    to_log2 = scale * LOG2E
 
-    plgpu.barrier_wait(memory.full.at[query_slot])
-    lse2, delta = (memory.numbers[query_slot, i] for i in range(2))
+    plgpu.barrier_wait(memory.full.at[query_stage])
+    lse2, delta = (memory.statistics[query_stage, i] for i in range(2))
 
     def step(t, acc, *, masked):
-        slot = walk.slot(first_tile + t, lane)
+        stage = walk.stage(first_tile + t, stream)
 
         def weights(logits):
             if masked:
-                logits = masked_logits(logits * to_log2, tiles, slot, geometry, first_query)
+                logits = masked_logits(logits * to_log2, tiles, stage, geometry, first_query)
                 return jnp.exp2(logits - lax.broadcast_in_dim(lse2, logits.shape, [0]))
             shift = lse2 - level_of_tile(t, ends).astype(jnp.float32)
             return jnp.exp2(logits * to_log2 - lax.broadcast_in_dim(shift, logits.shape, [0]))
 
-        plgpu.barrier_wait(tiles.keys_full.at[slot])
-        plgpu.barrier_wait(tiles.values_full.at[slot])
+        plgpu.barrier_wait(tiles.keys_full.at[stage])
+        plgpu.barrier_wait(tiles.values_full.at[stage])
         if masked:
-            plgpu.barrier_wait(tiles.covers_full.at[slot])
+            plgpu.barrier_wait(tiles.covers_full.at[stage])
         acc = products.query_gradient(
             acc,
             lax.broadcast_in_dim(-delta, (ROWS, geometry.tile), [0]),
-            (queries, dout, tiles.keys.at[slot], tiles.values.at[slot]),
+            (queries, dout, tiles.keys.at[stage], tiles.values.at[stage]),
             weights=weights,
             interpreted=interpreted,
             values_read=lambda: products.release(
-                tiles.values_empty.at[slot], interpreted=interpreted
+                tiles.values_empty.at[stage], interpreted=interpreted
             ),
         )
-        products.release(tiles.keys_empty.at[slot], interpreted=interpreted)
+        products.release(tiles.keys_empty.at[stage], interpreted=interpreted)
         return acc
 
     acc = jnp.zeros((ROWS, head_dim), jnp.float32)
     acc = lax.fori_loop(0, full_tiles, functools.partial(step, masked=False), acc)
     acc = lax.fori_loop(full_tiles, all_tiles, functools.partial(step, masked=True), acc)
-    products.release(memory.empty.at[query_slot], interpreted=interpreted)
+    products.release(memory.empty.at[query_stage], interpreted=interpreted)
 
     plgpu.wait_smem_to_gmem(0)  # the last item's output has left its buffer
     memory.output[warpgroup] = (acc * scale).astype(dtype)

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psa_jax.attention.mosaic.geometry import Geometry
+from psa_jax.attention.mosaic.geometry import TiledGeometry
 from shared_specs.constants import LEVELS
 
 
-def unpool(by_level: dict[int, jax.Array], geometry: Geometry, shape: tuple[int, ...]) -> jax.Array:
+def unpool(
+    by_level: dict[int, jax.Array], geometry: TiledGeometry, shape: tuple[int, ...]
+) -> jax.Array:
     """Gradients of pyramid rows to gradients of keys.
 
     Args:
@@ -23,8 +25,8 @@ def unpool(by_level: dict[int, jax.Array], geometry: Geometry, shape: tuple[int,
     batch, heads, kv_len, dim = shape
     total = 0
     for g, rows in sorted(by_level.items()):
-        level, tokens = LEVELS[g], geometry.key_blocks * geometry.rows[g]
-        share = rows.reshape(batch, heads, geometry.key_blocks, geometry.pitch[g], dim)
+        level, tokens = LEVELS[g], geometry.k_blocks * geometry.rows[g]
+        share = rows.reshape(batch, heads, geometry.k_blocks, geometry.pitch[g], dim)
         share = share[..., : geometry.rows[g], :].reshape(batch, heads, tokens, dim)
         count = np.clip(kv_len - np.arange(tokens) * level, 1, level).astype(np.float32)
         total = total + jnp.repeat(share / count[:, None], level, axis=2)

@@ -1,8 +1,8 @@
 """The producer side that the forward and dq kernels share: walk a table row, copy its tiles.
 
 A thread block has two consumer warpgroups of 64 query rows. At `block_m` 128 both walk the same
-table row and share one stream of tiles ("lane") and one producer warpgroup; at `block_m` 64 each
-has its own row, lane and producer.
+table row and share one stream of tiles and one producer warpgroup; at `block_m` 64 each
+has its own row, stream and producer.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from jax import lax
 
 from psa_jax._mosaic.launch import scratch
 from psa_jax._mosaic.products import operand
-from psa_jax.attention.mosaic.config import WalkConfig
-from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS, Geometry
-from psa_jax.attention.mosaic.plan import ENDS, FIRST, HALF, TAIL, read
+from psa_jax.attention.mosaic.configs import WalkConfig
+from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS, TiledGeometry
 from psa_jax.attention.mosaic.pyramid_rows import PyramidRows, copy_rows
+from psa_jax.attention.mosaic.query_plan import ENDS, FIRST, HALF, TAIL, read
 from shared_specs.constants import LEVELS
 
 
@@ -30,7 +30,7 @@ from shared_specs.constants import LEVELS
 class Walk:
     """Static facts of one kernel that walks the table."""
 
-    geometry: Geometry
+    geometry: TiledGeometry
     config: WalkConfig
     heads: int
     kv_heads: int
@@ -44,7 +44,7 @@ class Walk:
         return self.geometry.block_m != ROWS
 
     @property
-    def lanes(self) -> int:
+    def streams(self) -> int:
         return 1 if self.shared else CONSUMERS
 
     @property
@@ -55,33 +55,33 @@ class Walk:
     def items_of_block(self) -> jax.Array:
         return lax.div(self.items - lax.axis_index("block") + self.blocks - 1, self.blocks)
 
-    def locate(self, n: jax.Array, lane: jax.Array | int) -> Place:
-        """The `n`-th item of this thread block, as seen by a lane."""
+    def locate(self, n: jax.Array, stream: jax.Array | int) -> Place:
+        """The `n`-th item of this thread block, as seen by a stream."""
         tiles = self.geometry.query_tiles
         item = lax.axis_index("block") + n * self.blocks
         head = lax.div(item, tiles)
         tile = lax.rem(item, tiles)
         if self.geometry.is_causal:
             tile = tiles - 1 - tile  # the longest rows first
-        row = head * self.geometry.query_blocks + tile * self.lanes + lane
+        row = head * self.geometry.padded_q_blocks + tile * self.streams + stream
         kv_head = lax.div(head, self.heads // self.kv_heads)
         return Place(head=head, kv_head=kv_head, row=row, first_query=tile * (CONSUMERS * ROWS))
 
-    def slot(self, tile: jax.Array, lane: jax.Array | int) -> jax.Array:
-        """Stage of the `tile`-th tile of a lane, counted from the start of the kernel."""
-        return lax.rem(tile, self.config.stages) + lane * self.config.stages
+    def stage(self, tile: jax.Array, stream: jax.Array | int) -> jax.Array:
+        """Stage of the `tile`-th tile of a stream, counted from the start of the kernel."""
+        return lax.rem(tile, self.config.stages) + stream * self.config.stages
 
-    def query_slot(self, n: jax.Array, consumer: jax.Array | int) -> jax.Array:
+    def query_stage(self, n: jax.Array, consumer: jax.Array | int) -> jax.Array:
         """Buffer of a consumer's `n`-th query tile."""
-        return lax.rem(n, self.config.query_slots) * CONSUMERS + consumer
+        return lax.rem(n, self.config.query_stages) * CONSUMERS + consumer
 
     def drain_queries(self, items: jax.Array, consumer: int, empty) -> None:
         """Wait until a consumer has released every query tile."""
 
         def wait(n, _):
-            plgpu.barrier_wait(empty.at[self.query_slot(n, consumer)])
+            plgpu.barrier_wait(empty.at[self.query_stage(n, consumer)])
 
-        lax.fori_loop(jnp.maximum(items - self.config.query_slots, 0), items, wait, None)
+        lax.fori_loop(jnp.maximum(items - self.config.query_stages, 0), items, wait, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Place:
 
 @scratch
 class Tiles:
-    """Buffers that the producer fills and the barriers that guard them, indexed by slot."""
+    """Buffers that the producer fills and the barriers that guard them, indexed by stage."""
 
     keys: Any
     values: Any
@@ -110,19 +110,19 @@ class Tiles:
 
 def tile_memory(walk: Walk, head_dim: int, dtype) -> Tiles:
     """Types of what the tiles of a walk take."""
-    slots = walk.lanes * walk.config.stages
+    stages = walk.streams * walk.config.stages
     tile, chunks = walk.geometry.tile, walk.geometry.chunks
-    readers = CONSUMERS // walk.lanes
-    rows = operand((slots, tile, head_dim), dtype)
+    readers = CONSUMERS // walk.streams
+    rows = operand((stages, tile, head_dim), dtype)
     return Tiles(
         keys=rows,
         values=rows,
-        covers=plgpu.SMEM((slots, tile), jnp.int32),
-        keys_full=plgpu.Barrier(num_arrivals=chunks, num_barriers=slots),
-        keys_empty=plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
-        values_full=plgpu.Barrier(num_arrivals=chunks, num_barriers=slots),
-        values_empty=plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
-        covers_full=plgpu.Barrier(num_barriers=slots),
+        covers=plgpu.SMEM((stages, tile), jnp.int32),
+        keys_full=plgpu.Barrier(num_arrivals=chunks, num_barriers=stages),
+        keys_empty=plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
+        values_full=plgpu.Barrier(num_arrivals=chunks, num_barriers=stages),
+        values_empty=plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
+        covers_full=plgpu.Barrier(num_barriers=stages),
     )
 
 
@@ -132,12 +132,12 @@ def level_of_tile(t: jax.Array, ends: list[jax.Array]) -> jax.Array:
 
 
 def copy_row(
-    walk: Walk, place: Place, first_tile, lane, k: PyramidRows, v: PyramidRows, plan, tiles: Tiles
+    walk: Walk, place: Place, first_tile, stream, k: PyramidRows, v: PyramidRows, plan, tiles: Tiles
 ):
     """Copy every tile of one table row, in the order in which consumers take them.
 
     Args:
-        first_tile: tiles that this lane has had before.
+        first_tile: tiles that this stream has had before.
         k, v: references.
 
     Returns:
@@ -148,7 +148,7 @@ def copy_row(
     ends, first = spans[ENDS], spans[FIRST]
 
     def load(t, starts, rows, *, level=None, covers=None):
-        slot = walk.slot(t, lane)
+        stage = walk.stage(t, stream)
         reused = t >= walk.config.stages
 
         def copies(source, target, full):
@@ -159,22 +159,22 @@ def copy_row(
                     place.kv_head,
                     start,
                     rows,
-                    target.at[slot, pl.ds(c * rows, rows)],
-                    full.at[slot],
+                    target.at[stage, pl.ds(c * rows, rows)],
+                    full.at[stage],
                     geometry=geometry,
                     level=level,
                 )
             for _ in range(geometry.chunks - len(first_rows)):
-                plgpu.barrier_arrive(full.at[slot])
+                plgpu.barrier_arrive(full.at[stage])
 
-        pl.when(reused)(lambda: plgpu.barrier_wait(tiles.keys_empty.at[slot]))
+        pl.when(reused)(lambda: plgpu.barrier_wait(tiles.keys_empty.at[stage]))
         copies(k, tiles.keys, tiles.keys_full)
-        pl.when(reused)(lambda: plgpu.barrier_wait(tiles.values_empty.at[slot]))
+        pl.when(reused)(lambda: plgpu.barrier_wait(tiles.values_empty.at[stage]))
         if covers is not None:
-            plgpu.copy_gmem_to_smem(covers, tiles.covers.at[slot], tiles.covers_full.at[slot])
+            plgpu.copy_gmem_to_smem(covers, tiles.covers.at[stage], tiles.covers_full.at[stage])
         copies(v, tiles.values, tiles.values_full)
 
-    def stream(g, tile):
+    def level_tile(g, tile):
         """First rows of the runs of the `tile`-th tile of level index `g`, and their length."""
         pitch = geometry.pitch[g]
         run = math.gcd(pitch, geometry.tile)
@@ -189,7 +189,7 @@ def copy_row(
         begin = ends[g - 1] if g else jnp.int32(0)
 
         def full_tile(t, _, g=g, begin=begin):
-            load(first_tile + t, *stream(g, t - begin), level=g)
+            load(first_tile + t, *level_tile(g, t - begin), level=g)
 
         lax.fori_loop(begin, ends[g], full_tile, None)
 
@@ -198,7 +198,7 @@ def copy_row(
 
         def half_tile(t, _):
             g = len(LEVELS) - 1
-            load(done + t, *stream(g, t), level=g, covers=plan.half_covers.at[0, 0])
+            load(done + t, *level_tile(g, t), level=g, covers=plan.half_covers.at[0, 0])
 
         lax.fori_loop(0, spans[HALF], half_tile, None)
         done = done + spans[HALF]
@@ -215,12 +215,12 @@ def copy_row(
     return done + spans[TAIL]
 
 
-def drain(walk: Walk, tiles_done, lane, tiles: Tiles) -> None:
+def drain(walk: Walk, tiles_done, stream, tiles: Tiles) -> None:
     """Wait until consumers have released every tile: no barrier may be left half way."""
 
     def wait(t, _):
-        slot = walk.slot(t, lane)
-        plgpu.barrier_wait(tiles.keys_empty.at[slot])
-        plgpu.barrier_wait(tiles.values_empty.at[slot])
+        stage = walk.stage(t, stream)
+        plgpu.barrier_wait(tiles.keys_empty.at[stage])
+        plgpu.barrier_wait(tiles.values_empty.at[stage])
 
     lax.fori_loop(jnp.maximum(tiles_done - walk.config.stages, 0), tiles_done, wait, None)

@@ -26,12 +26,14 @@ from jax import Array, lax
 
 from psa_jax._mosaic.channels import pad_channels
 from psa_jax._mosaic.device import multiprocessors
+from psa_jax._switches import of_32_bits
 from psa_jax._vmap import vmap_as_batch
-from psa_jax.kernels.scores.config import PeakConfig, default_config
 from psa_jax.kernels.scores.peaks import peaks_kernel
 from psa_jax.kernels.scores.samples import samples
-from psa_jax.kernels.scores.walk import ROWS, Walk
+from psa_jax.kernels.scores.schedule import ROWS, Walk
+from psa_jax.kernels.scores.tiles import PeakConfig, default_config
 from shared_specs.config import PSAConfig
+from shared_specs.constants import LOG2E
 from shared_specs.geometry import cdiv
 
 _LEAST_FACTOR = float(np.finfo(np.float32).tiny)
@@ -40,6 +42,7 @@ _EVERYTHING = 1 << 30
 """Limit of rows that see every key: past any position, far from overflow."""
 
 
+@of_32_bits
 def peak_scores(
     q: Array, k: Array, *, config: PSAConfig, sizes: PeakConfig | None = None, interpret=None
 ) -> Array:
@@ -82,7 +85,7 @@ def _peak_scores(q: Array, k: Array, *, config: PSAConfig, sizes: PeakConfig | N
     if walk.limits is not None:
         inputs["limits"] = jnp.asarray(walk.limits)
         inputs["offsets"] = jnp.asarray(walk.first[0], jnp.int32)
-    factors = abs(scale) * math.log2(math.e) * rows.scale.reshape(batch * heads, query_blocks)
+    factors = abs(scale) * LOG2E * rows.scale.reshape(batch * heads, query_blocks)
     factors = jnp.maximum(factors, _LEAST_FACTOR)
     # Key blocks of each row that the kernel wrote.
     written = np.repeat(walk.spans[:, 1] * sizes.columns, walk.row_tile)[: query_blocks * count]

@@ -22,7 +22,7 @@ from jax import lax
 
 from psa_jax._mosaic import products
 from psa_jax._mosaic.launch import launch, scratch
-from psa_jax.kernels.scores.walk import ROWS, Walk
+from psa_jax.kernels.scores.schedule import ROWS, Walk
 
 WHOLE, SEEN = 0, 1
 """Columns of `Walk.spans`."""
@@ -64,17 +64,17 @@ def peaks_kernel(inputs: dict[str, Any], walk: Walk, *, interpret) -> tuple[jax.
     """
     config, q, k = walk.config, inputs["q"], inputs["k"]
     head_dim, dtype, columns = q.shape[-1], q.dtype, config.columns
-    slots = config.query_slots * config.consumers
+    stages = config.query_stages * config.consumers
     causal = walk.limits is not None
     memory = Scratch(
-        queries=products.operand((slots, ROWS, head_dim), dtype),
+        queries=products.operand((stages, ROWS, head_dim), dtype),
         keys=products.operand((config.stages, columns, head_dim), dtype),
-        limits=plgpu.SMEM((slots, ROWS), jnp.int32) if causal else None,
+        limits=plgpu.SMEM((stages, ROWS), jnp.int32) if causal else None,
         factors=plgpu.SMEM((2, columns), jnp.float32),
         peaks=products.operand((config.consumers, ROWS, columns), jnp.float32),
         tops=plgpu.SMEM((config.consumers, ROWS), jnp.float32),
-        queries_full=plgpu.Barrier(num_arrivals=1 + causal, num_barriers=slots),
-        queries_empty=plgpu.Barrier(num_barriers=slots),
+        queries_full=plgpu.Barrier(num_arrivals=1 + causal, num_barriers=stages),
+        queries_empty=plgpu.Barrier(num_barriers=stages),
         keys_full=plgpu.Barrier(num_barriers=config.stages),
         keys_empty=plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),
         factors_full=plgpu.Barrier(num_barriers=2),
@@ -106,22 +106,22 @@ def _warpgroup(sources, peaks_ref, tops_ref, memory, *, walk: Walk):
 
     @pl.when(warpgroup < config.consumers)
     def _():
-        plgpu.set_max_registers(config.consumer_registers, action="increase")
+        plgpu.set_max_registers(config.multiply_registers, action="increase")
         consume = functools.partial(_consume, sources, peaks_ref, tops_ref, memory, walk, warpgroup)
         lax.fori_loop(0, items, consume, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == config.consumers)
     def _():
-        plgpu.set_max_registers(config.producer_registers, action="decrease")
+        plgpu.set_max_registers(config.copy_registers, action="decrease")
         produce = functools.partial(_produce, sources, memory, walk)
         tiles = lax.fori_loop(0, items, produce, jnp.int32(0))
         for consumer in range(config.consumers):
             _drain(
                 items,
-                config.query_slots,
+                config.query_stages,
                 memory.queries_empty,
-                lambda n, consumer=consumer: _query_slot(walk, n, consumer),
+                lambda n, consumer=consumer: _query_stage(walk, n, consumer),
             )
         _drain(tiles, 2, memory.factors_empty, lambda t: lax.rem(t, 2))
         products_done = tiles * walk.places
@@ -133,17 +133,17 @@ def _warpgroup(sources, peaks_ref, tops_ref, memory, *, walk: Walk):
         )
 
 
-def _query_slot(walk: Walk, n, consumer):
-    return lax.rem(n, walk.config.query_slots) * walk.config.consumers + consumer
+def _query_stage(walk: Walk, n, consumer):
+    return lax.rem(n, walk.config.query_stages) * walk.config.consumers + consumer
 
 
-def _drain(uses, slots: int, empty, slot_of) -> None:
+def _drain(uses, stages: int, empty, stage_of) -> None:
     """Wait until the consumers have released every buffer: no barrier may be left half way."""
 
     def wait(t, _):
-        plgpu.barrier_wait(empty.at[slot_of(t)])
+        plgpu.barrier_wait(empty.at[stage_of(t)])
 
-    lax.fori_loop(jnp.maximum(uses - slots, 0), uses, wait, None)
+    lax.fori_loop(jnp.maximum(uses - stages, 0), uses, wait, None)
 
 
 def _produce(sources, memory, walk: Walk, n, tiles):
@@ -158,15 +158,15 @@ def _produce(sources, memory, walk: Walk, n, tiles):
     config = walk.config
     head, row_tile = walk.locate(n)
     for consumer in range(config.consumers):
-        slot = _query_slot(walk, n, consumer)
-        pl.when(n >= config.query_slots)(
-            lambda slot=slot: plgpu.barrier_wait(memory.queries_empty.at[slot])
+        stage = _query_stage(walk, n, consumer)
+        pl.when(n >= config.query_stages)(
+            lambda stage=stage: plgpu.barrier_wait(memory.queries_empty.at[stage])
         )
         rows = pl.ds(row_tile * walk.row_tile + consumer * ROWS, ROWS)
-        full = memory.queries_full.at[slot]
-        plgpu.copy_gmem_to_smem(sources["q"].at[head, rows], memory.queries.at[slot], full)
+        full = memory.queries_full.at[stage]
+        plgpu.copy_gmem_to_smem(sources["q"].at[head, rows], memory.queries.at[stage], full)
         if walk.limits is not None:
-            plgpu.copy_gmem_to_smem(sources["limits"].at[rows], memory.limits.at[slot], full)
+            plgpu.copy_gmem_to_smem(sources["limits"].at[rows], memory.limits.at[stage], full)
     key_head = lax.div(sources["first_head"][0] + head, walk.group)
 
     def one_tile(t, _):
@@ -182,14 +182,14 @@ def _produce(sources, memory, walk: Walk, n, tiles):
 
         def one_place(place, _):
             product = done * walk.places + place
-            slot = lax.rem(product, config.stages)
+            stage = lax.rem(product, config.stages)
             pl.when(product >= config.stages)(
-                lambda: plgpu.barrier_wait(memory.keys_empty.at[slot])
+                lambda: plgpu.barrier_wait(memory.keys_empty.at[stage])
             )
             plgpu.copy_gmem_to_smem(
                 sources["k"].at[key_head * walk.places + place, blocks],
-                memory.keys.at[slot],
-                memory.keys_full.at[slot],
+                memory.keys.at[stage],
+                memory.keys_full.at[stage],
             )
 
         lax.fori_loop(0, walk.places, one_place, None)
@@ -204,15 +204,15 @@ def _consume(sources, peaks_ref, tops_ref, memory, walk: Walk, warpgroup, n, til
     config = walk.config
     head, row_tile = walk.locate(n)
     rows = pl.ds(row_tile * walk.row_tile + warpgroup * ROWS, ROWS)
-    query_slot = _query_slot(walk, n, warpgroup)
-    queries = memory.queries.at[query_slot]
+    query_stage = _query_stage(walk, n, warpgroup)
+    queries = memory.queries.at[query_stage]
     shape = (ROWS, config.columns)
-    plgpu.barrier_wait(memory.queries_full.at[query_slot])
+    plgpu.barrier_wait(memory.queries_full.at[query_stage])
 
     def one_tile(t, row_top, *, masked):
         done = tiles + t
 
-        def slot_of(place):
+        def stage_of(place):
             return lax.rem(done * walk.places + place, config.stages)
 
         def visible(logits, place):
@@ -220,7 +220,7 @@ def _consume(sources, peaks_ref, tops_ref, memory, walk: Walk, warpgroup, n, til
                 return logits
             # Positions of a place ascend by `block_n` from block to block.
             nearest = t * (config.columns * walk.block_n) + sources["offsets"][place]
-            reach = lax.broadcast_in_dim(memory.limits[query_slot] - nearest, shape, [0])
+            reach = lax.broadcast_in_dim(memory.limits[query_stage] - nearest, shape, [0])
             at = lax.broadcast_in_dim(lax.iota(jnp.int32, config.columns), shape, [1])
             return jnp.where(at * walk.block_n <= reach, logits, -jnp.inf)
 
@@ -229,10 +229,10 @@ def _consume(sources, peaks_ref, tops_ref, memory, walk: Walk, warpgroup, n, til
             return products.largest(
                 top,
                 queries,
-                [memory.keys.at[slot_of(p)] for p in places],
+                [memory.keys.at[stage_of(p)] for p in places],
                 seen=[functools.partial(visible, place=p) for p in places],
-                full=[memory.keys_full.at[slot_of(p)] for p in places],
-                empty=[memory.keys_empty.at[slot_of(p)] for p in places],
+                full=[memory.keys_full.at[stage_of(p)] for p in places],
+                empty=[memory.keys_empty.at[stage_of(p)] for p in places],
                 interpreted=walk.interpreted,
             )
 
@@ -261,7 +261,7 @@ def _consume(sources, peaks_ref, tops_ref, memory, walk: Walk, warpgroup, n, til
     row_top = lax.fori_loop(0, whole, functools.partial(one_tile, masked=False), row_top)
     if walk.limits is not None:
         row_top = lax.fori_loop(whole, seen, functools.partial(one_tile, masked=True), row_top)
-    products.release(memory.queries_empty.at[query_slot], interpreted=walk.interpreted)
+    products.release(memory.queries_empty.at[query_stage], interpreted=walk.interpreted)
 
     plgpu.wait_smem_to_gmem(0)
     memory.tops[warpgroup] = row_top

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from psa_torch.attention.gather.buffers import Buffers, query_blocks
-from psa_torch.attention.gather.plan import LOG2_E, Problem, batches
+from psa_torch.attention.gather.plan import Problem, batches
 from psa_torch.pyramid import build_pyramid, unpool
+from shared_specs.constants import LOG2E
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def backward(
 
     # A row that sees nothing passes no gradient: with lse = inf all its weights are exactly 0.
     blind = lse == -torch.inf
-    lse_rows = query_blocks(p, lse.masked_fill(blind, torch.inf) * LOG2_E, value=torch.inf)
+    lse_rows = query_blocks(p, lse.masked_fill(blind, torch.inf) * LOG2E, value=torch.inf)
     shift = -(dout.to(p.dtype) * out.to(p.dtype)).sum(-1)
     if dlse is not None:
         shift = shift + dlse
@@ -57,7 +58,7 @@ def backward(
         weights = buffers.take("weights", n, block_m, width)
         torch.sub(batch.bias, lse_rows[batch.blocks, :, None], out=weights)
         keys_batch = buffers.gather("keys", keys, batch.runs)
-        weights.baddbmm_(q_batch, keys_batch.mT, alpha=scale * LOG2_E)
+        weights.baddbmm_(q_batch, keys_batch.mT, alpha=scale * LOG2E)
         if batch.hidden is not None:
             weights[..., -batch.hidden.shape[-1] :].masked_fill_(batch.hidden, -torch.inf)
         weights.exp2_()

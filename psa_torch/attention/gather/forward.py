@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from psa_torch.attention.gather.buffers import Buffers, query_blocks
-from psa_torch.attention.gather.plan import LOG2_E, Problem, batches
+from psa_torch.attention.gather.plan import Problem, batches
 from psa_torch.pyramid import build_pyramid
+from shared_specs.constants import LOG2E
 
 CACHED_ROWS = 2**14
 """Pyramid rows of the key heads taken together on a CPU. The next ones go into the same memory: a
@@ -76,7 +77,7 @@ def _some_heads(
         gathered = buffers.gather("rows", keys, batch.runs)
         # Base 2 throughout: exp2 takes half the time of exp on a CPU.
         torch.baddbmm(
-            batch.bias, q_rows[batch.blocks], gathered.mT, alpha=p.scale * LOG2_E, out=logits
+            batch.bias, q_rows[batch.blocks], gathered.mT, alpha=p.scale * LOG2E, out=logits
         )
         if batch.hidden is not None:
             logits[..., -batch.hidden.shape[-1] :].masked_fill_(batch.hidden, -torch.inf)
@@ -88,5 +89,5 @@ def _some_heads(
         gathered = buffers.gather("rows", values, batch.runs)
         # The largest weight is 1, so only rows that see nothing are below it.
         out[batch.blocks] = torch.bmm(weights, gathered).div_(weight.clamp_(min=1))
-    lse = (top + total.log2()).mul_(1 / LOG2_E)
+    lse = (top + total.log2()).mul_(1 / LOG2E)
     return lse.view(p.batch, -1, p.block_m)

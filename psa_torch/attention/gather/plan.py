@@ -5,7 +5,6 @@ level `l` is `8 // l` runs, so any mix of levels is a list of equal pieces, each
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,8 +14,6 @@ from torch import Tensor
 from shared_specs.constants import LEVELS
 from shared_specs.geometry import Geometry
 from shared_specs.pyramid import pooled_counts
-
-LOG2_E = math.log2(math.e)
 
 RUNS_PER_BLOCK = 8
 """Runs of a block at level 1."""

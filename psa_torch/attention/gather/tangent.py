@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from psa_torch.attention.gather.buffers import Buffers, query_blocks
-from psa_torch.attention.gather.plan import LOG2_E, Problem, batches
+from psa_torch.attention.gather.plan import Problem, batches
 from psa_torch.pyramid import build_pyramid
+from shared_specs.constants import LOG2E
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def tangent(
     q_rows, tq_rows = query_blocks(p, q), query_blocks(p, tq)
     # With lse = inf all weights of a row that sees nothing are exactly 0.
     blind = lse == -torch.inf
-    lse_rows = query_blocks(p, lse.masked_fill(blind, torch.inf) * LOG2_E, value=torch.inf)
+    lse_rows = query_blocks(p, lse.masked_fill(blind, torch.inf) * LOG2E, value=torch.inf)
 
     t_out, t_lse = torch.zeros_like(q_rows), torch.zeros_like(lse_rows)
     buffers = Buffers(p)
@@ -48,7 +49,7 @@ def tangent(
         at, shape = batch.blocks, (len(batch.runs), block_m, batch.bias.shape[-1])
         weights = torch.sub(batch.bias, lse_rows[at, :, None], out=buffers.take("weights", *shape))
         rows = buffers.gather("rows", keys, batch.runs)
-        weights.baddbmm_(q_rows[at], rows.mT, alpha=scale * LOG2_E)
+        weights.baddbmm_(q_rows[at], rows.mT, alpha=scale * LOG2E)
         if batch.hidden is not None:
             weights[..., -batch.hidden.shape[-1] :].masked_fill_(batch.hidden, -torch.inf)
         weights.exp2_()

@@ -9,11 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.constants import LN2, LOG2E
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.rest.means import Call
 from psa_torch.kernels._launch import cdiv, on_device_of, padded_head_dim, resident_programs
-
-LOG2E = 1.4426950408889634
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -87,7 +86,7 @@ def rest_forward(
     at_head = batch * q_stride_b + head * q_stride_h
     q = _load_rows(q_pointer + at_head, first, q_len, q_stride_m, WIDTH, D, ROWS)
     acc = _load_rows(out_pointer, first, q_len, D, WIDTH, D, ROWS).to(tl.float32)
-    top = tl.load(lse_pointer + batch_head * q_len + m, mask=real, other=float("-inf")) * (1 / LN2)
+    top = tl.load(lse_pointer + batch_head * q_len + m, mask=real, other=float("-inf")) * LOG2E
     total = tl.where(top > float("-inf"), 1.0, 0.0)
     end = blocks
     if IS_CAUSAL:
@@ -178,7 +177,7 @@ def rest_query_gradient(
         delta -= tl.load(dlse_pointer + row, mask=real, other=0.0)
     # With lse = inf all weights of a row that sees nothing are exactly 0.
     seen = lse > float("-inf")
-    lse2 = tl.where(seen, lse * (1 / LN2), float("inf"))
+    lse2 = tl.where(seen, lse * LOG2E, float("inf"))
     delta = tl.where(seen, delta, 0.0)
     tl.store(lse2_pointer + row, lse2, mask=real)
     tl.store(delta_pointer + row, delta, mask=real)
@@ -191,7 +190,7 @@ def rest_query_gradient(
         bias, last = _bias(n, levels_pointer, blocks, kv_len, BLOCK_N, MEANS)
         k = _load_rows(k_pointer, n, blocks, D, WIDTH, D, MEANS)
         v = _load_rows(v_pointer, n, blocks, D, WIDTH, D, MEANS)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * (1 / LN2)) + bias[None, :]
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + bias[None, :]
         if IS_CAUSAL:
             s = tl.where(last[None, :] <= (m + (kv_len - q_len))[:, None], s, float("-inf"))
         p = tl.math.exp2(s - lse2[:, None])
@@ -273,7 +272,7 @@ def rest_key_gradient(
             row = batch_head * q_len + m
             lse2 = tl.load(lse2_pointer + row, mask=m < q_len, other=float("inf"))
             delta = tl.load(delta_pointer + row, mask=m < q_len, other=0.0)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * (1 / LN2)) + bias[:, None]
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E) + bias[:, None]
             if IS_CAUSAL:
                 s = tl.where(last[:, None] <= (m + (kv_len - q_len))[None, :], s, float("-inf"))
             p = tl.math.exp2(s - lse2[None, :])
@@ -336,7 +335,9 @@ def means_of_blocks(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]
     (batch, heads, kv_len, head_dim), blocks = k.shape, cdiv(k.shape[2], block_n)
     means = tuple(x.new_empty(batch, heads, blocks, head_dim) for x in (k, v))
     with on_device_of(k):
-        mean_of_block[(blocks * batch * heads, 2)](
+        launch_kernel(
+            mean_of_block,
+            (blocks * batch * heads, 2),
             k,
             v,
             *means,
@@ -360,7 +361,9 @@ def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> None:
     constants = _constants(q, g)
     tiles = levels.shape[2] * (g.block_m // constants["ROWS"])
     with on_device_of(q):
-        rest_forward[(tiles * q.shape[0] * q.shape[1],)](
+        launch_kernel(
+            rest_forward,
+            (tiles * q.shape[0] * q.shape[1],),
             q,
             k_means,
             v_means,
@@ -368,7 +371,7 @@ def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> None:
             out,
             lse,
             *q.stride()[:3],
-            g.scale * LOG2E,
+            g.scale * LOG2E.value,
             *_sizes(q, k_means, levels, g),
             **constants,
         )
@@ -379,6 +382,14 @@ def add_gradients(
     dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Call
 ) -> tuple[Tensor, Tensor]:
     """As `psa_torch.attention.rest.plain.add_gradients`."""
+    parts = _parts_of_gradients(dout, dlse, q, k_means, v_means, levels, out, lse, dq, g)
+    return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in parts)
+
+
+def _parts_of_gradients(
+    dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Call
+) -> tuple[Tensor, Tensor]:
+    """Adds to `dq`; gradients of the means in parts to be added, `[parts, B, Hk, Nk, D]`."""
     q, dout, levels = _dense_rows(q), _dense_rows(dout), levels.contiguous()
     constants, sizes = _constants(q, g), _sizes(q, k_means, levels, g)
     rows = constants["ROWS"]
@@ -390,7 +401,9 @@ def add_gradients(
     dk = lse.new_empty(parts, *k_means.shape)
     dv = torch.empty_like(dk)
     with on_device_of(q):
-        rest_query_gradient[(tiles * q.shape[0] * q.shape[1],)](
+        launch_kernel(
+            rest_query_gradient,
+            (tiles * q.shape[0] * q.shape[1],),
             q,
             k_means,
             v_means,
@@ -408,7 +421,9 @@ def add_gradients(
             HAS_DLSE=dlse is not None,
             **constants,
         )
-        rest_key_gradient[(key_tiles, parts)](
+        launch_kernel(
+            rest_key_gradient,
+            (key_tiles, parts),
             q,
             k_means,
             v_means,
@@ -423,7 +438,7 @@ def add_gradients(
             *sizes,
             **constants,
         )
-    return (dk[0], dv[0]) if parts == 1 else (dk.sum(0), dv.sum(0))
+    return dk, dv
 
 
 def _dense_rows(x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ owes and passes that down, and level 1 writes the gradients.
 import torch
 from torch import Tensor
 
-from psa_torch._triton.launch import repeated
 from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.configs import (
     BackwardConfig,
@@ -28,10 +27,9 @@ from psa_torch.attention.triton.units import build_units
 from psa_torch.kernels._launch import on_device_of
 from psa_torch.pyramid import build_pyramid
 from shared_specs.constants import LEVELS
-from shared_specs.pyramid import padded_length
+from shared_specs.geometry import Geometry
 
 
-@repeated
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -64,8 +62,7 @@ def backward(
     Returns:
         dq, dk, dv in the shapes and dtypes of q, k and v. Contiguous.
     """
-    geometry = dict(block_m=block_m, block_n=block_n, is_causal=is_causal)
-    lengths = dict(q_len=q.shape[2], kv_len=k.shape[2])
+    geometry = Geometry(q.shape[2], k.shape[2], block_m, block_n, is_causal)
     config = config or configs.backward_config(q, block_m, block_n)
     if isinstance(config.query, HopperQueryGradConfig):
         rows = rows_in_place(k, v, block_n)
@@ -77,14 +74,13 @@ def backward(
         q,
         rows,
         levels,
-        query_plan(levels, **lengths, **geometry),
-        key_plan(levels, **lengths, **geometry),
+        query_plan(levels, geometry),
+        key_plan(levels, geometry),
         out,
         lse,
-        kv_len=k.shape[2],
+        geometry,
         scale=scale,
         config=config,
-        **geometry,
     )
 
 
@@ -98,12 +94,9 @@ def backward_planned(
     by_key: Plan,
     out: Tensor,
     lse: Tensor,
+    geometry: Geometry,
     *,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
     scale: float,
-    is_causal: bool,
     config: BackwardConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`backward` for rows of a pyramid and plans that exist already.
@@ -111,20 +104,12 @@ def backward_planned(
     Where dq is not warp-specialised, the rows are those of a pyramid in one place.
     """
     q, dout, out = (configs.rows_contiguous(x) for x in (q, dout.to(q.dtype), out))
-    geometry = dict(kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal)
     with on_device_of(q):
-        statistics = launch_row_statistics(out, dout, lse, dlse, block_m)
+        statistics = launch_row_statistics(out, dout, lse, dlse, geometry.block_m)
         shared = (q, rows, dout, statistics)
-        dq = launch_query_gradient(*shared, by_query, scale=scale, config=config.query, **geometry)
-        dk, dv = key_gradients(
-            *shared,
-            levels,
-            by_query,
-            by_key,
-            scale=scale,
-            config=config.key,
-            **geometry,
-        )
+        dq = launch_query_gradient(*shared, by_query, geometry, scale=scale, config=config.query)
+        plans = (by_query, by_key)
+        dk, dv = key_gradients(*shared, levels, *plans, geometry, scale=scale, config=config.key)
     return dq, dk, dv
 
 
@@ -136,37 +121,38 @@ def key_gradients(
     levels: Tensor,
     by_query: Plan,
     by_key: Plan,
+    geometry: Geometry,
     *,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
     scale: float,
-    is_causal: bool,
     config: LevelConfigs,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv of `backward_planned`, level by level."""
     batch, kv_heads, _, head_dim = rows.k.shape
-    padded_len = padded_length(kv_len, block_n)
     pooled = rows.k.new_empty(
-        2, batch, kv_heads, padded_len - padded_len // 8, head_dim, dtype=torch.float32
+        2, batch, kv_heads, geometry.pooled_rows, head_dim, dtype=torch.float32
     )
-    dk = rows.k.new_empty(batch, kv_heads, kv_len, head_dim)
+    dk = rows.k.new_empty(batch, kv_heads, geometry.kv_len, head_dim)
     dv = torch.empty_like(dk)
     if any(isinstance(level, HopperKeyGradConfig) for level in config):
         q, dout = aligned_rows(q), aligned_rows(dout)
     shared = (q, rows, dout, statistics)
-    geometry = dict(kv_len=kv_len, block_m=block_m, block_n=block_n, is_causal=is_causal)
+    sizes = dict(
+        kv_len=geometry.kv_len,
+        block_m=geometry.block_m,
+        block_n=geometry.block_n,
+        is_causal=geometry.is_causal,
+    )
     # Coarsest first: each level adds what the level above owes to its rows.
     for g in reversed(range(len(LEVELS))):
-        level = dict(g=g, scale=scale, config=config[g], **geometry)
+        level = dict(g=g, scale=scale, config=config[g])
         if isinstance(config[g], PooledGradConfig):
-            launch_pooled_gradient(*shared, by_query, by_key, pooled, **level)
+            launch_pooled_gradient(*shared, by_query, by_key, pooled, **level, **sizes)
         elif isinstance(config[g], HopperKeyGradConfig):
             # Gluon kernels cannot be interpreted: nothing else may import them.
             from psa_torch.attention.triton.hopper.key_gradient import launch_key_gradient_hopper
 
-            units = build_units(levels, g=g, q_len=q.shape[2], **geometry)
-            launch_key_gradient_hopper(*shared, units, pooled, dk, dv, **level)
+            units = build_units(levels, g=g, q_len=geometry.q_len, **sizes)
+            launch_key_gradient_hopper(*shared, units, pooled, dk, dv, **level, **sizes)
         else:
-            launch_key_gradient(*shared, by_key, pooled, dk, dv, **level)
+            launch_key_gradient(*shared, by_key, pooled, dk, dv, geometry, **level)
     return dk, dv

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_torch._triton.launch import launch_kernel, repeated
+from psa_torch._triton.constants import LN2, LOG2E, LOWEST
+from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.configs import ForwardConfig, HopperForwardConfig
 from psa_torch.attention.triton.plan import Plan, query_plan
@@ -25,12 +26,7 @@ from psa_torch.attention.triton.walk import (
 )
 from psa_torch.kernels._launch import cdiv, on_device_of
 from psa_torch.pyramid import Pyramid, build_pyramid
-from shared_specs.pyramid import padded_length
-
-LOG2E = 1.4426950408889634
-LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""Least finite float32, the maximum of rows that saw nothing: -inf could not be subtracted."""
+from shared_specs.geometry import Geometry
 
 
 @triton.jit
@@ -184,7 +180,6 @@ def attention_forward(
     tl.store(lse_pointer + out_row, tl.where(seen, lse, float("-inf")), mask=m < q_len)
 
 
-@repeated
 def forward(
     q: Tensor,
     k: Tensor,
@@ -211,47 +206,28 @@ def forward(
         out `[B, H, Lq, D]` in the input dtype and lse float32 `[B, H, Lq]`, natural log,
         -inf where a row sees nothing. Contiguous.
     """
-    plan = query_plan(
-        levels,
-        q_len=q.shape[2],
-        kv_len=k.shape[2],
-        block_m=block_m,
-        block_n=block_n,
-        is_causal=is_causal,
-    )
+    geometry = Geometry(q.shape[2], k.shape[2], block_m, block_n, is_causal)
+    plan = query_plan(levels, geometry)
     config = config or configs.forward_config(q, block_m, block_n)
     pool = rows_in_place if isinstance(config, HopperForwardConfig) else build_pyramid
-    return forward_planned(
-        q,
-        pool(k, v, block_n),
-        plan,
-        kv_len=k.shape[2],
-        block_m=block_m,
-        block_n=block_n,
-        scale=scale,
-        is_causal=is_causal,
-        config=config,
-    )
+    return forward_planned(q, pool(k, v, block_n), plan, geometry, scale=scale, config=config)
 
 
 def forward_planned(
     q: Tensor,
     pyramid: Pyramid | Rows,
     plan: Plan,
+    geometry: Geometry,
     *,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
     scale: float,
-    is_causal: bool,
     config: ForwardConfig | HopperForwardConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`forward` for a pyramid and a plan that exist already; the part that benchmarks time.
 
     `Rows` are for the warp-specialised kernel, which takes either.
     """
-    batch, heads, q_len, head_dim = q.shape
-    kv_heads = pyramid.k.shape[1]
+    heads, kv_heads = q.shape[1], pyramid.k.shape[1]
+    block_m, block_n = geometry.block_m, geometry.block_n
     config = config or configs.forward_config(q, block_m, block_n)
     for_copies = isinstance(config, HopperForwardConfig)
     q = aligned_rows(q) if for_copies else configs.rows_contiguous(q)
@@ -264,16 +240,16 @@ def forward_planned(
         out,
         lse,
         *q.stride()[:3],
-        abs(scale) * LOG2E,
+        abs(scale) * LOG2E.value,
         heads,
         heads // kv_heads,
-        q_len,
-        kv_len,
-        padded_length(kv_len, block_n),
+        geometry.q_len,
+        geometry.kv_len,
+        geometry.padded_len,
         plan.entries.shape[2],
         plan.entries.shape[3],
     )
-    constants = dict(IS_CAUSAL=is_causal, NEGATE=scale < 0)
+    constants = dict(IS_CAUSAL=geometry.is_causal, NEGATE=scale < 0)
     with on_device_of(q):
         if for_copies:
             # Gluon kernels cannot be interpreted: nothing else may import them.

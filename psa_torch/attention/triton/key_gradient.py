@@ -15,7 +15,7 @@ from psa_torch.attention.triton.products import add_products, load_queries
 from psa_torch.attention.triton.row_statistics import RowStatistics
 from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.walk import level_start, load4, select4
-from shared_specs.pyramid import padded_length
+from shared_specs.geometry import Geometry
 
 
 @triton.jit
@@ -164,13 +164,10 @@ def launch_key_gradient(
     pooled: Tensor,
     dk: Tensor,
     dv: Tensor,
+    geometry: Geometry,
     *,
     g: int,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
     scale: float,
-    is_causal: bool,
     config: KeyGradConfig,
 ) -> None:
     """Level `2**g < 8` of the gradients: into its rows of `pooled`, or dk and dv at level 1.
@@ -180,13 +177,12 @@ def launch_key_gradient(
         pooled: float32 `[2, B, Hk, P - Lk', D]`, whose rows of the level above are complete.
         dk, dv: `[B, Hk, Lk, D]`.
     """
-    _, heads, q_len, head_dim = q.shape
+    heads, head_dim = q.shape[1], q.shape[3]
     k, v, head_rows, skipped = rows.of_level(g)
     batch, kv_heads = k.shape[:2]
-    padded_len = padded_length(kv_len, block_n)
     launch_kernel(
         key_gradient,
-        ((padded_len >> g) // config.keys, batch * kv_heads),
+        ((geometry.padded_len >> g) // config.keys, batch * kv_heads),
         q,
         k,
         v,
@@ -203,9 +199,9 @@ def launch_key_gradient(
         scale,
         kv_heads,
         heads // kv_heads,
-        q_len,
-        kv_len,
-        padded_len,
+        geometry.q_len,
+        geometry.kv_len,
+        geometry.padded_len,
         head_rows,
         skipped,
         plan.entries.shape[3],
@@ -213,13 +209,13 @@ def launch_key_gradient(
         Q_STRIDE_M=q.stride(2),
         DOUT_STRIDE_M=dout.stride(2),
         D=head_dim,
-        BLOCK_M=block_m,
-        LOG_BLOCK_N=block_n.bit_length() - 1,
+        BLOCK_M=geometry.block_m,
+        LOG_BLOCK_N=geometry.block_n.bit_length() - 1,
         G=g,
         OWN=config.keys,
         ROWS=config.rows,
         STAGES=config.stages,
-        IS_CAUSAL=is_causal,
+        IS_CAUSAL=geometry.is_causal,
         num_warps=config.warps,
         num_stages=config.stages,
     )

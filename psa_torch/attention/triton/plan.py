@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from psa_torch.kernels.table import build_plan
+from shared_specs.geometry import Geometry
 
 
 class Plan(NamedTuple):
@@ -23,9 +24,7 @@ class Plan(NamedTuple):
     full: Tensor
 
 
-def query_plan(
-    levels: Tensor, *, q_len: int, kv_len: int, block_m: int, block_n: int, is_causal: bool
-) -> Plan:
+def query_plan(levels: Tensor, geometry: Geometry) -> Plan:
     """The key blocks of each query block, for the forward and dq.
 
     A block needs no mask if all its keys are real and, when causal, every row of the query
@@ -33,17 +32,12 @@ def query_plan(
 
     Args:
         levels: int32 `[B, H, Nq, Nk]`.
-        q_len, kv_len: queries and keys.
-        block_m, block_n: queries and keys per block.
-        is_causal: leave out blocks of which no key is visible.
+        geometry: where it is causal, blocks of which no key is visible are left out.
     """
-    geometry = dict(q_len=q_len, kv_len=kv_len, block_m=block_m, block_n=block_n)
-    return Plan(*build_plan(levels, is_causal=is_causal, **geometry))
+    return _plan(levels, geometry, transposed=False)
 
 
-def key_plan(
-    levels: Tensor, *, q_len: int, kv_len: int, block_m: int, block_n: int, is_causal: bool
-) -> Plan:
+def key_plan(levels: Tensor, geometry: Geometry) -> Plan:
     """The query blocks of each key block, for dk and dv.
 
     The transposed walk needs a mask for causality only: its pyramid rows are fixed, and those
@@ -51,9 +45,20 @@ def key_plan(
 
     Args:
         levels: int32 `[B, H, Nq, Nk]`.
-        q_len, kv_len: queries and keys.
-        block_m, block_n: queries and keys per block.
-        is_causal: leave out query blocks that see no key of the block.
+        geometry: where it is causal, query blocks that see no key of the block are left out.
     """
-    geometry = dict(q_len=q_len, kv_len=kv_len, block_m=block_m, block_n=block_n)
-    return Plan(*build_plan(levels, is_causal=is_causal, transposed=True, **geometry))
+    return _plan(levels, geometry, transposed=True)
+
+
+def _plan(levels: Tensor, geometry: Geometry, transposed: bool) -> Plan:
+    return Plan(
+        *build_plan(
+            levels,
+            q_len=geometry.q_len,
+            kv_len=geometry.kv_len,
+            block_m=geometry.block_m,
+            block_n=geometry.block_n,
+            is_causal=geometry.is_causal,
+            transposed=transposed,
+        )
+    )

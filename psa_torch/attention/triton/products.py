@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from psa_torch.attention.triton.row_statistics import LOG2E
+from psa_torch._triton.constants import LOG2E
 
 
 @triton.jit

@@ -4,10 +4,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton.configs import HopperQueryGradConfig, QueryGradConfig
 from psa_torch.attention.triton.plan import Plan
-from psa_torch.attention.triton.row_statistics import LOG2E, RowStatistics
+from psa_torch.attention.triton.row_statistics import RowStatistics
 from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.walk import (
     gather_rows,
@@ -19,7 +20,7 @@ from psa_torch.attention.triton.walk import (
     tile_ends,
 )
 from psa_torch.kernels._launch import cdiv
-from shared_specs.pyramid import padded_length
+from shared_specs.geometry import Geometry
 
 
 @triton.jit
@@ -133,12 +134,9 @@ def launch_query_gradient(
     dout: Tensor,
     statistics: RowStatistics,
     plan: Plan,
+    geometry: Geometry,
     *,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
     scale: float,
-    is_causal: bool,
     config: QueryGradConfig | HopperQueryGradConfig,
 ) -> Tensor:
     """dq `[B, H, Lq, D]`; `plan` is the query plan of the level mask.
@@ -146,7 +144,7 @@ def launch_query_gradient(
     Args:
         rows: for the plain kernel those of a pyramid in one place.
     """
-    heads, q_len = q.shape[1:3]
+    heads = q.shape[1]
     dq = q.new_empty(q.shape)
     arguments = (
         dout,
@@ -159,9 +157,9 @@ def launch_query_gradient(
         scale,
         heads,
         heads // rows.k.shape[1],
-        q_len,
-        kv_len,
-        padded_length(kv_len, block_n),
+        geometry.q_len,
+        geometry.kv_len,
+        geometry.padded_len,
         plan.entries.shape[2],
         plan.entries.shape[3],
     )
@@ -172,7 +170,8 @@ def launch_query_gradient(
         launch = hopper_query_gradient.launch
     else:
         launch = _launch
-    launch(q, rows, arguments, config, block_m=block_m, block_n=block_n, IS_CAUSAL=is_causal)
+    blocks = dict(block_m=geometry.block_m, block_n=geometry.block_n)
+    launch(q, rows, arguments, config, **blocks, IS_CAUSAL=geometry.is_causal)
     return dq
 
 

@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import cdiv
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class RowStatistics(NamedTuple):

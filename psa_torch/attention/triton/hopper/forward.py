@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from psa_torch._triton.constants import LN2, LOWEST
 from psa_torch._triton.launch import launch_kernel
 from psa_torch._triton.products import start_product
 from psa_torch._triton.rings import Ring, new_barriers, release, tile_of, wait_full
@@ -45,10 +46,6 @@ from psa_torch.attention.triton.walk import (
     tile_ends,
 )
 from psa_torch.kernels._launch import capability, resident_programs
-
-LN2 = gl.constexpr(0.6931471805599453)
-LOWEST = gl.constexpr(-3.4028234663852886e38)
-"""Least finite float32, the maximum of rows that saw nothing: -inf could not be subtracted."""
 
 
 class Results(NamedTuple):

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.gluon import copy_async
 from psa_torch._triton.launch import launch_kernel
 from psa_torch._triton.products import start_when_full
@@ -32,7 +33,7 @@ from psa_torch._triton.rings import (
 from psa_torch.attention.triton import hopper
 from psa_torch.attention.triton.configs import HopperKeyGradConfig
 from psa_torch.attention.triton.hopper.copies import COPY_THREADS, COPY_WARPS
-from psa_torch.attention.triton.row_statistics import LOG2E, RowStatistics
+from psa_torch.attention.triton.row_statistics import RowStatistics
 from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.units import LEAST_RUN, LOG_ENTRY, MASKED, Units
 from psa_torch.attention.triton.walk import level_start

@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch._triton.rings import Ring, new_barriers
 from psa_torch.attention.triton import hopper
@@ -34,8 +35,6 @@ from psa_torch.attention.triton.hopper.query_gradient_orders import (
 from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.walk import open_row, place_of_item, tail_tiles, tile_ends
 from psa_torch.kernels._launch import capability, resident_programs
-
-LOG2E = gl.constexpr(1.4426950408889634)
 
 
 class OfQueries(NamedTuple):

@@ -66,9 +66,9 @@ def pool_blocks(
 
 @triton.jit
 def _pool_kernel(
-    X,
-    ROWS,
-    SCALE,
+    x_pointer,
+    rows,
+    scale,
     stride_b,
     stride_h,
     stride_l,
@@ -86,30 +86,30 @@ def _pool_kernel(
     """Grid: blocks * batch * heads."""
     pid = tl.program_id(0)
     block = pid % blocks
-    bh = (pid // blocks).to(tl.int64)
+    batch_head = (pid // blocks).to(tl.int64)
     place = tl.arange(0, BLOCK // SIZE)
     group = tl.minimum(block * (BLOCK // SIZE) + place, groups - 1)
     d = tl.arange(0, BLOCK_D)
-    X += (bh // heads) * stride_b + (bh % heads) * stride_h
+    x_pointer += (batch_head // heads) * stride_b + (batch_head % heads) * stride_h
     total = tl.zeros((BLOCK // SIZE, BLOCK_D), tl.float32)
     # Token 0 of every group, then token 1, ...: sums without a reduction across threads.
     for one in tl.static_range(SIZE):
         token = group * SIZE + one
         at = token.to(tl.int64)[:, None] * stride_l + d.to(tl.int64)[None, :] * stride_d
         real = (token < length)[:, None] & (d < HEAD_DIM)[None, :]
-        total += tl.load(X + at, mask=real, other=0.0).to(tl.float32)
+        total += tl.load(x_pointer + at, mask=real, other=0.0).to(tl.float32)
     covered = tl.minimum(tl.maximum(length - group * SIZE, 1), SIZE)
     mean = total / covered.to(tl.float32)[:, None]
-    if SCALE is not None:
+    if scale is not None:
         # Exponent field of the largest element, kept where its inverse is a normal number too.
         top = tl.max(tl.max(tl.abs(mean), 1), 0)
         exponent = (top.to(tl.int32, bitcast=True) >> 23) & 0xFF
         exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-        tl.store(SCALE + pid, (exponent << 23).to(tl.float32, bitcast=True))
+        tl.store(scale + pid, (exponent << 23).to(tl.float32, bitcast=True))
         mean = mean * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     if BY_PLACE:
-        row = (bh * (BLOCK // SIZE) + place) * blocks + block
+        row = (batch_head * (BLOCK // SIZE) + place) * blocks + block
     else:
-        row = (bh * blocks + block) * (BLOCK // SIZE) + place
+        row = (batch_head * blocks + block) * (BLOCK // SIZE) + place
     at = row[:, None] * HEAD_DIM + d[None, :]
-    tl.store(ROWS + at, mean.to(ROWS.dtype.element_ty), mask=(d < HEAD_DIM)[None, :])
+    tl.store(rows + at, mean.to(rows.dtype.element_ty), mask=(d < HEAD_DIM)[None, :])

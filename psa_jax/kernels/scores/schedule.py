@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from psa_jax.kernels.scores.config import PeakConfig
+from psa_jax.kernels.scores.tiles import PeakConfig
 
 ROWS = 64
 """Rows of one wgmma, so rows of one consumer warpgroup."""

@@ -20,10 +20,17 @@ from jax import lax
 
 from psa_jax._mosaic import products
 from psa_jax._mosaic.launch import launch, scratch
+from psa_jax.attention.mosaic.coarse_gradient.plan import (
+    FIRST_ENTRY,
+    FULL,
+    LISTED,
+    TAIL,
+    CoarsePlan,
+    Rounds,
+)
 from psa_jax.attention.mosaic.geometry import CHUNK, CONSUMERS, ROWS
-from psa_jax.attention.mosaic.plan import MASKED, unpack_covers
-from psa_jax.attention.mosaic.slot_plan import FIRST_ENTRY, FULL, LISTED, TAIL, Rounds, SlotPlan
-from shared_specs.constants import LEVELS
+from psa_jax.attention.mosaic.query_plan import MASKED, unpack_covers
+from shared_specs.constants import LEVELS, LOG2E
 
 
 @scratch
@@ -36,7 +43,7 @@ class Scratch:
     tiles_empty: Any
     queries: Any
     dout: Any
-    numbers: Any
+    statistics: Any
     queries_full: Any
     queries_empty: Any
 
@@ -48,8 +55,8 @@ class Place:
     Attributes:
         head, kv_head: of all heads.
         query: first query row.
-        entries: row of `SlotPlan.entries`.
-        spans: row of `SlotPlan.spans` and `.tail_covers`.
+        entries: row of `CoarsePlan.entries`.
+        spans: row of `CoarsePlan.spans` and `.tail_covers`.
         slot_row: first row of its slots in the workspace.
     """
 
@@ -75,20 +82,20 @@ def locate(rounds: Rounds, number: jax.Array, n: jax.Array) -> Place:
         head=head,
         kv_head=lax.div(head, rounds.group),
         query=query * rounds.geometry.block_m,
-        entries=head * rounds.geometry.query_blocks + query,
+        entries=head * rounds.geometry.padded_q_blocks + query,
         spans=head * rounds.padded_queries + query,
         slot_row=slots * rounds.pitch,
     )
 
 
-def slot_gradient_kernel(
-    number, q, k, v, dout, numbers, plan: SlotPlan, rounds: Rounds, *, scale, interpret
+def partials_kernel(
+    number, q, k, v, dout, statistics, plan: CoarsePlan, rounds: Rounds, *, scale, interpret
 ):
     """Run the kernel for one round.
 
     Args:
         number: int32 `[1]`, which round.
-        q, dout, k, v, numbers, scale: as for the dq kernel.
+        q, dout, k, v, statistics, scale: as for the dq kernel.
 
     Returns:
         dk, dv: `[slots * pitch, D]` in the dtype of q, what one key is owed: the gradients of the
@@ -98,7 +105,7 @@ def slot_gradient_kernel(
     head_dim, dtype = q.shape[-1], q.dtype
     config, block_m = rounds.config, rounds.geometry.block_m
     keys = products.operand((config.tiles, ROWS, head_dim), dtype)
-    queries = products.operand((config.query_slots, block_m, head_dim), dtype)
+    queries = products.operand((config.query_stages, block_m, head_dim), dtype)
     memory = Scratch(
         keys=keys,
         values=keys,
@@ -108,20 +115,20 @@ def slot_gradient_kernel(
         tiles_empty=plgpu.Barrier(num_barriers=config.tiles),
         queries=queries,
         dout=queries,
-        numbers=plgpu.SMEM((config.query_slots, 2, block_m), jnp.float32),
-        queries_full=plgpu.Barrier(num_arrivals=3, num_barriers=config.query_slots),
-        queries_empty=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.query_slots),
+        statistics=plgpu.SMEM((config.query_stages, 2, block_m), jnp.float32),
+        queries_full=plgpu.Barrier(num_arrivals=3, num_barriers=config.query_stages),
+        queries_empty=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.query_stages),
     )
     rows = rounds.items * rounds.slots_per_item * rounds.pitch
     workspace = jax.ShapeDtypeStruct((rows, head_dim), dtype)
-    sources = (q, dout, numbers, k.pooled, v.pooled)
+    sources = (q, dout, statistics, k.pooled, v.pooled)
     read = (plan.entries, plan.spans, plan.tail_covers)
 
-    def slot_gradient(inputs, dk_ref, dv_ref, memory):
+    def coarse_partials(inputs, dk_ref, dv_ref, memory):
         _warpgroup(*inputs, dk_ref, dv_ref, memory, rounds=rounds, scale=scale)
 
     return launch(
-        slot_gradient,
+        coarse_partials,
         (number, sources, *read),
         out_type=(workspace, workspace),
         scratch=memory,
@@ -151,7 +158,7 @@ def _warpgroup(
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
-        plgpu.set_max_registers(rounds.config.consumer_registers, action="increase")
+        plgpu.set_max_registers(rounds.config.multiply_registers, action="increase")
         consumer = functools.partial(
             _consume, number, spans, dk_ref, dv_ref, memory, rounds, scale, warpgroup
         )
@@ -162,14 +169,14 @@ def _warpgroup(
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
-        plgpu.set_max_registers(rounds.config.producer_registers, action="decrease")
+        plgpu.set_max_registers(rounds.config.copy_registers, action="decrease")
         producer = functools.partial(
             _produce, number, sources, entries, spans, tail_covers, memory, rounds
         )
         done = lax.fori_loop(0, items, producer, start)
         for ring, empty, count in (
             (rounds.config.tiles, memory.tiles_empty, done[0]),
-            (rounds.config.query_slots, memory.queries_empty, done[1]),
+            (rounds.config.query_stages, memory.queries_empty, done[1]),
         ):
 
             def wait(i, _, ring=ring, empty=empty):
@@ -180,7 +187,7 @@ def _warpgroup(
 
 def _produce(number, sources, entries, spans, tail_covers, memory, rounds: Rounds, n, done):
     """Copy one query block and its tiles; carries the tiles and query blocks copied so far."""
-    q_ref, dout_ref, numbers_ref, k_ref, v_ref = sources
+    q_ref, dout_ref, statistics_ref, k_ref, v_ref = sources
     config, geometry, pitch = rounds.config, rounds.geometry, rounds.pitch
     place = locate(rounds, number, n)
     tiles_done, queries_done = done
@@ -189,24 +196,24 @@ def _produce(number, sources, entries, spans, tail_covers, memory, rounds: Round
 
     @pl.when(tiles > 0)
     def _():
-        slot = lax.rem(queries_done, config.query_slots)
-        pl.when(queries_done >= config.query_slots)(
-            lambda: plgpu.barrier_wait(memory.queries_empty.at[slot])
+        stage = lax.rem(queries_done, config.query_stages)
+        pl.when(queries_done >= config.query_stages)(
+            lambda: plgpu.barrier_wait(memory.queries_empty.at[stage])
         )
         rows = pl.ds(pl.multiple_of(place.query, ROWS), geometry.block_m)
         for source, target in (
             (q_ref.at[place.head, rows], memory.queries),
             (dout_ref.at[place.head, rows], memory.dout),
-            (numbers_ref.at[place.head, :, rows], memory.numbers),
+            (statistics_ref.at[place.head, :, rows], memory.statistics),
         ):
-            plgpu.copy_gmem_to_smem(source, target.at[slot], memory.queries_full.at[slot])
+            plgpu.copy_gmem_to_smem(source, target.at[stage], memory.queries_full.at[stage])
 
     first, listed = spans[place.spans, FIRST_ENTRY], spans[place.spans, LISTED]
 
     def copy_tile(t, _):
-        slot = lax.rem(tiles_done + t, config.tiles)
+        stage = lax.rem(tiles_done + t, config.tiles)
         pl.when(tiles_done + t >= config.tiles)(
-            lambda: plgpu.barrier_wait(memory.tiles_empty.at[slot])
+            lambda: plgpu.barrier_wait(memory.tiles_empty.at[stage])
         )
         for c in range(rounds.slots_per_tile):
             # Past the last entry its rows are copied again; no key is covered there.
@@ -217,16 +224,16 @@ def _produce(number, sources, entries, spans, tail_covers, memory, rounds: Round
             for source, target in ((k_ref, memory.keys), (v_ref, memory.values)):
                 plgpu.copy_gmem_to_smem(
                     source.at[place.kv_head, source_rows],
-                    target.at[slot, pl.ds(c * pitch, pitch)],
-                    memory.tiles_full.at[slot],
+                    target.at[stage, pl.ds(c * pitch, pitch)],
+                    memory.tiles_full.at[stage],
                 )
 
         @pl.when(t >= full)
         def _():
             plgpu.copy_gmem_to_smem(
                 tail_covers.at[place.spans, t - full],
-                memory.covers.at[slot],
-                memory.covers_full.at[slot],
+                memory.covers.at[stage],
+                memory.covers_full.at[stage],
             )
 
     lax.fori_loop(0, tiles, copy_tile, None)
@@ -247,23 +254,23 @@ def _consume(number, spans, dk_ref, dv_ref, memory, rounds: Rounds, scale, consu
     full = spans[place.spans, FULL]
     tiles = full + spans[place.spans, TAIL]
     level = LEVELS[rounds.level]
-    to_log2 = scale * math.log2(math.e)
+    to_log2 = scale * LOG2E
     shape = (ROWS, geometry.block_m)
-    query_slot = lax.rem(queries_done, config.query_slots)
-    queries, dout = memory.queries.at[query_slot], memory.dout.at[query_slot]
+    query_stage = lax.rem(queries_done, config.query_stages)
+    queries, dout = memory.queries.at[query_stage], memory.dout.at[query_stage]
     # Tile `i` of the whole kernel is consumer `i % 2`'s.
     mine = lax.rem(tiles_done + consumer, CONSUMERS)
 
     def step(s, _, *, masked):
         t = mine + s * CONSUMERS
         tile = tiles_done + t
-        slot = lax.rem(tile, config.tiles)
+        stage = lax.rem(tile, config.tiles)
 
         def weights(logits):
             logits = logits * to_log2
             if not masked:
                 return jnp.exp2(logits + _bias(rounds, shape))
-            count, last = unpack_covers(memory.covers[slot])
+            count, last = unpack_covers(memory.covers[stage])
             bias = jnp.where(count > 0, jnp.log2(count.astype(jnp.float32)), MASKED)
             logits = logits + lax.broadcast_in_dim(bias, shape, [0])
             if geometry.is_causal:
@@ -279,13 +286,13 @@ def _consume(number, spans, dk_ref, dv_ref, memory, rounds: Rounds, scale, consu
 
             return write
 
-        keys, values = memory.keys.at[slot], memory.values.at[slot]
-        plgpu.barrier_wait(memory.tiles_full.at[slot])
+        keys, values = memory.keys.at[stage], memory.values.at[stage]
+        plgpu.barrier_wait(memory.tiles_full.at[stage])
         if masked:
-            plgpu.barrier_wait(memory.covers_full.at[slot])
+            plgpu.barrier_wait(memory.covers_full.at[stage])
         products.tile_key_gradients(
-            lax.broadcast_in_dim(memory.numbers[query_slot, 0] * (-1.0 / to_log2), shape, [1]),
-            lax.broadcast_in_dim(-memory.numbers[query_slot, 1], shape, [1]),
+            lax.broadcast_in_dim(memory.statistics[query_stage, 0] * (-1.0 / to_log2), shape, [1]),
+            lax.broadcast_in_dim(-memory.statistics[query_stage, 1], shape, [1]),
             (keys, values, queries, dout),
             weights=weights,
             interpreted=interpreted,
@@ -302,12 +309,12 @@ def _consume(number, spans, dk_ref, dv_ref, memory, rounds: Rounds, scale, consu
 
     @pl.when(tiles > 0)
     def _():
-        plgpu.barrier_wait(memory.queries_full.at[query_slot])
+        plgpu.barrier_wait(memory.queries_full.at[query_stage])
         full_steps = lax.div(full - mine + CONSUMERS - 1, CONSUMERS)
         all_steps = lax.div(tiles - mine + CONSUMERS - 1, CONSUMERS)
         lax.fori_loop(0, full_steps, functools.partial(step, masked=False), None)
         lax.fori_loop(full_steps, all_steps, functools.partial(step, masked=True), None)
-        products.release(memory.queries_empty.at[query_slot], interpreted=interpreted)
+        products.release(memory.queries_empty.at[query_stage], interpreted=interpreted)
 
     return tiles_done + tiles, queries_done + (tiles > 0).astype(jnp.int32)
 

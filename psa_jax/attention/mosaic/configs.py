@@ -14,9 +14,9 @@ class WalkConfig:
     Attributes:
         tile: pyramid rows per tile, a multiple of 64.
         stages: tiles of K and of V in flight.
-        consumer_registers, producer_registers: registers per thread of the warpgroups that
+        multiply_registers, copy_registers: registers per thread of the warpgroups that
             multiply and of those that copy.
-        query_slots: query tiles in shared memory; with 2 the next one arrives while the last
+        query_stages: query tiles in shared memory; with 2 the next one arrives while the last
             one is finished.
         ping_pong: let the two consumers take turns at the tensor cores, one multiplying while
             the other takes exponentials. Needs `block_m` 128, where both walk the same row.
@@ -25,9 +25,9 @@ class WalkConfig:
 
     tile: int
     stages: int
-    consumer_registers: int
-    producer_registers: int
-    query_slots: int = 2
+    multiply_registers: int
+    copy_registers: int
+    query_stages: int = 2
     ping_pong: bool = True
     blocks: int | None = None
 
@@ -44,24 +44,24 @@ def forward_config(head_dim: int, block_m: int) -> WalkConfig:
         return WalkConfig(
             tile=64,
             stages=2,
-            consumer_registers=216,
-            producer_registers=40,
+            multiply_registers=216,
+            copy_registers=40,
             ping_pong=False,
         )
     if head_dim == 128:
-        return WalkConfig(tile=128, stages=2, consumer_registers=232, producer_registers=40)
-    return WalkConfig(tile=128, stages=4, consumer_registers=224, producer_registers=56)
+        return WalkConfig(tile=128, stages=2, multiply_registers=232, copy_registers=40)
+    return WalkConfig(tile=128, stages=4, multiply_registers=224, copy_registers=56)
 
 
 def query_gradient_config(head_dim: int, block_m: int) -> WalkConfig:
     """The dq kernel's sizes."""
     if block_m == ROWS:
-        sizes = {"tile": 64, "stages": 2, "consumer_registers": 216, "producer_registers": 40}
+        sizes = {"tile": 64, "stages": 2, "multiply_registers": 216, "copy_registers": 40}
     elif head_dim == 128:
-        sizes = {"tile": 64, "stages": 4, "consumer_registers": 232, "producer_registers": 40}
+        sizes = {"tile": 64, "stages": 4, "multiply_registers": 232, "copy_registers": 40}
     else:
-        sizes = {"tile": 128, "stages": 4, "consumer_registers": 224, "producer_registers": 56}
-    return WalkConfig(**sizes, query_slots=1, ping_pong=False)
+        sizes = {"tile": 128, "stages": 4, "multiply_registers": 224, "copy_registers": 56}
+    return WalkConfig(**sizes, query_stages=1, ping_pong=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,42 +70,40 @@ class KeyConfig:
 
     Attributes:
         stages: 64-row query tiles in flight for each of the two consumers.
-        consumer_registers, producer_registers, blocks: as in `WalkConfig`.
+        multiply_registers, copy_registers, blocks: as in `WalkConfig`.
     """
 
     stages: int
-    consumer_registers: int
-    producer_registers: int
+    multiply_registers: int
+    copy_registers: int
     blocks: int | None = None
 
 
 def key_gradient_config(head_dim: int) -> KeyConfig:
     """The dk and dv kernel's sizes."""
-    return KeyConfig(
-        stages=2 if head_dim == 128 else 4, consumer_registers=232, producer_registers=40
-    )
+    return KeyConfig(stages=2 if head_dim == 128 else 4, multiply_registers=232, copy_registers=40)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SlotConfig:
-    """How the gradients of coarse levels are made in slots and summed (see `slot_plan`).
+class CoarseConfig:
+    """How the gradients of coarse levels are made in slots and summed (see `coarse_plan`).
 
     Attributes:
         levels: levels for which it is done; the dk and dv kernel does the others.
         tiles: 64-row tiles in shared memory, for both consumers together: an even number, at
             least 4, because a tile is given back while its consumer has the next one.
-        query_slots: query blocks in shared memory; with 2 the next one arrives while the last
+        query_stages: query blocks in shared memory; with 2 the next one arrives while the last
             one is finished.
         workspace_bytes: memory for the slots of one round.
         batch_rows: slot rows that a thread block of the sum reads at a time.
-        consumer_registers, producer_registers, blocks: as in `WalkConfig`.
+        multiply_registers, copy_registers, blocks: as in `WalkConfig`.
     """
 
     levels: tuple[int, ...] = (8,)
     tiles: int
-    query_slots: int
-    consumer_registers: int
-    producer_registers: int
+    query_stages: int
+    multiply_registers: int
+    copy_registers: int
     workspace_bytes: int = 1 << 30
     batch_rows: int = 64
     blocks: int | None = None
@@ -117,16 +115,16 @@ class SlotConfig:
             raise ValueError(f"levels must be among 4 and 8, got {self.levels}")
 
 
-def slot_config(head_dim: int, block_m: int) -> SlotConfig:
+def coarse_config(head_dim: int, block_m: int) -> CoarseConfig:
     """The sizes of the kernels that fill slots and sum them."""
     if head_dim == 128:
-        return SlotConfig(
+        return CoarseConfig(
             tiles=4,
-            query_slots=1 if block_m == 2 * ROWS else 2,
-            consumer_registers=232,
-            producer_registers=40,
+            query_stages=1 if block_m == 2 * ROWS else 2,
+            multiply_registers=232,
+            copy_registers=40,
         )
-    return SlotConfig(tiles=8, query_slots=2, consumer_registers=232, producer_registers=40)
+    return CoarseConfig(tiles=8, query_stages=2, multiply_registers=232, copy_registers=40)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +134,7 @@ class Config:
     forward: WalkConfig
     query_gradient: WalkConfig
     key_gradient: KeyConfig
-    slots: SlotConfig
+    coarse: CoarseConfig
 
 
 def default_config(head_dim: int, block_m: int) -> Config:
@@ -145,5 +143,5 @@ def default_config(head_dim: int, block_m: int) -> Config:
         forward=forward_config(head_dim, block_m),
         query_gradient=query_gradient_config(head_dim, block_m),
         key_gradient=key_gradient_config(head_dim),
-        slots=slot_config(head_dim, block_m),
+        coarse=coarse_config(head_dim, block_m),
     )

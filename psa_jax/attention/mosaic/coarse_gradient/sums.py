@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from psa_jax._mosaic.launch import launch
-from psa_jax.attention.mosaic.slot_gradient import slot_gradient_kernel
-from psa_jax.attention.mosaic.slot_plan import Rounds, SlotPlan
+from psa_jax.attention.mosaic.coarse_gradient.partials import partials_kernel
+from psa_jax.attention.mosaic.coarse_gradient.plan import CoarsePlan, Rounds
 from shared_specs.constants import LEVELS
 
 THREADS = 128
@@ -25,26 +25,26 @@ LOAD_BYTES = 16
 """What one thread loads at a time, at most."""
 
 
-def slot_gradients(
-    q, k, v, dout, numbers, plan: SlotPlan, rounds: Rounds, *, scale, interpret
+def coarse_gradients(
+    q, k, v, dout, statistics, plan: CoarsePlan, rounds: Rounds, *, scale, interpret
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of one level's pyramid rows.
 
     Args:
-        q, dout, k, v, numbers, scale: as for the dq kernel.
+        q, dout, k, v, statistics, scale: as for the dq kernel.
 
     Returns:
         dk, dv: float32 `[B * Hk, Nk * pitch, D]`.
     """
     head_dim = q.shape[-1]
-    rows = rounds.heads_per_round * rounds.geometry.key_blocks * rounds.pitch
+    rows = rounds.heads_per_round * rounds.geometry.k_blocks * rounds.pitch
 
     def run(number, before):
         number = number[None]
-        slots = slot_gradient_kernel(
-            number, q, k, v, dout, numbers, plan, rounds, scale=scale, interpret=interpret
+        slots = partials_kernel(
+            number, q, k, v, dout, statistics, plan, rounds, scale=scale, interpret=interpret
         )
-        return slot_sum_kernel(number, slots, before, plan, rounds, interpret=interpret)
+        return sums_kernel(number, slots, before, plan, rounds, interpret=interpret)
 
     if rounds.splits == 1:
         numbers_of_rounds = jnp.arange(rounds.head_rounds, dtype=jnp.int32)
@@ -61,7 +61,7 @@ def slot_gradients(
     return tuple(x.reshape(rounds.batch * rounds.kv_heads, -1, head_dim) for x in sums)
 
 
-def slot_sum_kernel(number, slots, before, plan: SlotPlan, rounds: Rounds, *, interpret):
+def sums_kernel(number, slots, before, plan: CoarsePlan, rounds: Rounds, *, interpret):
     """Sum the slots of one round, and what earlier rounds had.
 
     Args:
@@ -73,10 +73,10 @@ def slot_sum_kernel(number, slots, before, plan: SlotPlan, rounds: Rounds, *, in
         dk and dv like `before`.
     """
     head_dim = slots[0].shape[-1]
-    units = rounds.heads_per_round * rounds.geometry.key_blocks
+    units = rounds.heads_per_round * rounds.geometry.k_blocks
     rows = jax.ShapeDtypeStruct((units * rounds.pitch, head_dim), jnp.float32)
 
-    def slot_sum(inputs, *sum_refs):
+    def coarse_sums(inputs, *sum_refs):
         number_ref, counts, listed, slot_refs, before_refs = inputs
         unit = lax.axis_index("block")
         row = number_ref[0] * units + unit
@@ -89,7 +89,7 @@ def slot_sum_kernel(number, slots, before, plan: SlotPlan, rounds: Rounds, *, in
             target.at[rows][...] = total
 
     return launch(
-        slot_sum,
+        coarse_sums,
         (number, plan.counts, plan.slots, slots, before),
         out_type=(rows, rows),
         blocks=units,

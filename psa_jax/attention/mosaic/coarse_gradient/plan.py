@@ -20,13 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psa_jax.attention.mosaic.config import SlotConfig
-from psa_jax.attention.mosaic.geometry import ROWS, Geometry, cdiv
-from psa_jax.attention.mosaic.plan import FIRST, WalkPlan, needed, pack_covers, pad_query_blocks
+from psa_jax.attention.mosaic.configs import CoarseConfig
+from psa_jax.attention.mosaic.geometry import ROWS, TiledGeometry
+from psa_jax.attention.mosaic.query_plan import (
+    FIRST,
+    QueryPlan,
+    needed,
+    pack_covers,
+    pad_query_blocks,
+)
 from shared_specs.constants import LEVELS
+from shared_specs.geometry import cdiv
 
 SPANS = 4
-"""int32 per row of `SlotPlan.spans`; named by the columns below."""
+"""int32 per row of `CoarsePlan.spans`; named by the columns below."""
 FULL, TAIL, FIRST_ENTRY, LISTED = range(SPANS)
 
 
@@ -46,9 +53,9 @@ class Rounds:
             whatever the workspace.
     """
 
-    geometry: Geometry
+    geometry: TiledGeometry
     level: int
-    config: SlotConfig
+    config: CoarseConfig
     batch: int
     heads: int
     kv_heads: int
@@ -68,7 +75,7 @@ class Rounds:
     @property
     def slots_per_item(self) -> int:
         """Slots of a query block: whole tiles, because tiles are stored whole."""
-        return cdiv(self.geometry.key_blocks, self.slots_per_tile) * self.slots_per_tile
+        return cdiv(self.geometry.k_blocks, self.slots_per_tile) * self.slots_per_tile
 
     @property
     def group(self) -> int:
@@ -83,17 +90,17 @@ class Rounds:
     def splits(self) -> int:
         """Rounds that one key/value head is split into."""
         fit = max(self._items_that_fit // self.group, 1)
-        return cdiv(self.geometry.query_blocks, fit)
+        return cdiv(self.geometry.padded_q_blocks, fit)
 
     @property
     def queries_per_round(self) -> int:
-        return cdiv(self.geometry.query_blocks, self.splits)
+        return cdiv(self.geometry.padded_q_blocks, self.splits)
 
     @functools.cached_property
     def heads_per_round(self) -> int:
         """Key/value heads, a divisor of all of them."""
         total = self.batch * self.kv_heads
-        fit = self._items_that_fit // (self.group * self.geometry.query_blocks)
+        fit = self._items_that_fit // (self.group * self.geometry.padded_q_blocks)
         return max(n for n in range(1, total + 1) if total % n == 0 and n <= max(fit, 1))
 
     @property
@@ -112,16 +119,16 @@ class Rounds:
 
     @property
     def tail_tiles(self) -> int:
-        """Most tiles of a query block that need a mask: see `Geometry.masked_chunk_capacity`."""
-        blocks = min(self.geometry.key_blocks, self.geometry.masked_blocks)
+        """Most masked tiles of a query block, as `masked_chunk_capacity` of the geometry."""
+        blocks = min(self.geometry.k_blocks, self.geometry.masked_blocks)
         return cdiv(self.slots_per_tile - 1 + blocks, self.slots_per_tile)
 
 
-class SlotPlan(NamedTuple):
+class CoarsePlan(NamedTuple):
     """What the kernels of the rounds read.
 
     Attributes:
-        entries: int32 `[B * H * query_blocks, Nk]`, the table.
+        entries: int32 `[B * H * padded_q_blocks, Nk]`, the table.
         spans: int32 `[B * H * padded_queries, 4]`: full tiles, tail tiles, first entry of the
             level, entries of the level that can be seen at all.
         tail_covers: int32 `[B * H * padded_queries, tail_tiles, 64]`, see `pack_covers`.
@@ -137,7 +144,7 @@ class SlotPlan(NamedTuple):
     counts: jax.Array
 
 
-def slot_plan(levels: jax.Array, walk: WalkPlan, rounds: Rounds) -> SlotPlan:
+def coarse_plan(levels: jax.Array, walk: QueryPlan, rounds: Rounds) -> CoarsePlan:
     """Plan of one level.
 
     Args:
@@ -155,7 +162,7 @@ def slot_plan(levels: jax.Array, walk: WalkPlan, rounds: Rounds) -> SlotPlan:
     spans = _pad_queries(jnp.stack([full, tails, first, listed], -1), rounds)
     covers = _tail_covers(walk.entries.reshape(levels.shape), full, first, listed, rounds)
     slots, counts = _slots(seen, rounds)
-    return SlotPlan(
+    return CoarsePlan(
         entries=walk.entries,
         spans=spans.reshape(-1, SPANS),
         tail_covers=_pad_queries(covers, rounds).reshape(-1, rounds.tail_tiles, ROWS),
@@ -170,7 +177,7 @@ def _pad_queries(x: jax.Array, rounds: Rounds) -> jax.Array:
 
 
 def _tail_covers(entries, full, first, listed, rounds: Rounds) -> jax.Array:
-    """What each row of the tail tiles covers, `[B, H, query_blocks, tail_tiles * 64]`."""
+    """What each row of the tail tiles covers, `[B, H, padded_q_blocks, tail_tiles * 64]`."""
     geometry, g = rounds.geometry, rounds.level
     place = full[..., None] * rounds.slots_per_tile
     place = place + jnp.arange(rounds.tail_tiles * rounds.slots_per_tile, dtype=jnp.int32)
@@ -185,7 +192,7 @@ def _tail_covers(entries, full, first, listed, rounds: Rounds) -> jax.Array:
 
 
 def _slots(here: jax.Array, rounds: Rounds) -> tuple[jax.Array, jax.Array]:
-    """`SlotPlan.slots` and `.counts` of where the level is listed, bool `[B, H, Nq', Nk]`."""
+    """`CoarsePlan.slots` and `.counts` of where the level is listed, bool `[B, H, Nq', Nk]`."""
     group, queries, per_round = rounds.group, rounds.queries_per_round, rounds.heads_per_round
     here = _pad_queries(here, rounds)
     key_blocks = here.shape[-1]

@@ -13,11 +13,11 @@ class PeakConfig:
         consumers: warpgroups that multiply, each 64 rows; they share the columns copied.
         columns: key blocks per tile, 64 or 128.
         stages: column tiles in flight.
-        query_slots: row tiles in shared memory; with 2 the next one arrives while the last one
+        query_stages: row tiles in shared memory; with 2 the next one arrives while the last one
             is multiplied.
         pairs: multiply two column tiles at a time, so that one's maximum is taken while the
             other is multiplied.
-        consumer_registers, producer_registers: registers per thread of the warpgroups that
+        multiply_registers, copy_registers: registers per thread of the warpgroups that
             multiply and of the one that copies.
         blocks: thread blocks; None means one per multiprocessor, each taking many row tiles.
         most_bytes: block maxima held at one time, unless one head alone has more.
@@ -26,10 +26,10 @@ class PeakConfig:
     consumers: int = 2
     columns: int = 128
     stages: int = 4
-    query_slots: int = 1
+    query_stages: int = 1
     pairs: bool = True
-    consumer_registers: int = 232
-    producer_registers: int = 40
+    multiply_registers: int = 232
+    copy_registers: int = 40
     blocks: int | None = None
     most_bytes: int = 1 << 29
 
@@ -38,10 +38,10 @@ class PeakConfig:
             raise ValueError(f"consumers must be 1, 2 or 3, got {self.consumers}")
         if self.columns not in (64, 128):
             raise ValueError(f"columns must be 64 or 128, got {self.columns}")
-        if self.stages < 2 or self.query_slots < 1:
+        if self.stages < 2 or self.query_stages < 1:
             raise ValueError(
-                "stages must be at least 2 and query_slots at least 1, "
-                f"got {self.stages} and {self.query_slots}"
+                "stages must be at least 2 and query_stages at least 1, "
+                f"got {self.stages} and {self.query_stages}"
             )
 
 
@@ -51,5 +51,5 @@ def default_config(head_dim: int, key_blocks: int, is_causal: bool) -> PeakConfi
     # sequence and of the diagonal.
     columns = 64 if is_causal or key_blocks <= 64 else 128
     if head_dim == 64:
-        return PeakConfig(columns=columns, stages=6, query_slots=2)
+        return PeakConfig(columns=columns, stages=6, query_stages=2)
     return PeakConfig(columns=columns, stages=4 if columns == 128 else 6)

@@ -1,8 +1,16 @@
-"""Tile sizes of the score kernels by GPU and dtype. Looked up, never tuned at run time."""
+"""Which score kernel a call gets and its tile sizes, by GPU and dtype. Looked up, never tuned at
+run time."""
 
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from psa_torch.kernels._launch import capability, cdiv
+from shared_specs.config import PSAConfig
+
+HOPPER_ROWS = 128
+"""Rows that the warp-specialised kernel takes at once, half of them for each warpgroup."""
 
 
 class ScoreConfig(NamedTuple):
@@ -19,30 +27,57 @@ class ScoreConfig(NamedTuple):
 
 
 class HopperScoreConfig(NamedTuple):
-    """Warp-specialised `pooled` and `sampled` scores: 128 rows by 128 key blocks.
+    """Warp-specialised `pooled` and `sampled` scores for compute capability 9.0.
 
     slots: tiles of columns in flight.
-    rows, columns, per_processor: as in `ScoreConfig`; the kernel has no other.
-    multiply_registers, copy_registers: per thread of each role, multiples of 8; two multiplying
-        warpgroups and one that copies and makes scores share 504.
+    columns: key blocks of a tile. 128 are what was measured; tests take fewer.
     """
 
     slots: int
-    rows: int = 128
     columns: int = 128
-    multiply_registers: int = 224
-    copy_registers: int = 56
-    per_processor: int = 1
 
 
 HOPPER_PEAK = {64: HopperScoreConfig(slots=8), 128: HopperScoreConfig(slots=4)}
 """By head dimension."""
 
 
+def peak_tile(
+    q: Tensor, k: Tensor, rows_per_block: int, config: PSAConfig
+) -> ScoreConfig | HopperScoreConfig:
+    """Tiles of the `pooled` and `sampled` scores of a call: the warp-specialised kernel's where it
+    can run.
+
+    Args:
+        q: `[B, H, Lq, D]`; k: `[B, Hk, Lk, D]`.
+        rows_per_block: rows that stand for a query block.
+    """
+    head_dim, key_blocks = q.shape[-1], cdiv(k.shape[2], config.block_n)
+    # On the CPU the interpreter plays an H100, but cannot run the warp-specialised kernel.
+    if (
+        q.is_cuda
+        and capability(q) == (9, 0)
+        and fits_hopper(q.dtype, head_dim, rows_per_block, key_blocks)
+    ):
+        return HOPPER_PEAK[head_dim]
+    return choose_peak(capability(q), head_dim, q.dtype, config.causal)
+
+
+def fits_hopper(dtype: torch.dtype, head_dim: int, rows_per_block: int, key_blocks: int) -> bool:
+    """Whether the warp-specialised kernel takes such a call.
+
+    Each half of its rows must be whole query blocks, and with few key blocks most of its columns
+    would be empty.
+    """
+    tile = HOPPER_PEAK.get(head_dim)
+    if dtype == torch.float32 or tile is None:
+        return False
+    return rows_per_block <= HOPPER_ROWS // 2 and key_blocks >= tile.columns
+
+
 def choose_peak(
     capability: tuple[int, int], head_dim: int, dtype: torch.dtype, is_causal: bool
 ) -> ScoreConfig:
-    """Tiles of the `pooled` and `sampled` scores; `dtype` is that of the rows multiplied.
+    """Tiles of the kernel that runs on every GPU; `dtype` is that of the rows multiplied.
 
     On Hopper as measured (`docs/log/scores.md`): 64 columns leave registers for a second program,
     whose products run while the first one takes maxima; short rows, and the masked loop of a

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psa_jax.attention.mosaic.geometry import CHUNK, Geometry
+from psa_jax.attention.mosaic.geometry import CHUNK, TiledGeometry
 from psa_jax.table import build_table
 from shared_specs.constants import LEVELS
 
@@ -23,12 +23,12 @@ MASKED = -1e30
 """Bias of a row that is not there: finite, so that no difference of two of them is NaN."""
 
 SPANS = 16
-"""int32 per row of `WalkPlan.spans`; named by the slices below."""
+"""int32 per row of `QueryPlan.spans`; named by the slices below."""
 ENDS, FIRST, HALF, TAIL = slice(0, 4), slice(4, 8), 8, 9
 
 
-class WalkPlan(NamedTuple):
-    """The walk of every query block over the pyramid, `R = B * H * query_blocks` rows.
+class QueryPlan(NamedTuple):
+    """The walk of every query block over the pyramid, `R = B * H * padded_q_blocks` rows.
 
     Attributes:
         entries: int32 `[R, Nk]`, the table of the specification, section 3.
@@ -67,13 +67,13 @@ def unpack_covers(packed):
     return packed & 15, packed >> 4
 
 
-def pad_query_blocks(levels: jax.Array, geometry: Geometry) -> jax.Array:
+def pad_query_blocks(levels: jax.Array, geometry: TiledGeometry) -> jax.Array:
     """Levels with rows of level 0 up to a whole number of query tiles."""
-    missing = geometry.query_blocks - levels.shape[2]
+    missing = geometry.padded_q_blocks - levels.shape[2]
     return jnp.pad(levels, [(0, 0), (0, 0), (0, missing), (0, 0)])
 
 
-def walk_plan(levels: jax.Array, geometry: Geometry) -> WalkPlan:
+def query_plan(levels: jax.Array, geometry: TiledGeometry) -> QueryPlan:
     """Plan of the forward and dq kernels.
 
     Args:
@@ -125,8 +125,8 @@ def walk_plan(levels: jax.Array, geometry: Geometry) -> WalkPlan:
     tails = -(-chunk_ends[..., -1:] // per_tile)
     spans = jnp.concatenate([ends, first, half[..., None], tails], -1).astype(jnp.int32)
     spans = jnp.pad(spans, [(0, 0)] * 3 + [(0, SPANS - spans.shape[-1])])
-    return WalkPlan(
-        entries=entries.reshape(-1, geometry.key_blocks),
+    return QueryPlan(
+        entries=entries.reshape(-1, geometry.k_blocks),
         spans=spans.reshape(-1, SPANS),
         tail_start=jnp.where(present, tail_start, 0).reshape(-1, capacity),
         tail_covers=covers.reshape(-1, capacity // per_tile, geometry.tile),
@@ -134,23 +134,23 @@ def walk_plan(levels: jax.Array, geometry: Geometry) -> WalkPlan:
     )
 
 
-def needed(levels: jax.Array, geometry: Geometry, g: int) -> tuple[jax.Array, jax.Array]:
+def needed(levels: jax.Array, geometry: TiledGeometry, g: int) -> tuple[jax.Array, jax.Array]:
     """Which blocks at `LEVELS[g]` can be seen at all, and which need no mask: bool like `levels`.
 
     Both are prefixes of the level's entries, which ascend.
     """
-    keys = jnp.arange(geometry.key_blocks) * geometry.block_n
+    keys = jnp.arange(geometry.k_blocks) * geometry.block_n
     whole = keys + geometry.block_n <= geometry.kv_len
     seen = jnp.ones_like(whole)
     if geometry.is_causal:
-        top = (jnp.arange(geometry.query_blocks) * geometry.block_m + geometry.offset)[:, None]
+        top = (jnp.arange(geometry.padded_q_blocks) * geometry.block_m + geometry.offset)[:, None]
         seen = keys <= top + geometry.block_m - 1
         whole = whole & (keys + geometry.block_n - 1 <= top)
     here = levels == LEVELS[g]
     return here & seen, here & whole
 
 
-def _half_covers(geometry: Geometry) -> np.ndarray:
+def _half_covers(geometry: TiledGeometry) -> np.ndarray:
     inside = np.arange(geometry.tile) % geometry.pitch[-1]
     count = np.where(inside < geometry.rows[-1], LEVELS[-1], 0)
     return pack_covers(count, 0).astype(np.int32)[None, None]

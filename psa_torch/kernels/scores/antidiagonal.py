@@ -16,11 +16,14 @@ Counts at 75,600 tokens, 24 heads, D = 128, stride 8 (9,450 rows and columns, 1,
                 80 MB
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import (
     capability,
@@ -30,10 +33,17 @@ from psa_torch.kernels._launch import (
     resident_programs,
     sum_inner,
 )
-from psa_torch.kernels.configs import choose_antidiagonal
+from psa_torch.kernels.scores.tiles import choose_antidiagonal
 from shared_specs.config import PSAConfig
 
-_LOG2_E = 1.4426950408889634
+
+class Tokens(NamedTuple):
+    """Tokens of one head: pointer to the first, strides of tokens and of channels, how many."""
+
+    pointer: object
+    stride_l: object
+    stride_d: object
+    length: object
 
 
 def antidiagonal_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
@@ -50,16 +60,16 @@ def antidiagonal_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
     batch, heads, q_len, head_dim = q.shape
     kv_len, size = k.shape[2], config.antidiagonal_stride
     scale = config.resolved_scale(head_dim)
-    nq, nk = cdiv(q_len, config.block_m), cdiv(kv_len, config.block_n)
-    scores = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
+    q_blocks, k_blocks = cdiv(q_len, config.block_m), cdiv(kv_len, config.block_n)
+    scores = torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.float32, device=q.device)
     tile = choose_antidiagonal(capability(q), q.dtype)
     q_count, k_count = config.block_m // size, config.block_n // size
     rows, columns = max(tile.rows, q_count), max(tile.columns, k_count)
-    row_tiles = cdiv(nq, rows // q_count)
+    row_tiles = cdiv(q_blocks, rows // q_count)
     items = row_tiles * batch * heads
     programs = min(items, resident_programs(q, tile.per_processor))
     sweep = max(64, columns // k_count)
-    width = cdiv(nk, sweep) * sweep
+    width = cdiv(k_blocks, sweep) * sweep
     slab = torch.empty(programs, rows, width, dtype=torch.float32, device=q.device)
     block_d = padded_head_dim(head_dim)
     with on_device_of(q):
@@ -72,13 +82,13 @@ def antidiagonal_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
             scores,
             *q.stride(),
             *k.stride(),
-            scale * _LOG2_E,
+            scale * LOG2E.value,
             heads,
             heads // k.shape[1],
             q_len,
             kv_len,
-            nq,
-            nk,
+            q_blocks,
+            k_blocks,
             row_tiles,
             items,
             width,
@@ -91,7 +101,7 @@ def antidiagonal_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
             ROWS=rows,
             COLUMNS=columns,
             SWEEP=sweep,
-            CAUSAL=config.causal,
+            IS_CAUSAL=config.causal,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             STAGES=tile.stages,
             num_warps=tile.warps,
@@ -101,10 +111,10 @@ def antidiagonal_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
 
 @triton.jit
 def _antidiagonal_kernel(
-    Q,
-    K,
-    SLAB,
-    SCORES,
+    q_pointer,
+    k_pointer,
+    slab,
+    scores,
     q_stride_b,
     q_stride_h,
     q_stride_l,
@@ -115,7 +125,7 @@ def _antidiagonal_kernel(
     k_stride_d,
     logit_factor,
     heads,
-    group_heads,
+    group,
     q_len,
     kv_len,
     q_blocks,
@@ -132,7 +142,7 @@ def _antidiagonal_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SWEEP: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -146,23 +156,27 @@ def _antidiagonal_kernel(
     tile_block = tl.arange(0, K_BLOCKS)
     swept = tl.arange(0, SWEEP)
     item_block = tl.arange(0, Q_BLOCKS)
-    SLAB += tl.program_id(0).to(tl.int64) * ROWS * width
-    slab_row = SLAB + row_in_item[:, None] * width.to(tl.int64)
+    slab += tl.program_id(0).to(tl.int64) * ROWS * width
+    slab_row = slab + row_in_item[:, None] * width.to(tl.int64)
     column_tiles = tl.cdiv(k_blocks, K_BLOCKS)
     columns = tl.cdiv(kv_len, STRIDE)
 
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         # Under causality the last rows see most: they come first.
         block = (row_tiles - 1 - item % row_tiles) * Q_BLOCKS
-        bh = (item // row_tiles).to(tl.int64)
-        q_head = Q + (bh // heads) * q_stride_b + (bh % heads) * q_stride_h
-        k_head = K + (bh // heads) * k_stride_b + ((bh % heads) // group_heads) * k_stride_h
+        batch_head = (item // row_tiles).to(tl.int64)
+        q_head = q_pointer + (batch_head // heads) * q_stride_b + (batch_head % heads) * q_stride_h
+        k_head = (
+            k_pointer
+            + (batch_head // heads) * k_stride_b
+            + ((batch_head % heads) // group) * k_stride_h
+        )
         row = block * Q_COUNT + row_in_item
         row_position = tl.minimum(row * STRIDE + STRIDE, q_len) - 1 + kv_len - q_len
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
         row_sum = tl.zeros([ROWS], tl.float32)
         seen_tiles = column_tiles
-        if CAUSAL:
+        if IS_CAUSAL:
             last_position = tl.minimum((block + Q_BLOCKS) * BLOCK_M, q_len) - 1 + kv_len - q_len
             seen_tiles = tl.minimum(
                 tl.cdiv(tl.maximum(last_position + 1, 0), K_BLOCKS * BLOCK_N), column_tiles
@@ -170,28 +184,20 @@ def _antidiagonal_kernel(
         for tile in range(0, seen_tiles):
             column = tile * COLUMNS + column_in_tile
             s = _antidiagonal_sums(
-                q_head,
-                k_head,
+                Tokens(q_head, q_stride_l, q_stride_d, q_len),
+                Tokens(k_head, k_stride_l, k_stride_d, kv_len),
                 row,
                 column,
-                q_stride_l,
-                q_stride_d,
-                k_stride_l,
-                k_stride_d,
-                q_len,
-                kv_len,
                 HEAD_DIM,
                 BLOCK_D,
                 DEPTH,
                 STRIDE,
-                ROWS,
-                COLUMNS,
                 PRECISION,
                 STAGES,
             )
             # One compare covers both ends: columns past the last tile lie behind every limit.
             limit = tl.full([ROWS], 0, tl.int32) + (columns - 1) * STRIDE
-            if CAUSAL:
+            if IS_CAUSAL:
                 limit = tl.minimum(limit, row_position)
             visible = (column * STRIDE)[None, :] <= limit[:, None]
             s = tl.where(visible, s * logit_factor, float("-inf"))
@@ -215,7 +221,7 @@ def _antidiagonal_kernel(
         total = tl.where(row_sum > 0, row_max + tl.log2(row_sum), 0.0)
         total = tl.where(row * STRIDE < q_len, total, float("inf"))
         seen_blocks = tl.minimum(seen_tiles * K_BLOCKS, k_blocks)
-        out = bh * q_blocks + (block + item_block).to(tl.int64)
+        out = batch_head * q_blocks + (block + item_block).to(tl.int64)
         for start in range(0, k_blocks, SWEEP):
             at = start + swept
             part = tl.load(
@@ -223,7 +229,7 @@ def _antidiagonal_kernel(
             )
             share = tl.exp2(part - total[:, None])
             tl.store(
-                SCORES + out[:, None] * k_blocks + at[None, :],
+                scores + out[:, None] * k_blocks + at[None, :],
                 sum_inner(share, Q_BLOCKS, Q_COUNT, SWEEP),
                 mask=(block + item_block < q_blocks)[:, None] & (at < k_blocks)[None, :],
             )
@@ -233,42 +239,34 @@ def _antidiagonal_kernel(
 
 @triton.jit
 def _antidiagonal_sums(
-    Q,
-    K,
+    queries,
+    keys,
     row,
     column,
-    q_stride_l,
-    q_stride_d,
-    k_stride_l,
-    k_stride_d,
-    q_len,
-    kv_len,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DEPTH: tl.constexpr,
     STRIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Sum over a of q[row * STRIDE + a] . k[column * STRIDE + STRIDE - 1 - a]."""
     CHUNKS: tl.constexpr = BLOCK_D // DEPTH
-    s = tl.zeros((ROWS, COLUMNS), tl.float32)
+    s = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for step in tl.range(0, STRIDE * CHUNKS, num_stages=STAGES):
         a = step // CHUNKS
         d = (step % CHUNKS) * DEPTH + tl.arange(0, DEPTH)
         q_at = row * STRIDE + a
         k_at = column * STRIDE + (STRIDE - 1 - a)
-        q = tl.load(
-            Q + q_at.to(tl.int64)[:, None] * q_stride_l + d.to(tl.int64)[None, :] * q_stride_d,
-            mask=(q_at < q_len)[:, None] & (d < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        k = tl.load(
-            K + k_at.to(tl.int64)[:, None] * k_stride_l + d.to(tl.int64)[None, :] * k_stride_d,
-            mask=(k_at < kv_len)[:, None] & (d < HEAD_DIM)[None, :],
-            other=0.0,
-        )
+        q = _load_tokens(queries, q_at, d, HEAD_DIM)
+        k = _load_tokens(keys, k_at, d, HEAD_DIM)
         s = tl.dot(q, tl.trans(k), acc=s, input_precision=PRECISION)
     return s
+
+
+@triton.jit
+def _load_tokens(tokens, at, d, HEAD_DIM: tl.constexpr):
+    """Channels `d` of the tokens at `at`, zero past the last of either."""
+    real = (at < tokens.length)[:, None] & (d < HEAD_DIM)[None, :]
+    rows = tokens.pointer + at.to(tl.int64)[:, None] * tokens.stride_l
+    return tl.load(rows + d.to(tl.int64)[None, :] * tokens.stride_d, mask=real, other=0.0)
