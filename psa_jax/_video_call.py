@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from psa_jax._arrays import describe
-from psa_jax._sharding import per_shard, vary_alike
+from psa_jax._sharding import per_shard, shared_out_like, vary_alike
 from psa_jax._switches import numpy_rules
 from psa_jax.attention import IMPLEMENTATIONS, sparse_attention
 from psa_jax.functional import choose_levels, resolve_config
@@ -214,6 +215,8 @@ class VideoCall(NamedTuple):
             return Called(dense, None, False, None)
         if memory is not None:
             self._check_kept(memory)
+            arrays, tree = jax.tree.flatten(memory[3:])
+            memory = Run(*memory[:3], *jax.tree.unflatten(tree, shared_out_like(q, arrays)))
             memory = memory.begin(step, self.refresh_every, self.phases)
         works, begins = self._works()
         # A Python integer where the step is one, and where there is one kind of work.
@@ -234,7 +237,7 @@ class VideoCall(NamedTuple):
 
         def warm_up(q, k, v, memory):
             results = _dense(q, k, v, self.config, self.config.causal, self.return_lse)
-            return *results, jnp.ones(q.shape[:2], jnp.float32), memory
+            return *results, jnp.ones_like(q[:, :, 0, 0], jnp.float32), memory
 
         firsts, configs = self.phases
         used = [
@@ -260,9 +263,12 @@ class VideoCall(NamedTuple):
         start, last, kept = ((), (), {}) if memory is None else memory[3:]
 
         def of_shard(q, k, v, *flat):
+            if memory is not None:
+                flags, *flat = flat
+                is_warm, chooses = flags[0, 0]
             starts, flat = flat[: len(start)], flat[len(start) :]
             lasts, kept_here = flat[: len(last)], dict(zip(kept, flat[len(last) :], strict=True))
-            warm = dict(zip(sides, (Resumed(x, memory.is_warm) for x in starts), strict=False))
+            warm = dict(zip(sides, (Resumed(x, is_warm) for x in starts), strict=False))
             warm = Centroids(warm.get("query"), warm.get("key"))
 
             def choose(function, keep):
@@ -270,7 +276,7 @@ class VideoCall(NamedTuple):
                 if not kept_here:
                     return function(q, k)
                 return lax.cond(
-                    memory.chooses,
+                    chooses,
                     lambda: vary_alike(tuple(function(q, k)), q, k),
                     lambda: vary_alike(tuple(keep), q, k),
                 )
@@ -312,7 +318,11 @@ class VideoCall(NamedTuple):
             left = () if memory is None else left
             return *results, density, *left, *((*orders, levels) if kept_here else ())
 
-        returned = per_shard(of_shard, q, k, v, *start, *last, *kept.values())
+        arrays = [*start, *last, *kept.values()]
+        if memory is not None:  # scalars travel as every other array does
+            flags = jnp.stack([memory.is_warm, memory.chooses])
+            arrays.insert(0, jnp.broadcast_to(flags, (*q.shape[:2], 2)))
+        returned = per_shard(of_shard, q, k, v, *arrays)
         count = 2 + self.return_lse
         if memory is not None:
             left, chosen = returned[count : count + len(last)], returned[count + len(last) :]

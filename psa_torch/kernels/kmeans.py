@@ -208,8 +208,9 @@ def _nearest_kernel(
     best = tl.full([ROWS], float("-inf"), tl.float32)
     label = tl.zeros([ROWS], tl.int32)
     for first in range(0, padded, COLUMNS):
+        bias = tl.load(BIAS + first + column)  # ahead of the products, which wait for their end
         c = tl.load(COLUMNS_OF + (first + column)[:, None] * BLOCK_D + d[None, :])
-        score = tl.dot(x, tl.trans(c)) - tl.load(BIAS + first + column)[None, :]
+        score = tl.dot(x, tl.trans(c)) - bias[None, :]
         top = tl.max(score, 1)
         where = tl.min(tl.where(score == top[:, None], column[None, :], COLUMNS), 1)
         better = top > best
