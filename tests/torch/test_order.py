@@ -102,7 +102,7 @@ def test_the_other_operators_pass_opcheck(rng):
         torch.library.opcheck(order_module._kmeans, (tokens, 4, centroids, order))
     labels = torch.from_numpy(rng.integers(0, 5, (1, 2, 50)).astype(np.int32))
     for curve in (None, torch.from_numpy(rng.permutation(50).astype(np.int32))):
-        torch.library.opcheck(order_module._cluster_order, (labels, curve, 3, 60))
+        torch.library.opcheck(order_module._cluster_order, (labels, curve, 5, 3, 60))
     arguments = (tokens, "STA", 60, [3, 4, 5], [2, 2, 2], 0, "end")
     torch.library.opcheck(order_module._fixed_order, arguments)
 
