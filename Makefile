@@ -22,14 +22,15 @@ JAX_BIN := $(JAX_VENV)/bin
 # One thread per test worker: with two the Triton interpreter is slower, not faster.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help venv test test-jax-newest test-integrations docs lint format demo bench clean
+.PHONY: help venv test test-jax-newest test-integrations docs lint types format demo bench clean
 
 help:
-	@echo "make test   lint, then all tests (minutes)"
+	@echo "make test   lint and types, then all tests (minutes)"
 	@echo "make demo   dense against pyramid sparse attention on a real video clip"
 	@echo "make bench  the CPU benchmark; rows go to outputs/bench"
 	@echo "make docs   the documentation's site, to outputs/site"
 	@echo "make lint   ruff check and ruff format --check"
+	@echo "make types  pyright over the packages, typed callers and the README's examples"
 	@echo "make clean  remove environments, caches and outputs"
 
 $(BIN)/python:
@@ -48,11 +49,14 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: venv
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/typing/check.py
+
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint
+test: lint types
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --durations 10
 
 demo: venv

@@ -3,7 +3,7 @@
 First it is checked that repeated launches (see `psa_torch/_triton/launch.py`) give what Triton's
 own give, bit for bit. Then, for each length and provider, in milliseconds:
 
-    host    until the call returns, medians; the device is waited for between batches
+    host    until the call returns; the device is waited for between batches
     eager   of one call of many made one after the other, the wait at the end included
     device  of one call in a CUDA graph
 """
@@ -24,10 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import psa_torch
+from psa_torch.attention.ops import attention_backward, attention_forward
 from psa_torch.functional import choose_levels
 from shared_specs import PSAConfig
 
-BATCH, BATCHES = 20, 9
+BATCH, BATCHES = 20, 21
 
 
 def draw(heads: int, length: int, head_dim: int, *, offset: int = 0) -> tuple[torch.Tensor, ...]:
@@ -92,7 +93,8 @@ def check(heads: int, head_dim: int, length: int = 1024) -> None:
 
 
 def host_ms(call: Callable) -> float:
-    """Median time until a call returns."""
+    """Time until a call returns: of the quickest half of the batches the median, since a shared
+    host takes time away."""
     for _ in range(5):
         call()
     times = []
@@ -103,7 +105,7 @@ def host_ms(call: Callable) -> float:
             call()
         times.append((time.perf_counter() - start) / BATCH)
     torch.cuda.synchronize()
-    return statistics.median(times) * 1e3
+    return statistics.median(sorted(times)[: (BATCHES + 1) // 2]) * 1e3
 
 
 def eager_ms(call: Callable, calls: int = 50) -> float:
@@ -182,6 +184,43 @@ def providers(heads: int, length: int, head_dim: int) -> dict[str, Callable]:
     }
 
 
+def parts(heads: int, length: int, head_dim: int) -> dict[str, Callable]:
+    """What a call is made of, by name."""
+    q, k, v = draw(heads, length, head_dim)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    dout = torch.randn_like(q)
+    config = PSAConfig()
+    levels = choose_levels(q, k, config).levels
+    settings = (None, config.block_m, config.block_n, head_dim**-0.5, False, config.rest)
+    # The functions that the operators were made of.
+    forward = attention_forward._init_fn
+    backward = attention_backward._init_fn
+    out, lse = forward(q, k, v, levels, *settings)
+
+    class Empty(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            return torch.empty_like(q)
+
+        @staticmethod
+        def backward(ctx, dout):
+            return torch.empty_like(dout), torch.empty_like(dout), torch.empty_like(dout)
+
+    return {
+        "memory for q": lambda: torch.empty_like(q),
+        "a Python function with a gradient that allocates only": lambda: torch.autograd.grad(
+            Empty.apply(*leaves), leaves, dout
+        ),
+        "kernels of the forward": lambda: forward(q, k, v, levels, *settings),
+        "forward for a gradient": lambda: psa_torch.sparse_attention(
+            *leaves, levels, block_m=config.block_m, block_n=config.block_n
+        ),
+        "kernels of the backward": lambda: backward(
+            dout, None, q, k, v, levels, out, lse, *settings
+        ),
+    }
+
+
 def breakdown(call: Callable, title: str, rows: int = 40) -> None:
     """Print where the host spends a call."""
     for _ in range(5):
@@ -226,6 +265,8 @@ def main() -> None:
                 host = host_ms(calls[name])
                 print(f"{length:7} {name + ', launched by Triton':40} {host:8.3f}", flush=True)
     if options.profile:
+        for name, call in parts(options.heads, 4096, options.head_dim).items():
+            print(f"{4096:7} {name:55} {host_ms(call):8.3f}", flush=True)
         calls = providers(options.heads, 4096, options.head_dim)
         for name in ("psa", "psa, levels given, forward and backward"):
             breakdown(calls[name], name)

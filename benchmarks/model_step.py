@@ -27,56 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.machine import describe
 from benchmarks.measure import host_seconds
+from benchmarks.step_models import MODELS, Geometry, build, first_attention, inputs
 from psa_torch.integrations.diffusers import Applied, apply
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 from shared_specs.order import gilbert_order
 
 TOLERANCE = 1e-2
 """Relative error of level 1 in bfloat16, or twice that between two dense kernels if it is more."""
 
-FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-"""Parameters that diffusers keeps in float32 when it loads a Wan model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """A Wan transformer and the latents of one video.
-
-    Attributes:
-        heads, head_dim, layers, feed_forward: of the transformer.
-        latents: (frames, height, width); a token is one frame of 2 x 2.
-        text: tokens of the prompt.
-    """
-
-    heads: int
-    layers: int
-    feed_forward: int
-    latents: tuple[int, int, int]
-    head_dim: int = 128
-    text: int = 512
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Tokens (frames, height, width)."""
-        frames, height, width = self.latents
-        return frames, height // 2, width // 2
-
-    @property
-    def tokens(self) -> int:
-        """Their number."""
-        return math.prod(self.grid)
-
-
-MODELS = {
-    "wan2.1-1.3b-480p-81f": Geometry(12, 30, 8960, (21, 60, 104)),
-    "wan2.1-14b-480p-81f": Geometry(40, 40, 13824, (21, 60, 104)),
-    "wan2.1-14b-720p-81f": Geometry(40, 40, 13824, (21, 90, 160)),
-    "tiny": Geometry(2, 2, 64, (3, 16, 24), head_dim=32, text=7),
-}
 CONFIG = PSAConfig(rearrange_method="Gilbert")
 LEVEL_ONE = dataclasses.replace(CONFIG, mask_ratios={1: (0.0, 1.0)})
 
@@ -86,77 +50,29 @@ class Row:
     """One way to attend.
 
     Attributes:
-        backend: diffusers' backend of every dense attention, also of that beside PSA.
+        cudnn: dense attention, also that beside PSA, is cuDNN's; otherwise PyTorch's choice.
         config: of PSA in the self-attention; None where that is dense too.
-        order: as in `apply`.
+        order, refresh_every: as in `apply`.
+        compiled: every block by itself; there is no way back, so these rows come last.
     """
 
-    backend: str
+    cudnn: bool
     config: PSAConfig | None = None
     order: str = "model"
+    refresh_every: int = 1
+    compiled: bool = False
 
 
-DEFAULT, CUDNN = "native", "_native_cudnn"
 ROWS = {
-    "dense-default": Row(DEFAULT),
-    "dense-cudnn": Row(CUDNN),
-    "psa-topk15-gilbert-once-a-model": Row(CUDNN, CONFIG),
-    "psa-topk15-gilbert-in-every-layer": Row(CUDNN, CONFIG, "layer"),
-    "psa-topk15-gilbert-beside-default": Row(DEFAULT, CONFIG),
-    "psa-topk15-no-order": Row(CUDNN, dataclasses.replace(CONFIG, rearrange_method=None)),
+    "dense-default": Row(False),
+    "dense-cudnn": Row(True),
+    "psa-topk15-gilbert-once-a-model": Row(True, CONFIG),
+    "psa-topk15-gilbert-in-every-layer": Row(True, CONFIG, "layer"),
+    "psa-topk15-no-order": Row(True, dataclasses.replace(CONFIG, rearrange_method=None)),
+    "psa-topk15-gilbert-refresh-4": Row(True, CONFIG, refresh_every=4),
+    "compiled-dense-cudnn": Row(True, compiled=True),
+    "compiled-psa-topk15-gilbert": Row(True, CONFIG, compiled=True),
 }
-
-
-def arguments_of(geometry: Geometry) -> dict[str, Any]:
-    """What `WanTransformer3DModel` is made with."""
-    return {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": geometry.heads,
-        "attention_head_dim": geometry.head_dim,
-        "in_channels": 16,
-        "out_channels": 16,
-        "text_dim": 4096,
-        "freq_dim": 256,
-        "ffn_dim": geometry.feed_forward,
-        "num_layers": geometry.layers,
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-    }
-
-
-def build(geometry: Geometry, device: str, dtype: torch.dtype) -> nn.Module:
-    """The transformer with random weights on `device`."""
-    from diffusers import WanTransformer3DModel
-
-    with torch.device("meta"):
-        model = WanTransformer3DModel(**arguments_of(geometry))
-    for name, parameter in model.named_parameters():
-        kept = any(part in name for part in FLOAT32)
-        parameter.data = parameter.data.to(torch.float32 if kept else dtype)
-    model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "norm" in name and name.endswith("weight"):
-            parameter.data.fill_(1.0)
-        elif name.endswith("bias"):
-            parameter.data.zero_()  # one would hide what little an even attention gives
-        else:
-            parameter.data.normal_(0.0, 0.02, generator=generator)
-    # Rotary tables are computed, not filled: what `meta` made of them has no values.
-    model.rope = type(model.rope)(geometry.head_dim, (1, 2, 2), 1024).to(device)
-    return model.eval().requires_grad_(False)
-
-
-def inputs(model: nn.Module, geometry: Geometry, device: str, dtype: torch.dtype) -> tuple:
-    """Latents, timestep and prompt of one video."""
-    generator = torch.Generator(device).manual_seed(1)
-    shape = (1, model.config.in_channels, *geometry.latents)
-    text = (1, geometry.text, model.config.text_dim)
-    return (
-        torch.randn(shape, device=device, generator=generator).to(dtype),
-        torch.full((1,), 500, device=device),
-        torch.randn(text, device=device, generator=generator).to(dtype),
-    )
 
 
 class _TimedDense(TorchFunctionMode):
@@ -206,12 +122,14 @@ class Clock:
 @contextlib.contextmanager
 def attending(model: nn.Module, row: Row, record: bool = False) -> Iterator[Applied | None]:
     """The model attends as `row` says; yields the handle of PSA, or None."""
-    # By name, also the default: resetting a model leaves the process's choice as it was.
-    model.set_attention_backend(row.backend)
-    if row.config is None:
-        yield None
-        return
-    with apply(model, config=row.config, order=row.order, record=record) as psa:
+    with contextlib.ExitStack() as stack:
+        if row.cudnn:
+            stack.enter_context(sdpa_kernel(SDPBackend.CUDNN_ATTENTION))
+        if row.config is None:
+            yield None
+            return
+        about = {"order": row.order, "refresh_every": row.refresh_every, "record": record}
+        psa = stack.enter_context(apply(model, config=row.config, **about))
         psa.step = 0
         yield psa
 
@@ -231,64 +149,85 @@ def attention_ms(step: Callable[[], Tensor], psa: Applied | None, device: str) -
     return sum(clock.milliseconds())
 
 
-def measure(model: nn.Module, arguments: tuple, row: Row, device: str, repeats: int) -> dict:
-    """One row: times, memory, density."""
+def measure(model: nn.Module, arguments: dict, row: Row, device: str, repeats: int) -> dict:
+    """One row: times, memory, density; of the self-attention only where nothing is compiled.
+
+    Args:
+        model, arguments: of a step.
+        row: how it attends.
+        device: 'cpu' or 'cuda'.
+        repeats: timed steps; more if a row keeps its choice for more.
+    """
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def step() -> Tensor:
-        return model(*arguments, return_dict=False)[0]
-
     about: dict[str, Any] = {}
-    if row.config is not None:
+
+    def stepping(psa: Applied | None) -> Callable[[], Tensor]:
+        def step() -> Tensor:
+            if psa is not None:
+                psa.step += 1
+            return model(**arguments)[0]
+
+        return step
+
+    if row.config is not None and not row.compiled:
         with attending(model, row, record=True) as psa:
-            step()
-            densities = [record.density for record in psa.records.read()]
-            about["density"] = statistics.fmean(densities)
+            stepping(psa)()
+            about["density"] = statistics.fmean(record.density for record in psa.records.read())
     with attending(model, row) as psa:
+        step = stepping(psa)
         step()
         wait()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         clock = Clock(device)
-        for _ in range(repeats):
+        # Whole rounds of choosing and keeping, and their mean: the median would be of keeping.
+        for _ in range(cdiv(repeats, row.refresh_every) * row.refresh_every):
             clock.timed(step)
         about["step_ms"] = clock.milliseconds()
         if device == "cuda":
             about["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        about["attention_ms"] = attention_ms(step, psa, device)
+        if not row.compiled and row.refresh_every == 1:
+            about["attention_ms"] = attention_ms(step, psa, device)
         about["host_ms"] = 1e3 * host_seconds(step, lambda _: wait(), 1)[0]
-    about["median_step_ms"] = statistics.median(about["step_ms"])
-    about["attention_share"] = about["attention_ms"] / about["median_step_ms"]
+    middle = statistics.median if row.refresh_every == 1 else statistics.fmean
+    about["middle_step_ms"] = middle(about["step_ms"])
     return about
 
 
-def check(
-    model: nn.Module, arguments: tuple, geometry: Geometry, backends: list[str]
-) -> dict[str, float]:
-    """Errors of the first self-attention to the dense default: of level 1, of other dense kernels.
+def check(model: nn.Module, arguments: dict, geometry: Geometry, device: str) -> dict[str, float]:
+    """Errors of the first self-attention to the dense default: of level 1, and of cuDNN's.
 
     Of the attention, not of the step: to that, flat attention adds too little to show a mistake.
 
     Raises:
         ValueError: level 1 is not the dense attention.
     """
-    attention, seen = model.blocks[0].attn1, []
-    hook = attention.register_forward_hook(lambda *about: seen.append(about[2].float()))
+    seen = []
+
+    def look(module, args, output) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output).float())
+
+    rows = {"level 1": Row(False, LEVEL_ONE)}
+    if device == "cuda":
+        rows["cudnn"] = Row(True)
+    hook = first_attention(model).register_forward_hook(look)
     try:
-        for row in (*map(Row, backends), Row(DEFAULT, LEVEL_ONE)):
+        for row in (Row(False), *rows.values()):
             with attending(model, row):
-                model(*arguments)
+                model(**arguments)
     finally:
         hook.remove()
-    dense, *others, ordered = seen
-    errors = {name: _relative(out, dense) for name, out in zip(backends[1:], others, strict=True)}
+    dense, ordered, *others = seen
     # With the order once a model, attention sees its tokens in order.
     order = torch.from_numpy(gilbert_order(geometry.grid).astype("int64")).to(dense.device)
-    found = _relative(ordered, dense[:, order])
-    allowed = max([TOLERANCE, *(2 * error for error in errors.values())])
-    if not found <= allowed:
-        raise ValueError(f"level 1 differs from dense attention by {found:.2e}, over {allowed:.2e}")
-    return {**errors, "level 1": found}
+    found = [_relative(ordered, dense[:, order]), *(_relative(out, dense) for out in others)]
+    errors = dict(zip(rows, found, strict=True))
+    allowed = max(TOLERANCE, 2 * errors.get("cudnn", 0))
+    if not errors["level 1"] <= allowed:
+        raise ValueError(
+            f"level 1 differs from dense attention by {errors['level 1']:.2e}, over {allowed:.2e}"
+        )
+    return errors
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -296,7 +235,13 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def run(
-    names: list[str], device: str, *, rows: list[str], repeats: int, layers: int | None
+    names: list[str],
+    device: str,
+    *,
+    rows: list[str],
+    repeats: int,
+    layers: int | None,
+    compiler: str = "inductor",
 ) -> Iterator[dict[str, Any]]:
     """Rows of the models named, each after its model was checked.
 
@@ -306,14 +251,16 @@ def run(
         rows: keys of `ROWS`.
         repeats: timed steps.
         layers: only the first so many of each model; None: all.
+        compiler: backend of the compiled rows.
     """
+    rows = sorted(rows, key=lambda row: ROWS[row].compiled)
     for name in names:
         geometry = MODELS[name]
         if layers is not None:
             geometry = dataclasses.replace(geometry, layers=min(layers, geometry.layers))
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model = build(geometry, device, dtype)
-        arguments = inputs(model, geometry, device, dtype)
+        arguments = inputs(geometry, device, dtype)
         size = {
             "benchmark": "model-step",
             "model": name,
@@ -324,12 +271,16 @@ def run(
             "machine": describe("gpu" if device == "cuda" else "cpu"),
         }
         with torch.inference_mode():
-            backends = [DEFAULT, CUDNN] if device == "cuda" else [DEFAULT]
-            errors = check(model, arguments, geometry, backends)
+            errors = check(model, arguments, geometry, device)
+            compiled = False
             for row in rows:
                 chosen = ROWS[row]
-                if device == "cpu" and chosen.backend == CUDNN:
-                    chosen = dataclasses.replace(chosen, backend=DEFAULT)
+                if chosen.compiled and not compiled:
+                    for block in (m for m in model.modules() if hasattr(m, "attn1")):
+                        block.compile(backend=compiler)
+                    compiled = True
+                if device == "cpu":
+                    chosen = dataclasses.replace(chosen, cudnn=False)
                 found = measure(model, arguments, chosen, device, repeats)
                 yield {**size, "provider": row, "errors": errors, **found}
         del model, arguments
@@ -338,15 +289,30 @@ def run(
             torch.cuda.empty_cache()
 
 
+def line(row: dict[str, Any], base: float) -> str:
+    """A row in words; `base` is the time of the step that it is compared with."""
+    step = row["middle_step_ms"]
+    parts = [f"  {row['provider']:34s} step {step:9.1f} ms {base / step:5.2f}x"]
+    if "attention_ms" in row:
+        parts.append(f"attention {row['attention_ms']:9.1f} ms {row['attention_ms'] / step:4.0%}")
+    parts.append(f"host {row['host_ms']:7.1f} ms")
+    if "density" in row:
+        parts.append(f"density {row['density']:.1%}")
+    if "peak_gib" in row:
+        parts.append(f"peak {row['peak_gib']:.1f} GiB")
+    return "  ".join(parts)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, print a line a row and store the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model_step", description=__doc__)
-    published = [name for name in MODELS if name != "tiny"]
+    published = [name for name in MODELS if not name.startswith("tiny")]
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=published)
     parser.add_argument("--row", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, help="only so many layers of each model")
+    parser.add_argument("--compiler", default="inductor", help="of the compiled rows")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines are appended")
     args = parser.parse_args(argv)
     for name in ("repeats", "layers"):
@@ -356,21 +322,20 @@ def main(argv: list[str] | None = None) -> int:
     first: dict[str, float] = {}
     with args.output.open("a", encoding="utf-8") as file:
         for row in run(
-            args.model, args.device, rows=args.row, repeats=args.repeats, layers=args.layers
+            args.model,
+            args.device,
+            rows=args.row,
+            repeats=args.repeats,
+            layers=args.layers,
+            compiler=args.compiler,
         ):
             file.write(json.dumps(row) + "\n")
             file.flush()
-            base = first.setdefault(row["model"], row["median_step_ms"])
-            if row["provider"] == args.row[0]:
+            if row["model"] not in first:
                 errors = ", ".join(f"{key} {value:.1e}" for key, value in row["errors"].items())
                 print(f"\n{row['model']}, {row['layers']} layers, {row['tokens']} tokens: {errors}")
-            print(
-                f"  {row['provider']:36s} step {row['median_step_ms']:9.1f} ms, "
-                f"{base / row['median_step_ms']:.2f}x  attention {row['attention_ms']:9.1f} ms "
-                f"({row['attention_share']:.0%})  host {row['host_ms']:7.1f} ms  "
-                f"density {row.get('density', 1):.1%}  peak {row.get('peak_gib', 0):.1f} GiB",
-                flush=True,
-            )
+            base = first.setdefault(row["model"], row["middle_step_ms"])
+            print(line(row, base), flush=True)
     return 0
 
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
-from shared_specs.checks import Described, check_scale
+from shared_specs.checks import Described, check_qkv, check_scale
 from shared_specs.dispatch import Announcer
 
 announce = Announcer("psa_jax")
@@ -22,6 +23,19 @@ def describe(name: str, x: Any) -> Described:
     if not is_array(x):
         raise TypeError(f"{name} must be a jax.Array, got {type(x).__name__}")
     return Described(tuple(x.shape), str(x.dtype))
+
+
+def check_inputs(q: Any, k: Any, v: Any) -> tuple[Described, Described, Described]:
+    """What the shared checks look at of q, k and v, once they fit each other.
+
+    Raises:
+        TypeError, ValueError: as `check_qkv` says, or one is not an array.
+    """
+    sizes = describe("q", q), describe("k", k), describe("v", v)
+    # A batch of nothing is as good as any other if the rest fits.
+    empty = all(len(x.shape) == 4 and x.shape[0] == 0 for x in sizes)
+    check_qkv(*(x._replace(shape=(1, *x.shape[1:])) if empty else x for x in sizes))
+    return sizes
 
 
 def is_array(x: Any) -> bool:
@@ -68,16 +82,16 @@ def is_known(x: Any) -> bool:
     """
     if isinstance(x, np.ndarray):
         return True
-    if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
+    if isinstance(x, Tracer) or not x.is_fully_addressable:
         return False
     return all(device.platform == "cpu" for device in x.devices())
 
 
 def platform_of(x: Any) -> str:
     """'cpu', 'gpu' or 'tpu': where `x` is, or inside `jit` where the default device is."""
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer):
         return next(iter(x.devices())).platform
-    device = jax.config.jax_default_device
+    device: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

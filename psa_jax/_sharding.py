@@ -50,8 +50,8 @@ def per_shard(run: Callable, q: jax.Array, *arrays: jax.Array, along_sequence: i
                     f"axis {axis} of every input must divide over the {shards} shards of q "
                     f"({sharding.spec}), got an input of shape {tuple(x.shape)}"
                 )
-    q, *arrays = (jax.sharding.reshard(x, jax.NamedSharding(mesh, lead)) for x in (q, *arrays))
-    results = jax.shard_map(run, mesh=mesh, in_specs=lead, out_specs=lead)(q, *arrays)
+    inputs = [jax.sharding.reshard(x, jax.NamedSharding(mesh, lead)) for x in (q, *arrays)]
+    results = jax.shard_map(run, mesh=mesh, in_specs=lead, out_specs=lead)(*inputs)
     if whole == 2 or spec[2] is None:
         return results
     back = jax.NamedSharding(mesh, PartitionSpec(*spec[:3]))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from psa_jax._arrays import describe
+from psa_jax._arrays import check_inputs
 from psa_jax._sharding import per_shard, shared_out_like, vary_alike
 from psa_jax._switches import numpy_rules
 from psa_jax.attention import IMPLEMENTATIONS, sparse_attention
@@ -23,6 +23,12 @@ from shared_specs.config import PSAConfig
 from shared_specs.geometry import cdiv
 from shared_specs.selection import candidate_blocks
 from shared_specs.video import Phases, is_cross_attention, require_step
+
+KEPT = ("query_order", "query_inverse", "key_order", "key_inverse", "levels")
+"""Names of what later steps use again."""
+
+NOT_CALLED = -1.0
+"""Stands in the density record of a step that has not been computed."""
 
 
 class Run(NamedTuple):
@@ -150,7 +156,7 @@ class VideoCall(NamedTuple):
         checks.check_flag("cross_attention", cross_attention)
         checks.check_flag("return_lse", return_lse)
         checks.check_implementation(implementation, IMPLEMENTATIONS)
-        checks.check_qkv(describe("q", q), describe("k", k), describe("v", v))
+        check_inputs(q, k, v)
         check_branch(branch)
         step = _checked_step(step)
         order = None
@@ -179,6 +185,8 @@ class VideoCall(NamedTuple):
 
     def centroids(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the centroids of what the order clusters, by 'query' and 'key'."""
+        if self.order is None:
+            return {}
         sides = ("query", self.q, self.order.query_centroids), (
             "key", self.k, self.order.key_centroids
         )  # fmt: skip
@@ -188,7 +196,7 @@ class VideoCall(NamedTuple):
 
     def kept(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what later steps use again, by name; orders with what undoes them."""
-        if self.refresh_every == 1:
+        if self.refresh_every == 1 or self.order is None:
             return {}
         (batch, heads, length, _), (_, kv_heads, kv_length, _) = self.q.shape, self.k.shape
         found = {}
@@ -230,7 +238,7 @@ class VideoCall(NamedTuple):
         if memory is not None:
             # A warm-up step opens a run: whatever was chosen before it is another video's.
             memory = memory.reset(warming_up)
-        return Called(tuple(results), density.mean(0), warming_up, memory)
+        return Called(tuple(results), density.sum(0) / max(1, q.shape[0]), warming_up, memory)
 
     def _works(self) -> tuple[list[Callable], list[int]]:
         """What steps do, dense warm-up and then a phase each, and the step each begins with."""
@@ -349,6 +357,57 @@ def _densities(levels: Array, q_len: int, kv_len: int, config: PSAConfig) -> Arr
     return cost / max(1, candidates)
 
 
+Memory = dict[str, Array]
+"""What one branch of a layer remembers, by name: `centroids_step`, and where something is clustered
+`start_is_warm`, `query_start`, `query_centroids`, `key_start` and `key_centroids` (a `Run`); and
+`density [record_steps, H]`; with `refresh_every` also `chosen_at` and what is in `KEPT`."""
+
+
+def new_memory(call: VideoCall, record_steps: int) -> Memory:
+    """The memory of a branch before its first call."""
+    sides = call.centroids()
+    memory = _with_run({}, Run.new(tuple(sides.values()), call.kept()), tuple(sides))
+    if record_steps:
+        shape = (record_steps, call.q.shape[1])
+        memory["density"] = jnp.full(shape, NOT_CALLED, jnp.float32)
+    return memory
+
+
+def call_with(call: VideoCall, memory: Memory | None) -> tuple[Called, Memory | None]:
+    """Compute the call, and what its branch remembers then.
+
+    Args:
+        memory: what the branch remembers, or None: k-means starts cold.
+    """
+    if memory is None or not call.is_remembered:
+        return call.run(None), None
+    sides = tuple(name for name in ("query", "key") if f"{name}_centroids" in memory)
+    start, last = (
+        tuple(memory[f"{name}_{kind}"] for name in sides) for kind in ("start", "centroids")
+    )
+    is_warm = memory["start_is_warm"] if sides else jnp.bool_(False)
+    step = memory["centroids_step"]
+    kept = {name: memory[name] for name in KEPT if name in memory}
+    # A warm-up step of another branch ends this one's run by its step alone.
+    chosen_at = jnp.where(step < 0, step, memory["chosen_at"]) if kept else step
+    called = call.run(Run(step, chosen_at, is_warm, start, last, kept))
+    memory = _with_run(memory, called.run, sides)
+    if "density" in memory:
+        density = memory["density"].at[call.step].set(called.density, mode="drop")
+        memory["density"] = density
+    return called, memory
+
+
+def _with_run(memory: Memory, run: Run, sides: tuple[str, ...]) -> Memory:
+    memory = {**memory, "centroids_step": run.step, **run.kept}
+    if run.kept:
+        memory["chosen_at"] = run.chosen_at
+    for name, start, last in zip(sides, run.start, run.last, strict=True):
+        memory["start_is_warm"] = run.is_warm
+        memory[f"{name}_start"], memory[f"{name}_centroids"] = start, last
+    return memory
+
+
 def check_branch(branch: Any) -> None:
     """A branch is a string.
 
@@ -377,7 +436,7 @@ def _checked_step(step: Any) -> int | Array | None:
 
 def _dense(q, k, v, config, causal, return_lse) -> tuple[Array, ...]:
     """Dense attention, which is attention with every block at level 1."""
-    rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+    rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
     attended = sparse_attention(
         q,
         k,

@@ -46,14 +46,15 @@ def budget_levels(
     fixed = forced.astype(jnp.int32) * block_n
 
     def cost_and_level(lam):
-        best = cost = level = None
-        for name, price, column in choices:
+        def total_of(price: int, column: int):
             total = lam * price + (integers[..., column] if column >= 0 else 0)
-            total = jnp.broadcast_to(total, defects.shape[:-1])
-            if best is None:
-                best = total
-                cost, level = jnp.full_like(total, price), jnp.full_like(total, name)
-                continue
+            return jnp.broadcast_to(total, defects.shape[:-1])
+
+        (name, price, column), *others = choices
+        best = total_of(price, column)
+        cost, level = jnp.full_like(best, price), jnp.full_like(best, name)
+        for name, price, column in others:
+            total = total_of(price, column)
             finer = total < best  # of equals the coarsest, which stands first
             best = jnp.where(finer, total, best)
             cost, level = jnp.where(finer, price, cost), jnp.where(finer, name, level)

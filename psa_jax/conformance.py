@@ -81,7 +81,7 @@ class JaxAdapter(Adapter):
             grads = pull((self._array(dout, dtype), self._array(dlse, str(answer[1].dtype))))
         return tuple(np.asarray(x, np.float64) for x in grads)
 
-    def order(self, method, grid, tile):
+    def order(self, method, grid: Any, tile: Any):
         made = order.gilbert_order(grid) if method == "Gilbert" else order.sta_order(grid, tile)
         return np.asarray(made)
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
 from psa_jax._arrays import describe
+from psa_jax._types import ModuleArguments, Overrides
 from psa_jax.functional import psa_attention, resolve_config
 from shared_specs.checks import check_flag
 from shared_specs.config import PSAConfig
@@ -26,6 +27,61 @@ class PSAAttention(nn.Module):
     def setup(self) -> None:
         resolve_config(self.config, {})
 
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: Literal[False] = False,
+        return_levels: Literal[False] = False,
+        **arguments: Unpack[ModuleArguments],
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: Literal[True],
+        return_levels: Literal[True],
+        **arguments: Unpack[ModuleArguments],
+    ) -> tuple[Array, Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: Literal[True],
+        return_levels: Literal[False] = False,
+        **arguments: Unpack[ModuleArguments],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: Literal[False] = False,
+        return_levels: Literal[True],
+        **arguments: Unpack[ModuleArguments],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: bool = False,
+        return_levels: bool = False,
+        **arguments: Unpack[ModuleArguments],
+    ) -> Array | tuple[Array, ...]: ...
     def __call__(
         self,
         q: Array,
@@ -51,7 +107,10 @@ class PSAAttention(nn.Module):
 
 
 def attention_fn(
-    config: PSAConfig | None = None, *, implementation: str | None = None, **overrides
+    config: PSAConfig | None = None,
+    *,
+    implementation: str | None = None,
+    **overrides: Unpack[Overrides],
 ) -> Callable[..., Array]:
     """A function for the `attention_fn` of Flax's own layers, linen and nnx.
 

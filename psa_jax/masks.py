@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
+# , lax
 from psa_jax._arrays import is_known
 from psa_jax._switches import numpy_rules
 from shared_specs import masks as specification
@@ -96,7 +98,7 @@ def density(levels: Array, *, candidates: Any = None, rest_share: float = 0.0) -
         A Python float, or inside `jit` a float32 scalar.
     """
     check_level_values(levels)
-    if not isinstance(levels, jax.core.Tracer):
+    if not isinstance(levels, Tracer):
         candidates = None if candidates is None else np.asarray(candidates)
         return specification.density(
             np.asarray(levels), candidates=candidates, rest_share=rest_share

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from psa_jax._sharding import vary_alike
@@ -105,7 +106,7 @@ def kmeans(
     count: int,
     *,
     centroids: Array | Resumed | None = None,
-    order: Array | None = None,
+    order: Array | np.ndarray | None = None,
 ) -> tuple[Array, Array]:
     """Labels and centroids after a fixed number of Lloyd steps (specification, section 8).
 
@@ -138,7 +139,9 @@ def kmeans(
     return lloyd(tokens, start, jnp.where(warm, WARM_STEPS, COLD_STEPS))
 
 
-def evenly_spaced_tokens(tokens: Array, count: int, order: Array | None = None) -> Array:
+def evenly_spaced_tokens(
+    tokens: Array, count: int, order: Array | np.ndarray | None = None
+) -> Array:
     """The cold centroids: float32 `[B, H, count, D]`."""
     places = evenly_spaced(tokens.shape[2], count)
     return tokens[:, :, places if order is None else order[places]].astype(jnp.float32)
@@ -148,7 +151,7 @@ def lloyd(tokens: Array, centroids: Array, steps: int | Array) -> tuple[Array, A
     """Labels and centroids after `steps` Lloyd steps; `steps` may be a traced scalar."""
     b, h, n, _ = tokens.shape
     count = centroids.shape[2]
-    chunk = min(n, max(1, DISTANCE_ELEMENTS // (b * h * count)))
+    chunk = min(n, max(1, DISTANCE_ELEMENTS // max(1, b * h * count)))
     return _lloyd(tokens, centroids, steps, chunk=chunk)
 
 

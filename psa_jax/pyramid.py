@@ -97,7 +97,7 @@ def unpool(rows: Array, kv_len: int, block_n: int) -> Array:
         `[B, Hk, Lk, D]`, float32 (float64 for float64).
     """
     padded, dtype = padded_length(kv_len, block_n), accumulator(rows.dtype)
-    total = 0
+    total = jnp.zeros((), dtype)
     for level in LEVELS:
         start, groups = level_start(kv_len, block_n, level), padded // level
         share = rows[..., start : start + groups, :].astype(dtype)

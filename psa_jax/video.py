@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, Unpack, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from psa_jax._video_call import Called, Run, VideoCall
+from psa_jax._types import VideoArguments
+from psa_jax._video_call import NOT_CALLED, VideoCall, call_with, new_memory
 from shared_specs import checks, presets
 from shared_specs.config import PSAConfig
 from shared_specs.records import DensityRecord, DensityRecords
 
 STATE = "psa"
 """The Flax variable collection that holds centroids and density records."""
-
-KEPT = ("query_order", "query_inverse", "key_order", "key_inverse", "levels")
-"""Names of the variables that hold what later steps use again."""
-
-NOT_CALLED = -1.0
-"""Stands in the density record of a step that has not been computed."""
 
 
 class PSAVideoAttention(nn.Module):
@@ -72,6 +67,36 @@ class PSAVideoAttention(nn.Module):
         config = found.config_for(video_size)
         return cls(config=config, warmup_steps=found.warmup_steps, **arguments)
 
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: Literal[False] = False,
+        **arguments: Unpack[VideoArguments],
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: Literal[True],
+        **arguments: Unpack[VideoArguments],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        return_lse: bool,
+        **arguments: Unpack[VideoArguments],
+    ) -> Array | tuple[Array, ...]: ...
     @nn.compact
     def __call__(
         self,
@@ -84,7 +109,7 @@ class PSAVideoAttention(nn.Module):
         cross_attention: bool = False,
         return_lse: bool = False,
         implementation: str | None = None,
-    ) -> Array | tuple[Array, Array]:
+    ) -> Array | tuple[Array, ...]:
         """Attention over text and video tokens, in the order that they come in.
 
         Dense where the model needs it: in the warm-up steps, and for cross-attention, which is
@@ -126,71 +151,31 @@ class PSAVideoAttention(nn.Module):
             return_lse=return_lse,
             implementation=implementation,
         )
-        memory = self._memory(call, branch) if call.is_remembered else None
-        called = call.run(None if memory is None else _stored_run(memory))
+        variables = self._variables(call, branch) if call.is_remembered else None
+        memory = None
+        if variables is not None:
+            memory = {name: variable.value for name, variable in variables.items()}
+        called, memory = call_with(call, memory)
         if memory is not None and self.is_mutable_collection(STATE) and not self.is_initializing():
-            self._remember(memory, called, call.step)
+            # What other branches clustered before a warm-up step is another video's too.
+            for name in self.variables[STATE]:
+                if name.partition("[")[0] == "centroids_step":
+                    other = self.get_variable(STATE, name)
+                    self.put_variable(STATE, name, jnp.where(called.warming_up, -1, other))
+            for name, variable in variables.items():
+                variable.value = memory[name]
         return called.output
 
-    def _memory(self, call: VideoCall, branch: str) -> dict[str, nn.Variable] | None:
+    def _variables(self, call: VideoCall, branch: str) -> dict[str, nn.Variable] | None:
         """The variables of this layer and branch; None where the caller carries none."""
         suffix = f"[{branch}]" if branch else ""
         step = "centroids_step" + suffix
         if not (self.is_mutable_collection(STATE) or self.has_variable(STATE, step)):
             return None
-        new = Run.new(tuple(call.centroids().values()), call.kept())
-        values = {"centroids_step": new.step}
-        if new.kept:
-            values |= {"chosen_at": new.chosen_at, **new.kept}
-        for place, name in enumerate(call.centroids()):
-            values["start_is_warm"] = new.is_warm
-            values[f"{name}_start"] = new.start[place]
-            values[f"{name}_centroids"] = new.last[place]
-        if self.record_steps:
-            values["density"] = jnp.full(
-                (self.record_steps, call.q.shape[1]), NOT_CALLED, jnp.float32
-            )
         return {
             name: self.variable(STATE, name + suffix, lambda value=value: value)
-            for name, value in values.items()
+            for name, value in new_memory(call, self.record_steps).items()
         }
-
-    def _remember(self, memory: dict[str, nn.Variable], called: Called, step: int | Array) -> None:
-        run = called.run
-        # What other branches clustered before a warm-up step is another video's too.
-        for name in self.variables[STATE]:
-            if name.startswith("centroids_step["):
-                other = self.get_variable(STATE, name)
-                self.put_variable(STATE, name, jnp.where(called.warming_up, -1, other))
-        memory["centroids_step"].value = run.step
-        if run.kept:
-            for name, value in {"chosen_at": run.chosen_at, **run.kept}.items():
-                memory[name].value = value
-        if "start_is_warm" in memory:
-            memory["start_is_warm"].value = run.is_warm
-        for place, name in enumerate(_clustered(memory)):
-            memory[f"{name}_start"].value = run.start[place]
-            memory[f"{name}_centroids"].value = run.last[place]
-        if self.record_steps:
-            rows = memory["density"].value
-            memory["density"].value = rows.at[step].set(called.density, mode="drop")
-
-
-def _clustered(memory: Mapping[str, Any]) -> list[str]:
-    return [name for name in ("query", "key") if f"{name}_centroids" in memory]
-
-
-def _stored_run(memory: Mapping[str, nn.Variable]) -> Run:
-    sides = _clustered(memory)
-    is_warm = memory["start_is_warm"].value if sides else jnp.bool_(False)
-    start, last = (
-        tuple(memory[f"{name}_{kind}"].value for name in sides) for kind in ("start", "centroids")
-    )
-    step = memory["centroids_step"].value
-    kept = {name: memory[name].value for name in KEPT if name in memory}
-    # A warm-up step of another branch ends this one's run by its step alone.
-    chosen_at = jnp.where(step < 0, step, memory["chosen_at"].value) if kept else step
-    return Run(step, chosen_at, is_warm, start, last, kept)
 
 
 def density_records(variables: Mapping[str, Any]) -> DensityRecords:
@@ -203,10 +188,19 @@ def density_records(variables: Mapping[str, Any]) -> DensityRecords:
         One record per layer, step and head, by step; a layer is named by its path in the model,
         joined by dots, and numbered where `nn.scan` or `nn.vmap` stacked several.
     """
-    layers = sorted(_densities(variables.get(STATE, {}), ()), key=lambda item: _natural(item[0]))
+    return records_of(_densities(variables.get(STATE, {}), ()))
+
+
+def records_of(layers: Iterable[tuple[str, np.ndarray]]) -> DensityRecords:
+    """Records of layers by name, `[..., record_steps, H]` each, by step."""
+    layers = [
+        (".".join((*((name,) if name else ()), *map(str, place))), density[place])
+        for name, density in layers
+        for place in np.ndindex(density.shape[:-2])
+    ]
     rows = [
         DensityRecord(layer, step, head, float(value))
-        for layer, density in layers
+        for layer, density in sorted(layers, key=lambda item: _natural(item[0]))
         for step, heads in enumerate(density)
         for head, value in enumerate(heads)
         if value != NOT_CALLED
@@ -219,9 +213,7 @@ def _densities(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple
         if isinstance(value, Mapping):
             yield from _densities(value, (*path, name))
         elif name == "density" or name.startswith("density["):  # of a branch
-            density = np.asarray(value)
-            for place in np.ndindex(density.shape[:-2]):
-                yield ".".join((*path, *map(str, place))), density[place]
+            yield ".".join(path), np.asarray(value)
 
 
 def _natural(name: str) -> list:

@@ -46,7 +46,8 @@ def checked_inputs(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         require_tensor(name, x)
-    tensors = autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
+    tensors = q, k, v
     # Kept where sizes are plain numbers and no compiler looks on: they took a tenth of a call.
     check = _checked_sizes if is_eager(*tensors) else _checked_sizes.__wrapped__
     return Inputs(tensors, check(*((x.shape, x.dtype, x.device) for x in tensors)))
@@ -60,7 +61,8 @@ def _checked_sizes(*facts: tuple) -> tuple[Described, Described, Described]:
     # A batch of nothing is as good as any other if the rest fits.
     empty = all(len(x.shape) == 4 and x.shape[0] == 0 for x in sizes)
     check_qkv(*(x._replace(shape=(1, *x.shape[1:])) if empty else x for x in sizes))
-    return sizes
+    q, k, v = sizes
+    return q, k, v
 
 
 def levels_form(levels: Tensor, inputs: Inputs, *, block_m: int, block_n: int) -> str:

@@ -7,7 +7,8 @@ and so does what is computed from it.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +18,7 @@ from shared_specs.config import PSAConfig, check_config
 class Settings(NamedTuple):
     """The fields of a configuration that a call reads itself, and the whole of it as text.
 
-    Stands in for a `PSAConfig` wherever only these are needed.
+    A `shared_specs.config_types.CallConfig`, as a `PSAConfig` is.
     """
 
     block_m: int
@@ -40,7 +41,7 @@ class Settings(NamedTuple):
         return self.json
 
 
-def settings_of(config: PSAConfig | None, overrides: dict) -> Settings:
+def settings_of(config: PSAConfig | None, overrides: Mapping[str, Any]) -> Settings:
     """Settings of `config` (the default one if None) with `overrides` in place.
 
     Raises:

@@ -19,9 +19,12 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class _Recording(threading.local):
     """Attributes:
     recorder: the mode of this thread that writes launches down (`_triton.recording`), or None.
+    is_far: whether they are for memory that may lie anywhere, so that nothing may depend on how far
+        one piece is from another.
     """
 
     recorder: Any = None
+    is_far: bool = False
 
 
 recording = _Recording()
@@ -45,7 +48,7 @@ def is_eager(*tensors: Any) -> bool:
     )
 
 
-def eager(operator: torch.library.CustomOpDef) -> Callable:
+def eager(operator: Any) -> Callable:
     """`operator`, or in an eager call the function it was made of.
 
     For operators without a gradient: nobody else asks whether one is wanted.

@@ -19,6 +19,7 @@ from psa_torch._config import Settings, parse_config
 from psa_torch._vmap import fold
 from psa_torch.functional import choose_levels
 from psa_torch.order import Centroids, Permutation, TokenOrder
+from shared_specs.geometry import cdiv
 from shared_specs.video import Phases
 
 _layers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
@@ -158,11 +159,14 @@ def remembered_order(
     """
     run, keeps = _run_of(handle, step, branch)
     if not run.chooses:
-        return run.take(f"order {side}", tuple(tokens.shape[:3]))
+        order, inverse = run.take(f"order {side}", tuple(tokens.shape[:3]))
+        return order, inverse
     order = TokenOrder.from_config(parse_config(config), tokens.shape[2], tokens.shape[2])
     count = order.query_centroids if side == "queries" else order.key_centroids
+    assert count is not None  # only sides with clusters come here
     permutation, centroids = order._clustered(tokens, count, run.start.get(side))
     if not is_recomputation():
+        assert centroids is not None
         run.last[side] = centroids
         if keeps:
             run.kept[f"order {side}"] = tuple(x.clone() for x in permutation)
@@ -197,7 +201,7 @@ def remembered_levels(
 
 
 def _levels_shape(q: Tensor, k: Tensor, config) -> tuple[int, ...]:
-    rows, columns = -(-q.shape[2] // config.block_m), -(-k.shape[2] // config.block_n)
+    rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
     return (*q.shape[:2], rows, columns)
 
 

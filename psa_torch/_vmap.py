@@ -1,12 +1,12 @@
 """`torch.vmap` over the custom operators: the mapped axis joins the batch axis."""
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor
 
 
-def register_batch_rule(operator: torch.library.CustomOpDef) -> None:
+def register_batch_rule(operator: Any) -> None:
     """Let `operator` run under vmap by folding the mapped axis into axis 0 of every tensor.
 
     Right for operators that treat the entries of axis 0 of all their tensors independently.

@@ -44,14 +44,15 @@ def budget_levels(
     fixed = forced.int() * block_n
 
     def cost_and_level(lam):
-        best = cost = level = None
-        for name, price, column in choices:
+        def total_of(price: int, column: int):
             total = lam * price + (integers[..., column] if column >= 0 else 0)
-            total = total.expand(defects.shape[:-1])
-            if best is None:
-                best = total
-                cost, level = torch.full_like(total, price), torch.full_like(total, name)
-                continue
+            return total.expand(defects.shape[:-1])
+
+        (name, price, column), *others = choices
+        best = total_of(price, column)
+        cost, level = torch.full_like(best, price), torch.full_like(best, name)
+        for name, price, column in others:
+            total = total_of(price, column)
             finer = total < best  # of equals the coarsest, which stands first
             best = torch.where(finer, total, best)
             cost, level = torch.where(finer, price, cost), torch.where(finer, name, level)

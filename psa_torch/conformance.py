@@ -78,7 +78,7 @@ class TorchAdapter(Adapter):
         found = torch.autograd.grad(heads, (q, k, v), grads)
         return tuple(x.double().cpu().numpy() for x in found)
 
-    def order(self, method, grid, tile):
+    def order(self, method, grid: Any, tile: Any):
         made = order.gilbert_order(grid) if method == "Gilbert" else order.sta_order(grid, tile)
         return np.asarray(made)
 

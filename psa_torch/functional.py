@@ -1,12 +1,13 @@
 """Pyramid sparse attention as a function: from q, k and v to the output."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from psa_torch._checks import absorb_scale, checked_inputs, levels_form, require_tensor
-from psa_torch._config import Settings, settings_of
+from psa_torch._config import settings_of
+from psa_torch._types import CallArguments, Overrides
 from psa_torch.attention import IMPLEMENTATIONS, attend, choose
 from psa_torch.attention.whole import choose_and_attend
 from psa_torch.importance import block_scores
@@ -17,9 +18,60 @@ from psa_torch.similarity import similarity_cap
 from shared_specs import checks
 from shared_specs.budget import check_costs
 from shared_specs.config import PSAConfig
+from shared_specs.config_types import CallConfig
 from shared_specs.geometry import cdiv
 
 
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_levels: Literal[False] = False,
+    **arguments: Unpack[CallArguments],
+) -> Tensor: ...
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_levels: Literal[True],
+    **arguments: Unpack[CallArguments],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_levels: Literal[False] = False,
+    **arguments: Unpack[CallArguments],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_levels: Literal[True],
+    **arguments: Unpack[CallArguments],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = False,
+    return_levels: bool = False,
+    **arguments: Unpack[CallArguments],
+) -> Tensor | tuple[Tensor, ...]: ...
 def psa_attention(
     q: Tensor,
     k: Tensor,
@@ -30,10 +82,10 @@ def psa_attention(
     return_lse: bool = False,
     return_levels: bool = False,
     implementation: str | None = None,
-    attn_mask: None = None,
+    attn_mask: Tensor | None = None,
     dropout_p: float = 0,  # a float would be a symbol, and analysed twice, under dynamic shapes
     is_causal: bool = False,
-    **overrides,
+    **overrides: Unpack[Overrides],
 ) -> Tensor | tuple[Tensor, ...]:
     """Pyramid sparse attention: choose a level for every block, attend over pooled keys.
 
@@ -87,10 +139,17 @@ def psa_attention(
     order = TokenOrder.from_config(settings, q.shape[2], k.shape[2])
     q, k, v, state = order.apply(q, k, v)
     if levels is None:
-        out, lse, *chosen = choose_and_attend(
-            choose_levels, q, k, v, settings, implementation, keep_scores=return_levels
+        out, lse, listed, scores = choose_and_attend(
+            choose_levels,
+            q,
+            k,
+            v,
+            settings,
+            implementation,
+            keep_lse=return_lse,
+            keep_choice=return_levels,
         )
-        chosen = Chosen(*chosen)
+        chosen = Chosen(listed, scores)
     else:
         dense = from_segments(levels) if form == "segments" else levels.detach()
         chosen = Chosen(dense, None)
@@ -104,6 +163,7 @@ def psa_attention(
             is_causal=settings.causal,
             rest=settings.rest,
             implementation=implementation,
+            keep_lse=return_lse,
         )
     results = [order.undo(out, state)]
     if return_lse:
@@ -146,7 +206,7 @@ class Chosen(NamedTuple):
     scores: Tensor | None
 
 
-def choose_levels(q: Tensor, k: Tensor, config: PSAConfig | Settings) -> Chosen:
+def choose_levels(q: Tensor, k: Tensor, config: CallConfig) -> Chosen:
     """Scores and levels of q and k as they stand, in whatever order their tokens are.
 
     Every room detaches what it gets, so no gradient flows through the choice.
@@ -164,7 +224,7 @@ def choose_levels(q: Tensor, k: Tensor, config: PSAConfig | Settings) -> Chosen:
     return Chosen(levels, scores[..., 3] if is_budget else scores)
 
 
-def serial_levels(chosen: Chosen, config: PSAConfig | Settings) -> Tensor:
+def serial_levels(chosen: Chosen, config: CallConfig) -> Tensor:
     """Levels in the form that `config.attn_impl` names, int32."""
     if config.attn_impl == "old_mask_type":
         return chosen.levels.int()

@@ -18,6 +18,7 @@ from psa_torch._vmap import register_batch_rule
 from psa_torch.defect import defect_scores
 from psa_torch.pyramid import accumulator, group_means
 from shared_specs.config import PSAConfig
+from shared_specs.config_types import CallConfig
 from shared_specs.geometry import cdiv
 from shared_specs.sampling import SamplePlan
 
@@ -25,7 +26,7 @@ CHUNK_ELEMENTS = 1 << 22
 """Logits held at one time; the estimate never holds them all."""
 
 
-def block_scores(q: Tensor, k: Tensor, config: PSAConfig) -> Tensor:
+def block_scores(q: Tensor, k: Tensor, config: CallConfig) -> Tensor:
     """Scores of every (query block, key block) pair by `config.importance`.
 
     Args:

@@ -1,9 +1,11 @@
 """Pyramid sparse attention as a module."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from psa_torch._types import AttentionCall
 from psa_torch.functional import psa_attention
 from shared_specs.config import PSAConfig, check_config
 
@@ -22,6 +24,9 @@ class PSAAttention(nn.Module):
         >>> heads = [Shard(1)]
         >>> attend = local_map(PSAAttention(), out_placements=heads, in_placements=(heads,) * 3)
     """
+
+    if TYPE_CHECKING:  # what `nn.Module` makes of `forward` has no type
+        __call__: AttentionCall
 
     def __init__(self, config: PSAConfig | None = None) -> None:
         super().__init__()

@@ -50,6 +50,7 @@ class TokenOrder(TokenOrderBase):
     """Moves tensors q, k and v into an order, and the output back."""
 
     def _fixed(self, like: Tensor) -> Permutation:
+        assert self.method is not None and self.grid is not None  # else nothing moves
         method, grid, tile = self.method, list(self.grid), list(self.tile)
         return Permutation(
             *_fixed_order(
@@ -59,7 +60,7 @@ class TokenOrder(TokenOrderBase):
 
     def _clustered(
         self, tokens: Tensor, count: int, warm: Tensor | None
-    ) -> tuple[Permutation, Tensor]:
+    ) -> tuple[Permutation, Tensor | None]:
         curve = self._curve(tokens)
         labels, centroids = self._labels(tokens[..., self.video, :], count, warm, curve)
         return self.by_cluster(labels), centroids
@@ -86,7 +87,7 @@ class TokenOrder(TokenOrderBase):
         self, q: Tensor, k: Tensor, v: Tensor, state: OrderState
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v in an order that was chosen before, by `apply` or `choose` of other tokens."""
-        if state.queries is None or is_transformed():
+        if state.queries is None or state.keys is None or is_transformed():
             return super().move(q, k, v, state)
         return _move(q, k, v, *state.queries, *state.keys)
 
@@ -161,7 +162,8 @@ def _move(
     if use_kernels(q):
         from psa_torch.kernels import move
 
-        return tuple(move.move(q, k, v, q_order, kv_order))
+        q, k, v = move.move(q, k, v, q_order, kv_order)
+        return q, k, v
     return _gather(q, q_order), _gather(k, kv_order), _gather(v, kv_order)
 
 
@@ -249,7 +251,8 @@ def _fixed_order(
 
     An op of its own so that a compiled graph neither traces the NumPy code nor holds the arrays.
     """
-    plan = TokenOrder(method, length, tuple(grid), tuple(tile), text_length, text_position)
+    (depth, height, width), (t, h, w) = grid, tile
+    plan = TokenOrder(method, length, (depth, height, width), (t, h, w), text_length, text_position)
     order, inverse = _fixed_on(plan, like.device)
     return order.clone(), inverse.clone()  # an op's outputs are its caller's to overwrite
 

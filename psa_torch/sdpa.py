@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from psa_torch._checks import require_tensor
+from psa_torch._types import Overrides
 from psa_torch.functional import psa_attention
 from shared_specs import checks
 from shared_specs.config import PSAConfig
@@ -45,7 +46,7 @@ def scaled_dot_product_attention(
         require_tensor(name, x)
     checks.check_flag("is_causal", is_causal)
     checks.check_flag("enable_gqa", enable_gqa)
-    overrides = {} if scale is None else {"scale": scale}
+    overrides: Overrides = {} if scale is None else {"scale": scale}
     if query.ndim == key.ndim == 4:
         if not enable_gqa and query.shape[1] != key.shape[1]:
             raise ValueError(

@@ -12,12 +12,13 @@ from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
 from psa_torch.budget import budget_levels
 from shared_specs.config import PSAConfig
+from shared_specs.config_types import CallConfig
 from shared_specs.selection import check_scores
 
 
 def select_levels(
     scores: Tensor,
-    config: PSAConfig,
+    config: CallConfig,
     *,
     q_len: int,
     kv_len: int,

@@ -7,13 +7,13 @@ from psa_torch._config import parse_config
 from psa_torch._dispatch import repeated, use_kernels
 from psa_torch._eager import eager
 from psa_torch._vmap import register_batch_rule
-from shared_specs.config import PSAConfig
+from shared_specs.config_types import CallConfig
 from shared_specs.geometry import cdiv
 
 MIN_NORM_PRODUCT = 1e-12
 
 
-def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
+def similarity_cap(k: Tensor, config: CallConfig) -> Tensor:
     """Largest level at which a key block's neighbours are still alike.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from psa_torch._checks import checked_inputs
 from psa_torch._config import parse_config, settings_of
 from psa_torch._transforms import is_forward_mode
+from psa_torch._types import VideoCall
 from psa_torch._video_memory import (
     RememberingOrder,
     Run,
@@ -140,6 +141,9 @@ class PSAVideoAttention(nn.Module):
     each other, and a checkpoint that runs one again in the backward pass gets what it got before.
     A step that keeps order and levels uses those of the latest call of the step that chose them.
     """
+
+    if TYPE_CHECKING:  # what `nn.Module` makes of `forward` has no type
+        __call__: VideoCall
 
     def __init__(
         self,
@@ -349,12 +353,12 @@ def head_density(levels: Tensor, q_len: int, kv_len: int, config: PSAConfig) -> 
 
 @torch.library.custom_op("psa::head_density", mutates_args=())
 def _head_density(levels: Tensor, q_len: int, kv_len: int, config: str) -> Tensor:
-    config = parse_config(config)
-    candidates = int(candidate_blocks(q_len, kv_len, config).sum()) * levels.shape[0]
+    settings = parse_config(config)
+    candidates = int(candidate_blocks(q_len, kv_len, settings).sum()) * levels.shape[0]
     listed = levels > 0
     cost = (listed / levels.clamp(min=1).float()).sum((0, 2, 3))
-    if config.is_rest_mean:
-        cost += (candidates - listed.sum((0, 2, 3))) * config.rest_share
+    if settings.is_rest_mean:
+        cost += (candidates - listed.sum((0, 2, 3))) * settings.rest_share
     return cost / max(1, candidates)
 
 

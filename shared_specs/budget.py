@@ -126,13 +126,15 @@ def budget_levels(
     limit = cost_limits(candidate.sum(-1), candidate.shape[-1], block_n, budget, per_row=per_row)
 
     def cost_and_level(lam):
-        best = cost = level = None
-        for name, price, column in choices:
+        def total_of(price: int, column: int):
             u = integers[..., column] if column >= 0 else np.zeros(integers.shape[:-1], np.int64)
-            total = u + lam * price
-            if best is None:
-                best, cost, level = total, np.full_like(u, price), np.full_like(u, name)
-                continue
+            return u + lam * price
+
+        (name, price, column), *others = choices
+        best = total_of(price, column)
+        cost, level = np.full_like(best, price), np.full_like(best, name)
+        for name, price, column in others:
+            total = total_of(price, column)
             finer = total < best  # of equals the coarsest, which stands first
             best = np.where(finer, total, best)
             cost, level = np.where(finer, price, cost), np.where(finer, name, level)

@@ -295,7 +295,7 @@ class PSAConfig:
 
     def to_json(self) -> str:
         """One JSON object with every field."""
-        return self._json
+        return self._json  # pyright: ignore[reportAttributeAccessIssue]  # set, but no field
 
     @classmethod
     def from_json(cls, text: str | bytes) -> PSAConfig:
@@ -413,7 +413,8 @@ def _mask_ratios(ratios: Any) -> MaskRatios:
             raise ValueError(f"mask_ratios names level {level} twice")
         if isinstance(bounds, (str, bytes)) or not hasattr(bounds, "__len__") or len(bounds) != 2:
             raise TypeError(f"mask_ratios[{level}] must be (start, end), got {bounds!r}")
-        clean[level] = tuple(_number(f"mask_ratios[{level}]", bound) for bound in bounds)
+        start, end = (_number(f"mask_ratios[{level}]", bound) for bound in bounds)
+        clean[level] = start, end
     last = 0.0
     for level, end in _taken_order(clean):
         start = clean[level][0]

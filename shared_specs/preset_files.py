@@ -25,7 +25,7 @@ class Divisors:
 
 
 def _folder():
-    return resources.files(__package__) / "presets"  # also where the package has another name
+    return resources.files(__package__ or "") / "presets"  # also where the package has another name
 
 
 @lru_cache(maxsize=1)

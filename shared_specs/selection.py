@@ -9,6 +9,7 @@ import numpy as np
 from shared_specs.budget import budget_levels, check_costs
 from shared_specs.checks import INTEGER_DTYPES, Described
 from shared_specs.config import PSAConfig
+from shared_specs.config_types import CallConfig
 from shared_specs.geometry import cdiv
 
 
@@ -83,7 +84,7 @@ def select_levels(
 
 
 def check_scores(
-    scores: Described, cap: Described | None, config: PSAConfig, q_len: int, kv_len: int
+    scores: Described, cap: Described | None, config: CallConfig, q_len: int, kv_len: int
 ) -> None:
     """Refuse scores, or a cap, that selection does not take, before any work.
 
@@ -240,7 +241,7 @@ def text_blocks(q_len: int, kv_len: int, config: PSAConfig) -> tuple[np.ndarray,
 def _any_in_block(flags: np.ndarray, block: int) -> np.ndarray:
     padded = np.zeros(cdiv(len(flags), block) * block, bool)
     padded[: len(flags)] = flags
-    return padded.reshape(-1, block).any(-1)
+    return np.any(padded.reshape(-1, block), -1)
 
 
 def _row_positions(q_len: int, kv_len: int, config: PSAConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -1,23 +1,56 @@
 """Attention over a pyramid at given levels (specification, section 4)."""
 
 import functools
+from typing import Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from psa_jax._arrays import absorb_scale, describe, is_array
+from psa_jax._arrays import absorb_scale, check_inputs, describe, is_array
 from psa_jax._sharding import per_shard, vary_alike
 from psa_jax._switches import numpy_rules
-from psa_jax.attention.differentiable import Call, attention, attention_with_lse
+from psa_jax._types import SparseArguments
+from psa_jax.attention.differentiable import Call, attention
 from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
 from psa_jax.masks import check_levels_of_form, from_segments
+from psa_jax.pyramid import accumulator
 from shared_specs import checks
 from shared_specs.config import resolve_scale
 
 __all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
 
 
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    *,
+    return_lse: Literal[False] = False,
+    **arguments: Unpack[SparseArguments],
+) -> Array: ...
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    *,
+    return_lse: Literal[True],
+    **arguments: Unpack[SparseArguments],
+) -> tuple[Array, Array]: ...
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    *,
+    return_lse: bool,
+    **arguments: Unpack[SparseArguments],
+) -> Array | tuple[Array, Array]: ...
 @numpy_rules
 def sparse_attention(
     q: Array,
@@ -35,8 +68,8 @@ def sparse_attention(
 ) -> Array | tuple[Array, Array]:
     """Attention of every query over the pooled keys that its block's levels select.
 
-    Differentiable (reverse mode, once) in q, k and v, through out and lse; levels get no
-    gradient. Works under `jit`, `vmap`, `jax.checkpoint`, `lax.scan`, `jax.export` and
+    Differentiable once in q, k and v, in forward and in reverse mode, through out and lse; levels
+    get no gradient. Works under `jit`, `vmap`, `jax.checkpoint`, `lax.scan`, `jax.export` and
     `jax.shard_map`; arrays sharded over batch and heads stay where they are (under a mesh with
     automatic axes, a kernel needs the call to be inside `jax.shard_map` for that).
 
@@ -74,17 +107,19 @@ def sparse_attention(
     checks.check_flag("return_lse", return_lse)
     checks.check_rest(rest)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    sizes = describe("q", q), describe("k", k), describe("v", v)
-    checks.check_qkv(*sizes)
-    q, scale = absorb_scale(q, scale)
+    sizes = check_inputs(q, k, v)
+    q, factor = absorb_scale(q, scale)
     form = checks.check_levels_shape(
         describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
     )
     check_levels_of_form(levels, form)
-    scale = resolve_scale(scale, q.shape[-1])
+    factor = resolve_scale(factor, q.shape[-1])
 
+    if not q.shape[0]:  # an empty batch: no implementation has to know
+        out, lse = jnp.zeros_like(q), jnp.zeros(q.shape[:3], accumulator(q.dtype))
+        return (out, lse) if return_lse else out
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
-    call = Call(name, block_m, block_n, scale, is_causal, rest)
+    call = Call(name, block_m, block_n, factor, is_causal, rest)
     run = functools.partial(_attend, call=call, form=form, return_lse=return_lse)
     levels = lax.stop_gradient(levels)
     return per_shard(run, q, k, v, levels, along_sequence=1 + return_lse)
@@ -96,4 +131,5 @@ def sparse_attention(
 def _attend(q, k, v, levels, *, call: Call, form: str, return_lse: bool):
     dense = from_segments(levels) if form == "segments" else levels.astype(jnp.int32)
     arrays = vary_alike((q, k, v, dense))
-    return (attention_with_lse if return_lse else attention)(call, *arrays)
+    out, lse = attention(call, *arrays)
+    return (out, lse) if return_lse else out

@@ -8,7 +8,7 @@ means owe is added. One pass over `[Lq, Nk]` means, `1 / block_n` of dense atten
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from psa_jax.attention.gather.heads import filled_like
 from psa_jax.attention.gather.products import product
+from psa_jax.attention.gather.tangent import Moved
 from psa_jax.pyramid import accumulator, group_counts, group_means, split_tokens
 from shared_specs.geometry import Geometry, cdiv
 
@@ -127,6 +128,47 @@ def add_gradients(
     return dq, _spread(owed.k, dk, sizes), _spread(owed.v, dv, sizes)
 
 
+def add_tangents(
+    tq: Array,
+    tk: Array,
+    tv: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    lse: Array,
+    moved: Moved,
+    **call,
+) -> Moved:
+    """The sums of forward mode over the list, plus those over the means.
+
+    Args:
+        tq, tk, tv: tangents of q, k and v.
+        lse: joined, as `add_means` returned it.
+        moved: what an implementation made with that lse.
+        **call: block_m, block_n, scale and is_causal.
+    """
+    sizes = _sizes(q, k, call)
+    means, t_means = _means(k, v, sizes), _means(tk, tv, sizes)
+
+    def add(chunk: _Chunk, tq, of_lse, of_out, mean):
+        weights = _weights(chunk, means, sizes)
+        t_logits = product("bhgmd,bhnd->bhgmn", tq, means.k)
+        t_logits = t_logits + product("bhgmd,bhnd->bhgmn", chunk.q, t_means.k)
+        pushed = weights * (t_logits * sizes.scale)
+
+        def weighted(weights, rows):
+            return product("bhgmn,bhnd->bhgmd", weights.astype(rows.dtype), rows)
+
+        return (
+            of_lse + pushed.sum(-1),
+            of_out + weighted(pushed, means.v) + weighted(weights, t_means.v),
+            mean + weighted(weights, means.v),
+        )
+
+    return Moved(*_by_chunk(add, sizes, q, levels, lse, tq, *moved))
+
+
 def _sizes(q: Array, k: Array, call: dict) -> _Sizes:
     (batch, heads, q_len, _), (kv_heads, kv_len) = q.shape, k.shape[1:3]
     return _Sizes(q_len, kv_len, batch=batch, heads=heads, kv_heads=kv_heads, **call)
@@ -160,7 +202,9 @@ def _weights(chunk: _Chunk, means: _Means, sizes: _Sizes) -> Array:
     return jnp.exp(_logits(chunk, means, sizes) - lse[..., None])
 
 
-def _by_chunk(join: Callable, sizes: _Sizes, q: Array, levels: Array, lse: Array, *arrays: Array):
+def _by_chunk(
+    join: Callable, sizes: _Sizes, q: Array, levels: Array, lse: Array, *arrays: Array
+) -> Any:
     """`join(chunk, *arrays of the chunk)` over all chunks, results in the layout of `q`."""
 
     def step(_, of_chunk):

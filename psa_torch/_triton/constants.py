@@ -1,8 +1,10 @@
-"""Numbers that kernels use, and those who launch them by their `.value`."""
+"""Numbers of the specification as kernels take them, and some that only kernels need."""
 
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from shared_specs import constants
+
+LOG2E = tl.constexpr(constants.LOG2E)
 """Logits are multiplied by it, so that exponentials are powers of 2."""
 
 LN2 = tl.constexpr(0.6931471805599453)

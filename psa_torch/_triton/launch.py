@@ -64,23 +64,34 @@ def repeat(function: Callable, plans: dict[tuple, Any], args: tuple, kwargs: dic
     if found is _NEVER or len(set(pieces)) < len(pieces) or _is_observed():
         return function(*args, **kwargs)
     if type(found) is Plan:
-        done, result = found.run(tensors, pieces)
+        done, result = found.run(tensors, pieces.copy())
+        if not done and found.elsewhere is None:
+            result, found.elsewhere = _record(function, tensors, args, kwargs, is_far=True)
+            return result
+        if not done and type(found.elsewhere) is Plan:
+            done, result = found.elsewhere.run(tensors, pieces)
         return result if done else function(*args, **kwargs)
     if found is None:
         if len(plans) >= MAX_CALLS:
             plans.clear()
         plans[key] = _SEEN
         return function(*args, **kwargs)
+    result, plans[key] = _record(function, tensors, args, kwargs)
+    return result
+
+
+def _record(
+    function: Callable, tensors: list[Tensor], args: tuple, kwargs: dict, *, is_far: bool = False
+) -> tuple[Any, Any]:
+    """What the call returns, and its plan or `_NEVER`."""
     recorder = Recorder(tensors)
-    recording.recorder = recorder
+    recording.recorder, recording.is_far = recorder, is_far
     try:
         with launches_of_this_thread() as made, recorder:
             result = function(*args, **kwargs)
     finally:
-        recording.recorder = None
-    plan = recorder.plan(result, len(made))
-    plans[key] = _NEVER if plan is None else plan
-    return result
+        recording.recorder, recording.is_far = None, False
+    return result, recorder.plan(result, len(made)) or _NEVER
 
 
 def _is_observed() -> bool:

@@ -23,6 +23,7 @@ from psa_torch._triton.direct import (
     stream_of,
     why_not,
 )
+from shared_specs.geometry import cdiv
 
 ALIGNMENT = 512
 """Bytes; memory that PyTorch allocates on a GPU starts at multiples of it."""
@@ -196,7 +197,7 @@ def _packed(pieces: list[_Allocation]) -> tuple[list[int], int]:
     same time may lie in the same place."""
     placed: list[tuple[int, int, _Allocation]] = []
     for piece in pieces:
-        size = -(-piece.size // ALIGNMENT) * ALIGNMENT
+        size = cdiv(piece.size, ALIGNMENT) * ALIGNMENT
         others = sorted(
             (start, end)
             for start, end, other in placed
@@ -212,7 +213,11 @@ def _packed(pieces: list[_Allocation]) -> tuple[list[int], int]:
 
 
 class Plan:
-    """The launches of a call, to be made again on other memory."""
+    """The launches of a call, to be made again on other memory.
+
+    Attributes:
+        elsewhere: what `_triton.launch` keeps for where a distance is not for a kernel.
+    """
 
     def __init__(
         self, launches: list[Launch], outputs: list[Output | None], size: int, *, is_tuple: bool
@@ -221,6 +226,7 @@ class Plan:
         self._outputs = outputs
         self._size = size
         self._is_tuple = is_tuple
+        self.elsewhere: Any = None
         distances = itertools.chain.from_iterable(launch.distances() for launch in launches)
         self._distances = list(dict.fromkeys(distances))
 

@@ -1,6 +1,6 @@
 """Rings of tiles in shared memory: some warps fill them, others empty them, nobody counts phases.
 
-Tile `t` of all that ever pass has place `t % slots`. Every turn of the ring flips the phase that
+Tile `t` of all that ever pass has place `t % stages`. Every turn of the ring flips the phase that
 its barriers wait for.
 """
 
@@ -24,16 +24,16 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def new_barriers(SLOTS: gl.constexpr):
+def new_barriers(STAGES: gl.constexpr):
     """A barrier for each place of a ring; not initialised."""
-    return gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    return gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
 
 
 @gluon.jit
 def wait_turn(barriers, t, there=True):
     """Waits until the barrier of tile `t` is complete, if the tile is `there`."""
-    SLOTS: gl.constexpr = barriers.shape[0]
-    mbarrier.wait(barriers.index(t % SLOTS), (t // SLOTS) & 1, pred=there)
+    STAGES: gl.constexpr = barriers.shape[0]
+    mbarrier.wait(barriers.index(t % STAGES), (t // STAGES) & 1, pred=there)
 
 
 @gluon.jit
@@ -45,26 +45,26 @@ def wait_full(ring, t, there=True):
 @gluon.jit
 def wait_empty(ring, t):
     """Waits until the place of tile `t` is free of the tile before."""
-    SLOTS: gl.constexpr = ring.empty.shape[0]
-    mbarrier.wait(ring.empty.index(t % SLOTS), (t // SLOTS) & 1 ^ 1)
+    STAGES: gl.constexpr = ring.empty.shape[0]
+    mbarrier.wait(ring.empty.index(t % STAGES), (t // STAGES) & 1 ^ 1)
 
 
 @gluon.jit
 def release(ring, t):
     """Says that the caller no longer needs tile `t`."""
-    SLOTS: gl.constexpr = ring.empty.shape[0]
-    mbarrier.arrive(ring.empty.index(t % SLOTS), count=1)
+    STAGES: gl.constexpr = ring.empty.shape[0]
+    mbarrier.arrive(ring.empty.index(t % STAGES), count=1)
 
 
 @gluon.jit
 def tile_of(ring, t):
     """The place of tile `t`."""
-    SLOTS: gl.constexpr = ring.full.shape[0]
-    return ring.tiles.index(t % SLOTS)
+    STAGES: gl.constexpr = ring.full.shape[0]
+    return ring.tiles.index(t % STAGES)
 
 
 @gluon.jit
-def slot_of(ring, t):
+def stage_of(ring, t):
     """Number of the place of tile `t`."""
-    SLOTS: gl.constexpr = ring.full.shape[0]
-    return t % SLOTS
+    STAGES: gl.constexpr = ring.full.shape[0]
+    return t % STAGES

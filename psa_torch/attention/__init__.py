@@ -1,9 +1,16 @@
 """Attention over a pyramid at given levels (specification, section 4)."""
 
+from typing import Literal, Unpack, overload
+
 from torch import Tensor
 
 from psa_torch._checks import absorb_scale, checked_inputs, levels_form, require_tensor
-from psa_torch.attention import flops  # noqa: F401  registers the formulas
+from psa_torch._eager import is_eager, wants_gradient
+from psa_torch._types import SparseArguments
+from psa_torch.attention import (
+    flops,  # noqa: F401  registers the formulas
+    ops,
+)
 from psa_torch.attention.functorch import attention
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
 from psa_torch.masks import from_segments
@@ -13,6 +20,36 @@ from shared_specs.config import resolve_scale
 __all__ = ["IMPLEMENTATIONS", "choose", "sparse_attention"]
 
 
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **arguments: Unpack[SparseArguments],
+) -> Tensor: ...
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    return_lse: Literal[True],
+    **arguments: Unpack[SparseArguments],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: Tensor,
+    *,
+    return_lse: bool,
+    **arguments: Unpack[SparseArguments],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -71,7 +108,7 @@ def sparse_attention(
     require_tensor("levels", levels)
     inputs = checked_inputs(q, k, v)
     q, k, v = inputs.tensors
-    q, scale = absorb_scale(q, scale)
+    q, factor = absorb_scale(q, scale)
     form = levels_form(levels, inputs, block_m=block_m, block_n=block_n)
     levels = levels.detach()
     out, lse = attend(
@@ -81,10 +118,11 @@ def sparse_attention(
         from_segments(levels) if form == "segments" else levels,
         block_m=block_m,
         block_n=block_n,
-        scale=scale,
+        scale=factor,
         is_causal=is_causal,
         rest=rest,
         implementation=implementation,
+        keep_lse=return_lse,
     )
     return (out, lse) if return_lse else out
 
@@ -101,12 +139,16 @@ def attend(
     is_causal: bool,
     rest: str,
     implementation: str | None,
-) -> tuple[Tensor, Tensor]:
+    keep_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """out and lse of `sparse_attention`, for arguments that passed its checks.
 
     Args:
         q, k, v: as autocast has them.
         levels: dense, without a graph.
+        keep_lse: whether the caller uses lse, which may be None otherwise.
     """
-    scale = resolve_scale(scale, q.shape[-1])
-    return attention(q, k, v, levels, implementation, block_m, block_n, scale, is_causal, rest)
+    settings = implementation, block_m, block_n, resolve_scale(scale, q.shape[-1]), is_causal, rest
+    if not keep_lse and is_eager(q, k, v, levels) and not wants_gradient(q, k, v):
+        return ops.forward_alone(q, k, v, levels, *settings), None
+    return attention(q, k, v, levels, *settings)

@@ -22,6 +22,7 @@ class Implementation(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int
     ) -> str | None:
         """Why it cannot run on this input, or None if it can."""
+        ...
 
     def forward(
         self,
@@ -36,6 +37,7 @@ class Implementation(Protocol):
         is_causal: bool,
     ) -> tuple[Tensor, Tensor]:
         """out and lse, in fresh contiguous memory."""
+        ...
 
     def backward(
         self,
@@ -54,6 +56,7 @@ class Implementation(Protocol):
         is_causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv, in fresh contiguous memory."""
+        ...
 
 
 class _Triton:

@@ -90,7 +90,7 @@ def attention_backward(
     """dq, dk and dv, from the gradients of out and lse (None for 0) and what forward returned."""
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     if not q.shape[0]:
-        return tuple(x.new_empty(x.shape) for x in (q, k, v))
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     arrays = q, k, v, levels.int(), out, lse
     settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
@@ -192,7 +192,7 @@ class _Attention(torch.autograd.Function):
         setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(backward)
+    backward = staticmethod(backward)  # pyright: ignore[reportAssignmentType]
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
@@ -200,6 +200,12 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Ten
     if wants_gradient(q, k, v):
         return _Attention.apply(q, k, v, *rest)
     return attention_forward._init_fn(q, k, v, *rest)
+
+
+@repeated
+def forward_alone(*inputs) -> Tensor:
+    """out of `psa::attention_forward`, for an eager call that wants neither lse nor a gradient."""
+    return attention_forward._init_fn(*inputs)[0]
 
 
 register_batch_rule(attention_tangent)

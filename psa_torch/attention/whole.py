@@ -25,27 +25,33 @@ def choose_and_attend(
     settings: Settings,
     implementation: str | None,
     *,
-    keep_scores: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    keep_lse: bool,
+    keep_choice: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """out and lse of attention, and the levels and scores that `choose` gave.
+
+    What is not kept may be None: its memory can then be used again inside the call.
 
     Args:
         choose: `functional.choose_levels`.
         q, k, v: as autocast has them, checked.
         implementation: as in `sparse_attention`.
-        keep_scores: else None stands for the scores.
+        keep_lse: whether the caller uses lse.
+        keep_choice: whether the caller uses levels and scores.
     """
-    inputs = q, k, v, choose, settings, implementation, keep_scores
+    inputs = q, k, v, choose, settings, implementation
     if not (is_eager(q, k, v) and use_kernels(q)):
-        return _choose_and_attend.__wrapped__(*inputs)
-    return _Whole.apply(*inputs) if wants_gradient(q, k, v) else _choose_and_attend(*inputs)
+        return _choose_and_attend.__wrapped__(*inputs, True, True, True)
+    if wants_gradient(q, k, v):
+        return _Whole.apply(*inputs, keep_choice)
+    return _choose_and_attend(*inputs, keep_lse, keep_choice, keep_choice)
 
 
 @repeated
-def _choose_and_attend(q, k, v, choose, settings, implementation, keep_scores):
+def _choose_and_attend(q, k, v, choose, settings, implementation, *keep):
     levels, scores = choose(q, k, settings)
     out, lse = attention(q, k, v, levels, *_attention_settings(q, settings, implementation))
-    return out, lse, levels, scores if keep_scores else None
+    return out, *(x if kept else None for x, kept in zip((lse, levels, scores), keep, strict=True))
 
 
 def _attention_settings(q: Tensor, settings: Settings, implementation: str | None) -> tuple:
@@ -60,8 +66,9 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        q, k, v, _, settings, implementation, _ = inputs
-        out, lse, levels, scores = _choose_and_attend(*inputs)
+        *inputs, keep_scores = inputs
+        q, k, v, _, settings, implementation = inputs
+        out, lse, levels, scores = _choose_and_attend(*inputs, True, True, keep_scores)
         given = q, k, v, levels, *_attention_settings(q, settings, implementation)
         ops.setup_context(ctx, given, (out, lse))
         ctx.mark_non_differentiable(levels, *(() if scores is None else (scores,)))

@@ -1,6 +1,7 @@
 """`psa_attention` of a sequence that is spread over several ranks."""
 
 from collections.abc import Sequence
+from typing import Literal, Required, Unpack, overload
 
 import torch.distributed as dist
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from psa_torch._checks import checked_inputs, describe
 from psa_torch._config import settings_of
+from psa_torch._types import Overrides
 from psa_torch.attention import IMPLEMENTATIONS, choose
 from psa_torch.distributed.exchange import to_heads, to_sequence
 from psa_torch.functional import psa_attention as attention_of_whole_sequences
@@ -17,6 +19,66 @@ from shared_specs.config import PSAConfig
 from shared_specs.head_plan import head_plan
 
 
+class CallArguments(Overrides, total=False):
+    """Keywords of `psa_attention` that do not change the kind of result."""
+
+    group: Required[dist.ProcessGroup | DeviceMesh]
+    lengths: Sequence[int] | None
+    config: PSAConfig | None
+    levels: Tensor | None
+    implementation: str | None
+
+
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_levels: Literal[False] = False,
+    **arguments: Unpack[CallArguments],
+) -> Tensor: ...
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_levels: Literal[True],
+    **arguments: Unpack[CallArguments],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_levels: Literal[False] = False,
+    **arguments: Unpack[CallArguments],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_levels: Literal[True],
+    **arguments: Unpack[CallArguments],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def psa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = False,
+    return_levels: bool = False,
+    **arguments: Unpack[CallArguments],
+) -> Tensor | tuple[Tensor, ...]: ...
 def psa_attention(
     q: Tensor,
     k: Tensor,
@@ -29,7 +91,7 @@ def psa_attention(
     return_lse: bool = False,
     return_levels: bool = False,
     implementation: str | None = None,
-    **overrides,
+    **overrides: Unpack[Overrides],
 ) -> Tensor | tuple[Tensor, ...]:
     """`psa_torch.psa_attention` of q, k and v whose tokens are spread over the ranks of `group`.
 

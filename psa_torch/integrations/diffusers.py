@@ -40,6 +40,7 @@ class Applied:
         self.warmup_steps: int = settings["warmup_steps"]
         self.text = settings["text"]
         self.order: str = settings["order"]
+        self.refresh_every: int = settings["refresh_every"]
         self.record: bool = settings["record"]
         self.implementation = settings["implementation"]
         self.records = DensityLog()
@@ -87,14 +88,15 @@ class Applied:
     def is_dense_step(self, arguments) -> bool:
         """Whether the forward that starts now is a warm-up step; notes the step."""
         self.current_step = 0
-        if not (self.warmup_steps or self.record):
+        if not (self.warmup_steps or self.record or self.refresh_every > 1):
             return False
         known = self._scheduler_step(arguments) if self._step is None else self._step
         if known is None:
             raise RuntimeError(
-                f"the step is not known, which warmup_steps={self.warmup_steps} and "
-                f"record={self.record} need: set psa.step, pass callback_on_step_end="
-                "psa.on_step_end with psa.step = 0, or apply to a pipeline"
+                f"the step is not known, which warmup_steps={self.warmup_steps}, "
+                f"refresh_every={self.refresh_every} and record={self.record} need: set psa.step, "
+                "pass callback_on_step_end=psa.on_step_end with psa.step = 0, or apply to a "
+                "pipeline"
             )
         self.current_step = known
         return known < self.warmup_steps
@@ -134,9 +136,12 @@ class Applied:
         return "\n".join(lines)
 
     def reset(self) -> None:
-        """Forget step, records and counts: before another video."""
+        """Forget step, records, counts and what is kept for some steps: before another video."""
         self._step, self.current_step = None, 0
         self.records.clear()
+        for model in self._models:
+            if model.memory is not None:
+                model.memory.forget()
         for layer in self.layers:
             layer.calls.clear()
 
@@ -167,6 +172,7 @@ def apply(
     text: int | str = "model",
     family: Family | str | None = None,
     order: str = "model",
+    refresh_every: int = 1,
     record: bool = False,
     implementation: str | None = None,
 ) -> Applied:
@@ -183,6 +189,9 @@ def apply(
         order: 'model': a token order that the grid decides is entered once a forward, where the
             family allows it, so that hooks on blocks see tokens in order; 'layer': tokens are
             moved inside each attention.
+        refresh_every: steps for which levels, and the order of clusters, are kept once chosen, for
+            each branch of guidance, which is the n-th forward of a step; as in
+            `PSAVideoAttention`.
         record: keep the density of every call in `records`; the step has to be known.
         implementation: of the sparse calls, as in `psa_attention`.
 
@@ -197,6 +206,7 @@ def apply(
         text = checks.check_integer("text", text)
     if order not in ("model", "layer"):
         raise ValueError(f"order must be 'model' or 'layer', got {order!r}")
+    refresh_every = checks.check_integer("refresh_every", refresh_every, 1)
     checks.check_flag("record", record)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     if isinstance(target, nn.Module):
@@ -214,6 +224,7 @@ def apply(
         "dense_layers": dense_layers,
         "text": text,
         "order": order,
+        "refresh_every": refresh_every,
         "record": record,
         "implementation": implementation,
     }

@@ -52,23 +52,29 @@ class Family:
         """Whether text is attended over together with the video."""
         return self.text is not Family.text
 
+    @property
+    def cuts_masks(self) -> bool:
+        """Whether only a mask tells how much text a call attends over."""
+        return self.text is _of_mask
 
-def _patches(model: nn.Module, arguments: Arguments) -> tuple[int, int, int]:
+
+def _patches(model: Any, arguments: Arguments) -> tuple[int, int, int]:
     """Grid of `hidden_states [B, C, T, H, W]` under the patch size of the configuration."""
     size = model.config.patch_size
     if isinstance(size, int):
         size = (getattr(model.config, "patch_size_t", None) or 1, size, size)
-    return tuple(n // p for n, p in zip(arguments["hidden_states"].shape[2:], size, strict=True))
+    (frames, height, width), (t, h, w) = arguments["hidden_states"].shape[2:], size
+    return frames // t, height // h, width // w
 
 
-def _cogvideox_grid(model: nn.Module, arguments: Arguments) -> tuple[int, int, int]:
+def _cogvideox_grid(model: Any, arguments: Arguments) -> tuple[int, int, int]:
     frames, _, height, width = arguments["hidden_states"].shape[1:]
     patch, patch_t = model.config.patch_size, model.config.patch_size_t or 1
     return cdiv(frames, patch_t), height // patch, width // patch
 
 
 def _ltx_grid(model: nn.Module, arguments: Arguments) -> tuple[int, int, int]:
-    return tuple(arguments[name] for name in ("num_frames", "height", "width"))
+    return arguments["num_frames"], arguments["height"], arguments["width"]
 
 
 def _prompt(model: nn.Module, arguments: Arguments) -> int:
@@ -100,7 +106,7 @@ def _first_frame_apart(model: nn.Module, arguments: Arguments) -> str | None:
     return None
 
 
-def _forced_diffusion(model: nn.Module, arguments: Arguments) -> str | None:
+def _forced_diffusion(model: Any, arguments: Arguments) -> str | None:
     if arguments.get("enable_diffusion_forcing") or model.config.num_frame_per_block > 1:
         return "frames have timesteps of their own, or see earlier frames only"
     return None

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from psa_torch._video_memory import is_recomputation
 from psa_torch.functional import psa_attention
 from psa_torch.masks import from_segments
-from psa_torch.video import head_density
+from psa_torch.video import PSAVideoAttention, head_density
+from shared_specs.config import PSAConfig
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -28,6 +29,8 @@ class Layer:
         name: of the attention module.
         dense: the original call is made with the original arguments.
         config: of this forward; None where only the call tells the text length.
+        densities: of this forward, where they are recorded and nothing is kept from step to step.
+        video: attention that keeps order and levels for some steps; None: every call chooses.
         calls: how often it ran, by what was done: 'sparse', or why dense. Compiled calls are not
             counted: a counter in the traced region would make a graph a call; nor are those that a
             checkpoint runs again.
@@ -38,9 +41,10 @@ class Layer:
         self.owner = owner
         self.dense = False
         self.always_dense = False
-        self.config = None
+        self.config: PSAConfig | None = None
         self.calls: Counter[str] = Counter()
         self.densities: list[Tensor] = []
+        self.video: PSAVideoAttention | None = None
 
     def count(self, what: str) -> None:
         if not (torch.compiler.is_compiling() or is_recomputation()):
@@ -79,6 +83,8 @@ class Layer:
         elif attn_mask is not None and attn_mask.dtype != torch.bool:
             reason = "additive mask"
         if reason is None and attn_mask is not None:
+            if self.video is not None:
+                raise RuntimeError(f"{self.name}: refresh_every and a mask do not go together")
             lengths = self.owner.valid_lengths(attn_mask, query.shape[0], key.shape[2])
             if lengths is None:
                 reason = "mask is not a prefix of the keys"
@@ -118,9 +124,13 @@ class Layer:
             config = self.owner.config_for_length(self.name, query.shape[2])
         else:
             self.owner.check_length(self.name, query.shape[2], config)
-        overrides = {} if scale is None else {"scale": scale}
         implementation = self.owner.implementation
         self.count("sparse")
+        if self.video is not None:
+            if scale is not None:
+                raise RuntimeError(f"{self.name}: refresh_every takes the default scale only")
+            return self.video(query, key, value, implementation=implementation)
+        overrides = {} if scale is None else {"scale": scale}
         if not self.owner.record or not torch.compiler.is_compiling() and is_recomputation():
             return psa_attention(
                 query, key, value, config=config, implementation=implementation, **overrides

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from psa_torch.integrations.families import Family
 from psa_torch.integrations.intercept import Layer, wrapped
+from psa_torch.integrations.memory import Memory
 from psa_torch.integrations.ordering import Ordering
 from psa_torch.integrations.parallel import sharding
 from shared_specs.config import PSAConfig
+
+# Typed as anything: what it returns has lost the type of the method.
+_uncompiled: Any = torch.compiler.disable
 
 
 class Model:
@@ -25,13 +29,14 @@ class Model:
         layers: its attentions over the video.
         grid: tokens (frames, height, width) of the present forward.
         ordering: whether its tokens are in an order as a whole.
+        memory: what attentions keep for some steps, if they do.
         inside: why they are moved inside each layer instead; None: they are not, or not yet.
     """
 
     def __init__(self, model: nn.Module, family: Family, owner: Any) -> None:
         self.model, self.family, self.owner = model, family, owner
         self.implementation, self.record = owner.implementation, owner.record
-        self.grid: tuple[int, int, int] | None = None
+        self.grid: Any = None  # (frames, height, width)
         self.layers: list[Layer] = []
         self.ordering = Ordering(model, family.route)
         self.inside: str | None = None
@@ -52,6 +57,14 @@ class Model:
             layer = Layer(name, self)
             self.layers.append(layer)
             self._places.append((module, module.processor, wrapped(module.processor, layer)))
+        self.memory: Memory | None = None
+        if owner.refresh_every > 1:
+            if family.cuts_masks:
+                raise ValueError(
+                    f"refresh_every must be 1 for {type(model).__name__}, whose calls differ in "
+                    f"length by their masks; got {owner.refresh_every}"
+                )
+            self.memory = Memory(self.layers, owner.refresh_every)
 
     def install(self) -> None:
         for module, _, ours in self._places:
@@ -71,7 +84,7 @@ class Model:
                 _set(module, before)
 
     # Outside of any graph: a graph that held the step or the grid would be made again for each.
-    @torch.compiler.disable
+    @_uncompiled
     def _enter(self, model, args, kwargs):
         for (module, _, ours), layer in zip(self._places, self.layers, strict=True):
             if module.processor is not ours:
@@ -99,6 +112,12 @@ class Model:
         config = None if text is None else self._config(text)
         for layer in self.layers:
             layer.config = config
+        if self.memory is not None:
+            if dense:
+                self.memory.forget()
+            else:
+                records = self.owner.records if self.record else None
+                self.memory.begin(self.owner.current_step, config, records)
         return moved
 
     def _why_inside_layers(self, sharded: bool, arguments) -> str | None:
@@ -108,7 +127,7 @@ class Model:
             return "the sequence is sharded"
         return self.ordering.why_inside_layers(self.owner.config, arguments)
 
-    @torch.compiler.disable
+    @_uncompiled
     def _leave(self, model, args, output):
         self._mask = None
         self.ordering.end()
@@ -151,7 +170,7 @@ class Model:
         return self._config(text)
 
     def check_length(self, name: str, length: int, config: PSAConfig) -> None:
-        frames, height, width = config.grid
+        frames, height, width = config.grid or (0, 0, 0)
         if length != frames * height * width + config.text_length:
             raise ValueError(
                 f"{name}: {length} tokens are not the grid {config.grid} and {config.text_length} "
@@ -177,7 +196,7 @@ class Model:
         if self.ordering.active is None:
             return
         query, key, mask = call["query"], call["key"], call.get("attn_mask")
-        prefix = not call.get("is_causal") and mask.dtype == torch.bool
+        prefix = not call.get("is_causal") and mask is not None and mask.dtype == torch.bool
         if not prefix or self.valid_lengths(mask, query.shape[0], key.shape[2]) is None:
             raise RuntimeError(
                 f"{name}: a mask over tokens that are in order; use apply(..., order='layer')"
@@ -210,7 +229,7 @@ def prefix_lengths(mask: Tensor, batch: int, keys: int) -> list[int] | None:
     return first[:, 0, 0].tolist() if bool(ok) else None
 
 
-def _set(module: nn.Module, processor: Any) -> None:
+def _set(module: Any, processor: Any) -> None:
     if hasattr(module, "set_processor"):
         module.set_processor(processor)
     else:

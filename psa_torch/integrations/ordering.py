@@ -32,7 +32,7 @@ class Moves:
         length: their number.
     """
 
-    def __init__(self, method: str, grid: tuple[int, int, int], tile) -> None:
+    def __init__(self, method: str | None, grid: tuple[int, int, int], tile) -> None:
         self.grid, self.length = grid, math.prod(grid)
         self._method, self._tile = method, tile
 
@@ -132,6 +132,12 @@ class Ordering:
         self._hooks: list = []
         self._missing: list[str] = []
 
+    @property
+    def route(self) -> Route:
+        """The route, of a model that has one."""
+        assert self._route is not None
+        return self._route
+
     def install(self) -> None:
         if self._route is None:
             return
@@ -182,13 +188,14 @@ class Ordering:
             self._known[key] = Moves(config.rearrange_method, tuple(grid), tile)
         self.active = self._known[key]
         self._seen.clear()
-        args, kwargs = list(args), dict(kwargs)
-        for name, enter in self._route.arguments.items():
+        places, named = list(args), dict(kwargs)
+        for name, enter in self.route.arguments.items():
             # In place: what came by keyword has to stay one, decorators look for it there.
-            where, key = (kwargs, name) if name in kwargs else (args, names.index(name))
-            if (name in kwargs or key < len(args)) and where[key] is not None:
-                where[key] = enter(where[key], self.active)
-        return tuple(args), kwargs
+            where: Any = named if name in named else places
+            at: Any = name if name in named else names.index(name)
+            if (name in named or at < len(places)) and where[at] is not None:
+                where[at] = enter(where[at], self.active)
+        return tuple(places), named
 
     def end(self) -> None:
         """Finish a forward.
@@ -199,7 +206,7 @@ class Ordering:
         if self.active is None:
             return
         self.active = None
-        missed = {*self._route.outputs, self._route.leave} - self._seen
+        missed = {*self.route.outputs, self.route.leave} - self._seen
         if missed:
             raise RuntimeError(
                 f"the forward did not call {', '.join(sorted(missed))}, where tokens enter or "
@@ -215,5 +222,5 @@ class Ordering:
     def _leaves(self, module, args, output):
         if self.active is None:
             return None
-        self._seen.add(self._route.leave)
+        self._seen.add(self.route.leave)
         return self.active.back(output, 1)

@@ -6,6 +6,7 @@ from collections import Counter
 
 from torch import Tensor, nn
 
+from psa_torch._types import Overrides
 from psa_torch.attention import IMPLEMENTATIONS
 from psa_torch.functional import psa_attention
 from psa_torch.integrations.settings import config_and_warmup
@@ -69,7 +70,7 @@ def register(
         if reason:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         scaling = kwargs.get("scaling")
-        overrides = {} if scaling is None else {"scale": float(scaling)}
+        overrides: Overrides = {} if scaling is None else {"scale": float(scaling)}
         out = psa_attention(
             query, key, value, config=config, implementation=implementation, **overrides
         )

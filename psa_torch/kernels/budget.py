@@ -1,9 +1,11 @@
 """Levels under a cost budget (specification, section 6, `budget`), integer for integer.
 
 A block's level changes at most four times as lambda grows. With a budget for each head, every
-change enters a histogram over lambda, first by its leading 12 bits, then, of the one bin in which
-the budget is met, by the others; integer sums do not depend on their order. With a budget for each
-row, a program holds the row and halves the interval of lambda, as the rule does.
+change enters a histogram over lambda: first 128 bins an octave, then the one bin in which the
+budget is met in up to 4,096, then what is left of it, if anything is. Octaves, because changes
+crowd at small lambda, and additions to one place wait for each other; integer sums do not depend on
+their order. With a budget for each row, a program holds the row and halves the interval of lambda,
+as the rule does.
 
 Counts at 24 heads, 256 x 512 blocks: 50 MB of defects, read four times; some 500 integer
 instructions a block and pass.
@@ -19,13 +21,25 @@ from torch import Tensor
 
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import next_power_of_2, on_device_of, require_dtype
+from psa_torch.kernels.budget_choice import (
+    best_levels,
+    crossing,
+    integer_defects,
+    kinds_of_blocks,
+    next_changes,
+    raw_bits,
+    store_levels,
+)
 from psa_torch.kernels.table import warps_for_row
 from shared_specs.budget import precision_bits
 from shared_specs.config import PSAConfig
 from shared_specs.geometry import cdiv
 from shared_specs.selection import candidate_blocks
 
-HIGH_BITS = 12
+BINS = 4096
+"""Of the first two histograms; 128 for each of up to 25 octaves are fewer."""
+LAST_BINS = 64
+"""Of the third."""
 
 
 def budget_levels(defects: Tensor, config: PSAConfig, *, q_len: int, kv_len: int) -> Tensor:
@@ -71,13 +85,13 @@ def budget_levels(defects: Tensor, config: PSAConfig, *, q_len: int, kv_len: int
             launch_kernel(levels_by_row, grid, defects, levels, *sizes, SHARE=share, **constants)
             return levels
         tops = defects.new_empty(batch * heads, q_blocks, dtype=torch.int32)
-        bins = (1 << HIGH_BITS, 1 << (bits - HIGH_BITS))
-        found = defects.new_empty(batch * heads, sum(bins) + 1, dtype=torch.int32)
+        places = 2 * BINS + LAST_BINS + 1
+        found = defects.new_empty(batch * heads, places, dtype=torch.int32)
         limit = _limit(q_len, kv_len, config)
-        constants |= {"SHIFT": bits - HIGH_BITS, "ROWS": next_power_of_2(q_blocks)}
-        share = next_power_of_2(cdiv(sum(bins) + 1, q_blocks))
+        constants |= {"BINS": BINS, "LAST_BINS": LAST_BINS, "ROWS": next_power_of_2(q_blocks)}
+        share = next_power_of_2(cdiv(places, q_blocks))
         launch_kernel(largest_of_rows, grid, defects, tops, found, *sizes, SHARE=share, **constants)
-        for is_low in (False, True):
+        for digit in range(3):
             launch_kernel(
                 count_changes,
                 grid,
@@ -86,7 +100,7 @@ def budget_levels(defects: Tensor, config: PSAConfig, *, q_len: int, kv_len: int
                 found,
                 limit,
                 *sizes,
-                IS_LOW=is_low,
+                DIGIT=digit,
                 **constants,
             )
         launch_kernel(
@@ -103,179 +117,32 @@ def _limit(q_len: int, kv_len: int, config: PSAConfig) -> int:
 
 
 @triton.jit
-def _raw(pointer, at, inside, LEVEL: tl.constexpr):
-    """Bits of the defects of one level, which order like the numbers; NaN and negative give 0."""
-    defect = tl.load(pointer + at * 4 + LEVEL, mask=inside, other=0.0)
-    return tl.where(defect > 0, defect, 0.0).to(tl.int32, bitcast=True)
+@triton.jit
+def _octave_bin(lam):
+    """Bin of a lambda in 1 … 2^25 - 1, 128 an octave: its exponent and leading bits as a float."""
+    # Exact as float32: from 2^24 on without its last bit, which no bin sees.
+    exact = tl.where(lam >= 1 << 24, lam & -2, lam)
+    return (exact.to(tl.float32).to(tl.int32, bitcast=True) >> 16) - (127 << 7)
 
 
 @triton.jit
-def _kinds(
-    row,
-    k_blocks,
-    q_len,
-    kv_len,
-    text_length,
-    sink_blocks,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    TEXT: tl.constexpr,
-    TEXT_FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Which blocks of a row are candidates, and which of those level 1 is forced upon."""
-    column = tl.arange(0, WIDTH)
-    first = row * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, q_len) - 1
-    candidate = column < k_blocks
-    if IS_CAUSAL:
-        first += kv_len - q_len
-        last += kv_len - q_len
-        candidate = candidate & (column * BLOCK_N <= last)
-    first_key = column * BLOCK_N
-    last_key = tl.minimum(first_key + BLOCK_N, kv_len) - 1
-    forced = column < sink_blocks
-    if TEXT:
-        if TEXT_FIRST:
-            forced = forced | (first < text_length) | (first_key < text_length)
-        else:
-            text_from = (kv_len if IS_CAUSAL else q_len) - text_length
-            forced = forced | (last >= text_from) | (last_key >= kv_len - text_length)
-    if IS_CAUSAL:
-        # Some row sees some but not all keys of the block.
-        forced = forced | (tl.maximum(first, first_key) <= tl.minimum(last, last_key - 1))
-    return candidate, forced & candidate
+def _digits(found, limit, BINS: tl.constexpr, LAST_BINS: tl.constexpr, DIGIT: tl.constexpr):
+    """Where the first `DIGIT` histograms say the budget is met.
 
-
-@triton.jit
-def _scaled(raw, top, BITS: tl.constexpr):
-    """min(floor(D * 2^(BITS - x)), 2^BITS), `2^x` at or above the group's largest `top`."""
-    exponent = tl.maximum(raw >> 23, 1)
-    mantissa = (raw & 0x7FFFFF) | tl.where(raw >> 23 > 0, 1 << 23, 0)
-    top_exponent = tl.maximum(top >> 23, 1)
-    top_mantissa = (top & 0x7FFFFF) | tl.where(top >> 23 > 0, 1 << 23, 0)
-    # Integers up to 2^24 are exact in float32: its exponent field is the integer's bit length.
-    as_float = top_mantissa.to(tl.float32).to(tl.int32, bitcast=True)
-    width = (as_float >> 23) - 127 + ((as_float & 0x7FFFFF) != 0).to(tl.int32)
-    shift = exponent - top_exponent - width + BITS
-    left = tl.minimum(tl.maximum(shift, 0), 30)
-    most = tl.maximum((1 << BITS) >> left, 1)
-    raised = tl.where(mantissa >= most, 1 << BITS, mantissa << left)
-    lowered = mantissa >> tl.minimum(tl.maximum(-shift, 0), 31)
-    scaled = tl.minimum(tl.where(shift >= 0, raised, lowered), 1 << BITS)
-    return tl.where((top == 0) | (mantissa == 0), 0, scaled)
-
-
-@triton.jit
-def _integers(pointer, at, inside, top, BITS: tl.constexpr):
-    """Integer defects of levels 2, 4, 8 and the rest."""
-    two = _scaled(_raw(pointer, at, inside, 0), top, BITS)
-    four = _scaled(_raw(pointer, at, inside, 1), top, BITS)
-    eight = _scaled(_raw(pointer, at, inside, 2), top, BITS)
-    rest = _scaled(_raw(pointer, at, inside, 3), top, BITS)
-    return two, four, eight, rest
-
-
-@triton.jit
-def _finer(value, level, price, lam, u, LEVEL: tl.constexpr, PRICE: tl.constexpr):
-    """The choice so far, or a finer one that is better; of equals the coarser stays."""
-    total = lam * PRICE + u
-    better = total < value
-    return (
-        tl.where(better, total, value),
-        tl.where(better, LEVEL, level),
-        tl.where(better, PRICE, price),
-    )
-
-
-@triton.jit
-def _best(
-    lam,
-    two,
-    four,
-    eight,
-    rest,
-    BLOCK_N: tl.constexpr,
-    REST: tl.constexpr,
-    HAS_2: tl.constexpr,
-    HAS_4: tl.constexpr,
-    HAS_8: tl.constexpr,
-):
-    """Level and price of every block at `lam`."""
-    value = lam * REST + rest
-    level = tl.zeros_like(rest)
-    price = level + REST
-    if HAS_8:
-        value, level, price = _finer(value, level, price, lam, eight, 8, BLOCK_N // 8)
-    if HAS_4:
-        value, level, price = _finer(value, level, price, lam, four, 4, BLOCK_N // 4)
-    if HAS_2:
-        value, level, price = _finer(value, level, price, lam, two, 2, BLOCK_N // 2)
-    value, level, price = _finer(value, level, price, lam, 0, 1, BLOCK_N)
-    return level, price
-
-
-@triton.jit
-def _sooner(change, finer, coarser, SAVED: tl.constexpr):
-    """`change`, or the least lambda at which the coarser choice is as good, if that is less.
-
-    Where the finer choice is the best one its defect is less, so the division is of a positive
-    number; elsewhere nobody reads the result.
+    Returns:
+        the octave bin (`BINS` if it is met nowhere), its least lambda, the second bin, the shift
+        that makes second bins, and what is still to be saved in this place.
     """
-    return tl.minimum(change, (coarser - finer + (SAVED - 1)) // SAVED)
-
-
-@triton.jit
-def _next_changes(
-    two,
-    four,
-    eight,
-    rest,
-    BLOCK_N: tl.constexpr,
-    REST: tl.constexpr,
-    HAS_2: tl.constexpr,
-    HAS_4: tl.constexpr,
-    HAS_8: tl.constexpr,
-):
-    """The lambda at which each block leaves level 1, 2, 4 and 8: what it leaves a level for does
-    not depend on how it came there."""
-    never = tl.full(rest.shape, 0x7FFFFFFF, tl.int32)
-    of_1 = _sooner(never, 0, rest, BLOCK_N - REST)
-    of_2 = _sooner(never, two, rest, BLOCK_N // 2 - REST)
-    of_4 = _sooner(never, four, rest, BLOCK_N // 4 - REST)
-    of_8 = _sooner(never, eight, rest, BLOCK_N // 8 - REST)
-    if HAS_8:
-        of_1 = _sooner(of_1, 0, eight, BLOCK_N - BLOCK_N // 8)
-        of_2 = _sooner(of_2, two, eight, BLOCK_N // 2 - BLOCK_N // 8)
-        of_4 = _sooner(of_4, four, eight, BLOCK_N // 4 - BLOCK_N // 8)
-    if HAS_4:
-        of_1 = _sooner(of_1, 0, four, BLOCK_N - BLOCK_N // 4)
-        of_2 = _sooner(of_2, two, four, BLOCK_N // 2 - BLOCK_N // 4)
-    if HAS_2:
-        of_1 = _sooner(of_1, 0, two, BLOCK_N - BLOCK_N // 2)
-    return of_1, of_2, of_4, of_8
-
-
-@triton.jit
-def _crossing(pointer, wanted, BINS: tl.constexpr):
-    """The bin in which the running sum reaches `wanted`, `BINS` if none; and the sum before it."""
-    sums = tl.cumsum(tl.load(pointer + tl.arange(0, BINS)), 0)
-    short = sums < wanted
-    return tl.sum(short.to(tl.int32), 0), tl.max(tl.where(short, sums, 0), 0)
-
-
-@triton.jit
-def _store_levels(pointer, at, level, raw_rest, is_nan, candidate, forced, inside):
-    """Levels of a row; one left without any gets its block of largest defect at rest."""
-    column = tl.arange(0, level.shape[0])
-    level = tl.where(candidate, level, 0)
-    level = tl.where(forced, 1, level)
-    if tl.max(level, 0) == 0:
-        key = tl.where(candidate, tl.where(is_nan, -1, raw_rest), -2)
-        best = tl.min(tl.where(key == tl.max(key, 0), column, level.shape[0]), 0)
-        level = tl.where(column == best, 1, level)
-    tl.store(pointer + at, level, mask=inside)
+    over = tl.load(found + (2 * BINS + LAST_BINS)) - limit
+    first, before = crossing(found, over, BINS)
+    octave, part = first >> 7, first & 127
+    start = ((128 + part) << tl.maximum(octave - 7, 0)) >> tl.maximum(7 - octave, 0)
+    shift = tl.maximum(octave - 7 - 12, 0)
+    second = first * 0
+    if DIGIT > 1:
+        second, more = crossing(found + BINS, over - before, BINS)
+        before += more
+    return first, start, second, shift, over - before
 
 
 @triton.jit
@@ -300,7 +167,8 @@ def largest_of_rows(
     TEXT: tl.constexpr,
     TEXT_FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
-    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    LAST_BINS: tl.constexpr,
     ROWS: tl.constexpr,
     SHARE: tl.constexpr,
 ):
@@ -308,15 +176,15 @@ def largest_of_rows(
     zeros to the row's share of the histograms."""
     pid = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
-    candidate, forced = _kinds(
+    candidate, forced = kinds_of_blocks(
         tl.program_id(0) % q_blocks, k_blocks, q_len, kv_len, text_length, sink_blocks,
         BLOCK_M, BLOCK_N, IS_CAUSAL, TEXT, TEXT_FIRST, WIDTH,
     )  # fmt: skip
-    raw = _raw(defects, pid * k_blocks + column, column < k_blocks, 3)
+    raw = raw_bits(defects, pid * k_blocks + column, column < k_blocks, 3)
     tl.store(tops + pid, tl.max(tl.where(candidate & (forced == 0), raw, 0), 0))
-    bins: tl.constexpr = (1 << (BITS - SHIFT)) + (1 << SHIFT) + 1
+    places: tl.constexpr = 2 * BINS + LAST_BINS + 1
     at = tl.program_id(0) % q_blocks * SHARE + tl.arange(0, SHARE)
-    tl.store(found + pid // q_blocks * bins + at, tl.zeros_like(at), mask=at < bins)
+    tl.store(found + pid // q_blocks * places + at, tl.zeros_like(at), mask=at < places)
 
 
 @triton.jit
@@ -342,44 +210,42 @@ def count_changes(
     TEXT: tl.constexpr,
     TEXT_FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
-    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    LAST_BINS: tl.constexpr,
     ROWS: tl.constexpr,
-    IS_LOW: tl.constexpr,
+    DIGIT: tl.constexpr,
 ):
-    """What a row saves at each lambda, added to its head's histogram.
+    """What a row saves at each lambda, added to one of its head's histograms.
 
-    found `[B * H, high bins + low bins + 1]`; the last is the cost at lambda 0, which the first of
-    the two launches adds up too.
+    found `[B * H, 2 * BINS + LAST_BINS + 1]`: three histograms, and the cost at lambda 0, which the
+    first launch adds up too.
     """
-    HIGH: tl.constexpr = 1 << (BITS - SHIFT)
-    LOW: tl.constexpr = 1 << SHIFT
     pid = tl.program_id(0).to(tl.int64)
     head = pid // q_blocks
     column = tl.arange(0, WIDTH)
-    candidate, forced = _kinds(
+    candidate, forced = kinds_of_blocks(
         tl.program_id(0) % q_blocks, k_blocks, q_len, kv_len, text_length, sink_blocks,
         BLOCK_M, BLOCK_N, IS_CAUSAL, TEXT, TEXT_FIRST, WIDTH,
     )  # fmt: skip
     free = candidate & (forced == 0)
     rows = tl.arange(0, ROWS)
     top = tl.max(tl.load(tops + head * q_blocks + rows, mask=rows < q_blocks, other=0), 0)
-    found += head * (HIGH + LOW + 1)
-    wanted_bin = 0
-    if IS_LOW:
-        over = tl.load(found + (HIGH + LOW)) - limit
-        wanted_bin, _ = _crossing(found, over, HIGH)
-    two, four, eight, rest = _integers(
+    found += head * (2 * BINS + LAST_BINS + 1)
+    if DIGIT > 0:
+        first, start, second, shift, _ = _digits(found, limit, BINS, LAST_BINS, DIGIT)
+        if DIGIT == 2 and shift == 0:  # second bins of one lambda each
+            return
+    two, four, eight, rest = integer_defects(
         defects, pid * k_blocks + column, column < k_blocks, top, BITS
     )
-    level, price = _best(0, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
-    if IS_LOW == 0:
+    level, price = best_levels(0, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
+    if DIGIT == 0:
         cost = tl.where(free, price, tl.where(forced, BLOCK_N, 0))
-        tl.atomic_add(found + (HIGH + LOW), tl.sum(cost, 0), sem="relaxed")
+        tl.atomic_add(found + (2 * BINS + LAST_BINS), tl.sum(cost, 0), sem="relaxed")
     never = tl.full([WIDTH], 0x7FFFFFFF, tl.int32)
-    of_1, of_2, of_4, of_8 = _next_changes(
+    of_1, of_2, of_4, of_8 = next_changes(
         two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8
     )
-    least = tl.zeros_like(price)
     for _ in tl.static_range(4):
         change = tl.where(level == 8, of_8, never)
         change = tl.where(level == 4, of_4, change)
@@ -388,22 +254,22 @@ def count_changes(
         # At 2^BITS every block has changed for the last time; that end needs no count.
         moved = free & (change < (1 << BITS))
         at = tl.where(moved, change, 0)
-        next_level, next_price = _best(
+        next_level, next_price = best_levels(
             at, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8
         )
         saved = tl.where(moved, price - next_price, 0)
-        of_bin = at >> SHIFT
-        if IS_LOW:
-            counts = moved & (of_bin == wanted_bin)
-            tl.atomic_add(found + HIGH + (at & (LOW - 1)), saved, mask=counts, sem="relaxed")
+        place = _octave_bin(at)
+        if DIGIT > 0:
+            moved_here = moved & (place == first)
+            place = (at - start) >> shift
+            if DIGIT == 2:
+                moved_here = moved_here & (place == second)
+                place = (at - start) & ((1 << shift) - 1)
+            tl.atomic_add(found + DIGIT * BINS + place, saved, mask=moved_here, sem="relaxed")
         else:
-            # Most changes are in the first bin: one sum a row instead of an addition each.
-            least += tl.where(of_bin == 0, saved, 0)
-            tl.atomic_add(found + of_bin, saved, mask=moved & (of_bin > 0), sem="relaxed")
+            tl.atomic_add(found + place, saved, mask=moved, sem="relaxed")
         price = tl.where(moved, next_price, price)
         level = tl.where(moved, next_level, level)
-    if IS_LOW == 0:
-        tl.atomic_add(found, tl.sum(least, 0), sem="relaxed")
 
 
 @triton.jit
@@ -430,34 +296,34 @@ def levels_by_head(
     TEXT: tl.constexpr,
     TEXT_FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
-    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    LAST_BINS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Levels of one row at the lambda of its head."""
-    HIGH: tl.constexpr = 1 << (BITS - SHIFT)
-    LOW: tl.constexpr = 1 << SHIFT
     pid = tl.program_id(0).to(tl.int64)
     head = pid // q_blocks
     column = tl.arange(0, WIDTH)
     inside = column < k_blocks
-    candidate, forced = _kinds(
+    candidate, forced = kinds_of_blocks(
         tl.program_id(0) % q_blocks, k_blocks, q_len, kv_len, text_length, sink_blocks,
         BLOCK_M, BLOCK_N, IS_CAUSAL, TEXT, TEXT_FIRST, WIDTH,
     )  # fmt: skip
     rows = tl.arange(0, ROWS)
     top = tl.max(tl.load(tops + head * q_blocks + rows, mask=rows < q_blocks, other=0), 0)
-    found += head * (HIGH + LOW + 1)
-    over = tl.load(found + (HIGH + LOW)) - limit
-    high, before = _crossing(found, over, HIGH)
-    low, _ = _crossing(found + HIGH, over - before, LOW)
-    lam = tl.where(high < HIGH, (high << SHIFT) + low, 1 << BITS)
+    found += head * (2 * BINS + LAST_BINS + 1)
+    first, start, second, shift, left = _digits(found, limit, BINS, LAST_BINS, 2)
+    third, _ = crossing(found + 2 * BINS, left, LAST_BINS)
+    lam = start + (second << shift) + tl.where(shift > 0, third, 0)
+    lam = tl.where(first < BINS, lam, 1 << BITS)
+    over = tl.load(found + (2 * BINS + LAST_BINS)) - limit
     lam = tl.where(over > 0, lam, 0)
     at = pid * k_blocks + column
-    two, four, eight, rest = _integers(defects, at, inside, top, BITS)
-    level, _ = _best(lam, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
+    two, four, eight, rest = integer_defects(defects, at, inside, top, BITS)
+    level, _ = best_levels(lam, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
     defect = tl.load(defects + at * 4 + 3, mask=inside, other=0.0)
-    raw = _raw(defects, at, inside, 3)
-    _store_levels(levels, at, level, raw, defect != defect, candidate, forced, inside)
+    raw = raw_bits(defects, at, inside, 3)
+    store_levels(levels, at, level, raw, defect != defect, candidate, forced, inside)
 
 
 @triton.jit
@@ -487,26 +353,26 @@ def levels_by_row(
     pid = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < k_blocks
-    candidate, forced = _kinds(
+    candidate, forced = kinds_of_blocks(
         tl.program_id(0) % q_blocks, k_blocks, q_len, kv_len, text_length, sink_blocks,
         BLOCK_M, BLOCK_N, IS_CAUSAL, TEXT, TEXT_FIRST, WIDTH,
     )  # fmt: skip
     free = candidate & (forced == 0)
     at = pid * k_blocks + column
-    raw = _raw(defects, at, inside, 3)
+    raw = raw_bits(defects, at, inside, 3)
     top = tl.max(tl.where(free, raw, 0), 0)
-    two, four, eight, rest = _integers(defects, at, inside, top, BITS)
+    two, four, eight, rest = integer_defects(defects, at, inside, top, BITS)
     n = tl.sum(candidate.to(tl.int32), 0)
     limit = tl.floor(n.to(tl.float64) * SHARE).to(tl.int32)
     low = n * 0
     high = low + (1 << BITS)
     for _ in tl.range(BITS + 1):
         middle = (low + high) >> 1
-        _, price = _best(middle, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
+        _, price = best_levels(middle, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
         cost = tl.sum(tl.where(free, price, tl.where(forced, BLOCK_N, 0)), 0)
         fits = cost <= limit
         low = tl.where(fits, low, tl.minimum(middle + 1, high))
         high = tl.where(fits, middle, high)
-    level, _ = _best(high, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
+    level, _ = best_levels(high, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
     defect = tl.load(defects + at * 4 + 3, mask=inside, other=0.0)
-    _store_levels(levels, at, level, raw, defect != defect, candidate, forced, inside)
+    store_levels(levels, at, level, raw, defect != defect, candidate, forced, inside)

@@ -17,7 +17,6 @@ from torch import Tensor
 from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import (
-    cdiv,
     next_power_of_2,
     on_device_of,
     padded_head_dim,
@@ -25,6 +24,7 @@ from psa_torch.kernels._launch import (
     resident_programs,
 )
 from shared_specs.defect import defect_offsets
+from shared_specs.geometry import cdiv
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -30,8 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.kernels._launch import cdiv, on_device_of, padded_head_dim, require_dtype
+from psa_torch.kernels._launch import on_device_of, padded_head_dim, require_dtype
 from psa_torch.kernels.label_sort import sort_by_label
+from shared_specs.geometry import cdiv
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_EXPONENT = 14

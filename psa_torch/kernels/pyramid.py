@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
+from psa_torch.kernels._launch import next_power_of_2, on_device_of, require_dtype
+from shared_specs.geometry import cdiv
 from shared_specs.pyramid import padded_length, pyramid_rows
 
 _TILE = 1024  # elements of one tile: one 16-byte load of 16-bit elements per thread of 4 warps
@@ -74,10 +75,10 @@ def build_pyramid(
 
 @triton.jit
 def _pyramid_kernel(
-    K,
-    V,
-    K_ROWS,
-    V_ROWS,
+    k_pointer,
+    v_pointer,
+    k_rows,
+    v_rows,
     k_stride_b,
     k_stride_h,
     k_stride_l,
@@ -99,28 +100,28 @@ def _pyramid_kernel(
     """Grid: (tiles of GROUPS groups of eight tokens) * batch * heads."""
     pid = tl.program_id(0)
     group = (pid % tiles) * GROUPS + tl.arange(0, GROUPS)
-    bh = (pid // tiles).to(tl.int64)
-    b = bh // heads
-    h = bh % heads
+    batch_head = (pid // tiles).to(tl.int64)
+    b = batch_head // heads
+    h = batch_head % heads
     d = tl.arange(0, BLOCK_D)
-    K += b * k_stride_b + h * k_stride_h
-    V += b * v_stride_b + h * v_stride_h
+    k_pointer += b * k_stride_b + h * k_stride_h
+    v_pointer += b * v_stride_b + h * v_stride_h
     # Rows keep the numbers that they have in the whole pyramid.
-    out = (bh * rows - (0 if WITH_LEVEL_1 else padded)) * HEAD_DIM
-    K_ROWS += out
-    V_ROWS += out
+    out = (batch_head * rows - (0 if WITH_LEVEL_1 else padded)) * HEAD_DIM
+    k_rows += out
+    v_rows += out
     _pool_groups(
-        K, K_ROWS, k_stride_l, k_stride_d, group, d, kv_len, padded, WITH_LEVEL_1, HEAD_DIM
+        k_pointer, k_rows, k_stride_l, k_stride_d, group, d, kv_len, padded, WITH_LEVEL_1, HEAD_DIM
     )
     _pool_groups(
-        V, V_ROWS, v_stride_l, v_stride_d, group, d, kv_len, padded, WITH_LEVEL_1, HEAD_DIM
+        v_pointer, v_rows, v_stride_l, v_stride_d, group, d, kv_len, padded, WITH_LEVEL_1, HEAD_DIM
     )
 
 
 @triton.jit
 def _pool_groups(
-    X,
-    OUT,
+    pointer,
+    out,
     stride_l,
     stride_d,
     group,
@@ -130,7 +131,7 @@ def _pool_groups(
     WITH_LEVEL_1: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Every level of the eight tokens of each group; OUT is one head's rows."""
+    """Every level of the eight tokens of each group; out is one head's rows."""
     eight = tl.zeros((group.shape[0], d.shape[0]), tl.float32)
     for half in tl.static_range(2):
         four = tl.zeros((group.shape[0], d.shape[0]), tl.float32)
@@ -140,29 +141,29 @@ def _pool_groups(
                 token = group * 8 + (half * 4 + pair * 2 + one)
                 real = (token < kv_len)[:, None] & (d < HEAD_DIM)[None, :]
                 at = token.to(tl.int64)[:, None] * stride_l + d.to(tl.int64)[None, :] * stride_d
-                x = tl.load(X + at, mask=real, other=0.0)
+                x = tl.load(pointer + at, mask=real, other=0.0)
                 if WITH_LEVEL_1:
-                    _store_rows(OUT, x, token, d, padded, HEAD_DIM)
+                    _store_rows(out, x, token, d, padded, HEAD_DIM)
                 two += x.to(tl.float32)
-            _store_mean(OUT, two, group * 4 + (half * 2 + pair), 1, d, kv_len, padded, HEAD_DIM)
+            _store_mean(out, two, group * 4 + (half * 2 + pair), 1, d, kv_len, padded, HEAD_DIM)
             four += two
-        _store_mean(OUT, four, group * 2 + half, 2, d, kv_len, padded, HEAD_DIM)
+        _store_mean(out, four, group * 2 + half, 2, d, kv_len, padded, HEAD_DIM)
         eight += four
-    _store_mean(OUT, eight, group, 3, d, kv_len, padded, HEAD_DIM)
+    _store_mean(out, eight, group, 3, d, kv_len, padded, HEAD_DIM)
 
 
 @triton.jit
-def _store_mean(OUT, total, index, LOG: tl.constexpr, d, kv_len, padded, HEAD_DIM: tl.constexpr):
+def _store_mean(out, total, index, LOG: tl.constexpr, d, kv_len, padded, HEAD_DIM: tl.constexpr):
     """Row `index` of level `2 ** LOG`: the total over the tokens it really covers."""
     SIZE: tl.constexpr = 1 << LOG
     covered = tl.minimum(tl.maximum(kv_len - index * SIZE, 1), SIZE)
     start = 2 * padded - (2 * padded >> LOG)
     row = tl.where(index < (padded >> LOG), start + index, 2 * padded)  # past the end: not stored
-    _store_rows(OUT, total / covered.to(total.dtype)[:, None], row, d, 2 * padded, HEAD_DIM)
+    _store_rows(out, total / covered.to(total.dtype)[:, None], row, d, 2 * padded, HEAD_DIM)
 
 
 @triton.jit
-def _store_rows(OUT, x, row, d, limit, HEAD_DIM: tl.constexpr):
+def _store_rows(out, x, row, d, limit, HEAD_DIM: tl.constexpr):
     inside = (row < limit)[:, None] & (d < HEAD_DIM)[None, :]
     at = row.to(tl.int64)[:, None] * HEAD_DIM + d[None, :]
-    tl.store(OUT + at, x.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=inside)

@@ -84,7 +84,7 @@ def select_levels(
             SHIFT=30 - (nk - 1).bit_length(),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            CAUSAL=config.causal,
+            IS_CAUSAL=config.causal,
             TEXT=config.text_length > 0,
             TEXT_FIRST=config.text_position == "start",
             WIDTH=width,
@@ -118,15 +118,15 @@ def _steps(config: PSAConfig) -> _Steps:
 
 @triton.jit
 def _select_kernel(
-    SCORES,
-    CAP,
-    LEVELS,
+    scores,
+    cap,
+    levels,
     stride_b,
     stride_h,
     stride_row,
     stride_column,
     heads,
-    group_heads,
+    group,
     q_blocks,
     k_blocks,
     q_len,
@@ -142,7 +142,7 @@ def _select_kernel(
     SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     TEXT: tl.constexpr,
     TEXT_FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -154,22 +154,22 @@ def _select_kernel(
     """
     pid = tl.program_id(0)
     row = pid % q_blocks
-    bh = (pid // q_blocks).to(tl.int64)
-    b = bh // heads
-    h = bh % heads
+    batch_head = (pid // q_blocks).to(tl.int64)
+    b = batch_head // heads
+    h = batch_head % heads
     column = tl.arange(0, WIDTH)
     inside = column < k_blocks
     # First and last query of the row; under causality their positions among the keys.
     first = row * BLOCK_M
     last = tl.minimum(first + BLOCK_M, q_len) - 1
     n = tl.full([], 0, tl.int32) + k_blocks
-    if CAUSAL:
+    if IS_CAUSAL:
         first += kv_len - q_len
         last += kv_len - q_len
         n = tl.minimum(tl.cdiv(tl.maximum(last + 1, 0), BLOCK_N), n)
 
-    SCORES += b * stride_b + h * stride_h + row.to(tl.int64) * stride_row
-    score = tl.load(SCORES + column.to(tl.int64) * stride_column, mask=inside, other=0.0)
+    scores += b * stride_b + h * stride_h + row.to(tl.int64) * stride_row
+    score = tl.load(scores + column.to(tl.int64) * stride_column, mask=inside, other=0.0)
     # The bits of floats that are not negative order like the floats. NaN stands behind every
     # score, blocks that cannot be seen behind NaN.
     key = tl.where(score > 0, score, 0.0).to(tl.int32, bitcast=True)
@@ -198,20 +198,20 @@ def _select_kernel(
         ceiling = tl.minimum(ceiling, value + 1)  # ends do not decrease
     level = tl.maximum(level, 0)
 
-    if CAP is not None:
-        at = (b * (heads // group_heads) + h // group_heads) * k_blocks + column
-        level = tl.minimum(level, tl.load(CAP + at, mask=inside, other=0))
+    if cap is not None:
+        at = (b * (heads // group) + h // group) * k_blocks + column
+        level = tl.minimum(level, tl.load(cap + at, mask=inside, other=0))
     first_key = column * BLOCK_N
     last_key = tl.minimum(first_key + BLOCK_N, kv_len) - 1
     if TEXT:
         if TEXT_FIRST:
             text = (first < text_length) | (first_key < text_length)
         else:
-            text_from = (kv_len if CAUSAL else q_len) - text_length
+            text_from = (kv_len if IS_CAUSAL else q_len) - text_length
             text = (last >= text_from) | (last_key >= kv_len - text_length)
         level = tl.where(text, 1, level)
     level = tl.where(column < sink_blocks, 1, level)
-    if CAUSAL:
+    if IS_CAUSAL:
         # Some row sees some but not all keys of the block.
         straddles = tl.maximum(first, first_key) <= tl.minimum(last, last_key - 1)
         level = tl.where(straddles, 1, level)
@@ -221,7 +221,7 @@ def _select_kernel(
         best = tl.min(tl.where(key == tl.max(key, 0), column, WIDTH), 0)
         level = tl.where(column == best, 1, level)
 
-    tl.store(LEVELS + pid.to(tl.int64) * k_blocks + column, level, mask=inside)
+    tl.store(levels + pid.to(tl.int64) * k_blocks + column, level, mask=inside)
 
 
 @triton.jit

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of, require_dtype
+from psa_torch.kernels._launch import next_power_of_2, on_device_of, require_dtype
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 
 def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
@@ -54,8 +55,8 @@ def similarity_cap(k: Tensor, config: PSAConfig) -> Tensor:
 
 @triton.jit
 def _cap_kernel(
-    K,
-    CAP,
+    k_pointer,
+    cap_pointer,
     stride_b,
     stride_h,
     stride_l,
@@ -72,13 +73,13 @@ def _cap_kernel(
 ):
     """Grid: blocks * batch * heads."""
     pid = tl.program_id(0)
-    bh = (pid // blocks).to(tl.int64)
-    K += (bh // heads) * stride_b + (bh % heads) * stride_h
+    batch_head = (pid // blocks).to(tl.int64)
+    k_pointer += (batch_head // heads) * stride_b + (batch_head % heads) * stride_h
     start = (pid % blocks) * BLOCK
     real = tl.minimum(kv_len - start, BLOCK)
     group = tl.arange(0, BLOCK // 8)
     d = tl.arange(0, BLOCK_D)
-    args = (K, start + group * 8, d, stride_l, stride_d, kv_len)
+    args = (k_pointer, start + group * 8, d, stride_l, stride_d, kv_len)
     x0 = _token(args, 0, HEAD_DIM)
     x7 = _token(args, 7, HEAD_DIM)
     cosine_8 = _cosines(x0, x7, group * 8 + 8 <= real)
@@ -93,17 +94,17 @@ def _cap_kernel(
     cap = tl.where(_alike(cosine_2, real // 2, threshold_2), 2, 1)
     cap = tl.where(_alike(cosine_4, real // 4, threshold_4), 4, cap)
     cap = tl.where(_alike(cosine_8, real // 8, threshold_8), 8, cap)
-    tl.store(CAP + pid, cap)
+    tl.store(cap_pointer + pid, cap)
 
 
 @triton.jit
 def _token(args, one: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Token `one` of every group, float32."""
-    K, first, d, stride_l, stride_d, kv_len = args
+    k_pointer, first, d, stride_l, stride_d, kv_len = args
     token = first + one
     at = token.to(tl.int64)[:, None] * stride_l + d.to(tl.int64)[None, :] * stride_d
     real = (token < kv_len)[:, None] & (d < HEAD_DIM)[None, :]
-    return tl.load(K + at, mask=real, other=0.0).to(tl.float32)
+    return tl.load(k_pointer + at, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -90,7 +90,7 @@ def _launch(levels: Tensor, transposed: bool, geometry: tuple | None):
             kv_len,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
-            CAUSAL=causal,
+            IS_CAUSAL=causal,
             TRANSPOSED=transposed,
             WIDTH=width,
             num_warps=warps_for_row(width),
@@ -105,10 +105,10 @@ def warps_for_row(width: int) -> int:
 
 @triton.jit
 def _table_kernel(
-    LEVELS,
-    ENTRIES,
-    COUNTS,
-    FULL,
+    levels,
+    entries,
+    counts,
+    full,
     stride_b,
     stride_h,
     stride_row,
@@ -120,27 +120,31 @@ def _table_kernel(
     kv_len,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Grid: batch * heads * rows."""
     pid = tl.program_id(0)
     row = pid % rows
-    bh = (pid // rows).to(tl.int64)
+    batch_head = (pid // rows).to(tl.int64)
     column = tl.arange(0, WIDTH)
-    LEVELS += (bh // heads) * stride_b + (bh % heads) * stride_h + row.to(tl.int64) * stride_row
+    levels += (
+        (batch_head // heads) * stride_b
+        + (batch_head % heads) * stride_h
+        + row.to(tl.int64) * stride_row
+    )
     level = tl.load(
-        LEVELS + column.to(tl.int64) * stride_column, mask=column < columns, other=0
+        levels + column.to(tl.int64) * stride_column, mask=column < columns, other=0
     ).to(tl.int32)
     whole = column >= 0
-    if FULL is not None:
+    if full is not None:
         query_block = column if TRANSPOSED else row
         key_block = row if TRANSPOSED else column
         whole, level = plan_of_blocks(
-            level, query_block, key_block, q_len, kv_len, BLOCK_M, BLOCK_N, CAUSAL, TRANSPOSED
+            level, query_block, key_block, q_len, kv_len, BLOCK_M, BLOCK_N, IS_CAUSAL, TRANSPOSED
         )
-    store_table_row(level, whole, column, columns, pid, ENTRIES, COUNTS, FULL)
+    store_table_row(level, whole, column, columns, pid, entries, counts, full)
 
 
 @triton.jit
@@ -152,7 +156,7 @@ def plan_of_blocks(
     kv_len,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Which blocks need no per-element mask; and the levels, 0 where causality hides the block."""
@@ -162,7 +166,7 @@ def plan_of_blocks(
         whole = (query_block >= 0) & (key_block >= 0)
     else:
         whole = (query_block >= 0) & (first_key + BLOCK_N <= kv_len)
-    if CAUSAL:
+    if IS_CAUSAL:
         offset = kv_len - q_len
         last_row = tl.minimum((query_block + 1) * BLOCK_M, q_len) - 1
         whole &= last_key <= query_block * BLOCK_M + offset
@@ -171,8 +175,8 @@ def plan_of_blocks(
 
 
 @triton.jit
-def store_table_row(level, whole, column, columns, row, ENTRIES, COUNTS, FULL):
-    """Entries, counts and, if FULL is given, the number of `whole` entries of one row.
+def store_table_row(level, whole, column, columns, row, entries, counts, full):
+    """Entries, counts and, if full is given, the number of `whole` entries of one row.
 
     Args:
         level: int32 `[WIDTH]`, 0 past `columns`.
@@ -181,20 +185,20 @@ def store_table_row(level, whole, column, columns, row, ENTRIES, COUNTS, FULL):
         row: flat row of the output.
     """
     row = row.to(tl.int64)
-    ENTRIES += row * columns
+    entries += row * columns
     used = 0
     for place in tl.static_range(4):
         chosen = level == (1 << place)
         chosen_int = chosen.to(tl.int32)
         at = used + tl.cumsum(chosen_int, 0) - chosen_int
-        tl.store(ENTRIES + at, column, mask=chosen)
+        tl.store(entries + at, column, mask=chosen)
         count = tl.sum(chosen_int, 0)
-        tl.store(COUNTS + row * 4 + place, count)
-        if FULL is not None:
-            tl.store(FULL + row * 4 + place, tl.sum((chosen & whole).to(tl.int32), 0))
+        tl.store(counts + row * 4 + place, count)
+        if full is not None:
+            tl.store(full + row * 4 + place, tl.sum((chosen & whole).to(tl.int32), 0))
         used += count
     tl.store(
-        ENTRIES + column,
+        entries + column,
         tl.full(column.shape, -1, tl.int32),
         mask=(column >= used) & (column < columns),
     )

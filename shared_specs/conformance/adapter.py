@@ -130,6 +130,8 @@ def _module(source: str) -> Any:
     if not source.endswith(".py"):
         return importlib.import_module(source)
     spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"no adapter file {source!r}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

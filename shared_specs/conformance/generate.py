@@ -20,6 +20,7 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -205,7 +206,8 @@ def _tolerance(draft, dtype, inputs, levels, exact, stream: _Stream) -> dict[str
 def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     """An uncompressed archive: no clock and no compressor in the bytes."""
     file = io.BytesIO()
-    np.savez(file, **{name: np.ascontiguousarray(x) for name, x in arrays.items()})
+    whole: dict[str, Any] = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    np.savez(file, **whole)
     return file.getvalue()
 
 

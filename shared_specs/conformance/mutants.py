@@ -177,7 +177,7 @@ def _first_head_of_group(tier: str, arguments: Call, answer: Any) -> Any:
     dout = arguments["dout"] * first[:, None, None]
     dlse = arguments["dlse"]
     dlse = None if dlse is None else dlse * first[:, None]
-    _, dk, dv = NumpyAdapter.backward(None, **{**arguments, "dout": dout, "dlse": dlse})
+    _, dk, dv = NumpyAdapter().backward(**{**arguments, "dout": dout, "dlse": dlse})
     return answer[0], dk, dv
 
 

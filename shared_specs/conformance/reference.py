@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from shared_specs import attention, order, selection
 from shared_specs.conformance.adapter import Adapter
 from shared_specs.table import build_table
@@ -45,7 +47,7 @@ class NumpyAdapter(Adapter):
             dlse=dlse,
         )
 
-    def order(self, method, grid, tile):
+    def order(self, method, grid: Any, tile: Any):
         return order.gilbert_order(grid) if method == "Gilbert" else order.sta_order(grid, tile)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from shared_specs.config_types import CallConfig
 from shared_specs.order.checks import check_order_lengths
 from shared_specs.order.clustering import MAX_KEY_CENTROIDS, MAX_QUERY_CENTROIDS, centroid_count
 from shared_specs.order.gilbert import gilbert_order
@@ -79,7 +80,7 @@ class TokenOrderBase(ABC):
     text_position: str
 
     @classmethod
-    def from_config(cls, config, q_len: int, kv_len: int) -> Self:
+    def from_config(cls, config: CallConfig, q_len: int, kv_len: int) -> Self:
         """The order that `config.rearrange_method` names, for a sequence of these lengths.
 
         With `rearrange_method=None` the result moves nothing, for any lengths.
@@ -121,7 +122,9 @@ class TokenOrderBase(ABC):
     @property
     def curve(self) -> np.ndarray | None:
         """The order of the tokens inside a cluster, int32 `[video]`; None: as they come."""
-        return gilbert_order(self.grid) if self.method == "Clusters" else None
+        if self.method != "Clusters" or self.grid is None:
+            return None
+        return gilbert_order(self.grid)
 
     def apply(
         self, q: Array, k: Array, v: Array, *, centroids: Centroids | None = None
@@ -154,7 +157,7 @@ class TokenOrderBase(ABC):
 
     def move(self, q: Array, k: Array, v: Array, state: OrderState) -> tuple[Array, Array, Array]:
         """q, k and v in an order that was chosen before, by `apply` or `choose` of other tokens."""
-        if state.queries is None:
+        if state.queries is None or state.keys is None:
             return q, k, v
         return self._take(q, state.queries), self._take(k, state.keys), self._take(v, state.keys)
 
@@ -190,7 +193,8 @@ class TokenOrderBase(ABC):
     def by_cluster(self, labels: Array) -> Permutation:
         """The order that sorts video tokens by their labels int32 `[B, H, video]`.
 
-        Labels are those of this order's clusters, at least 0 and below their number. Tokens of a label follow each other along `curve`, or as they come where there is none.
+        Labels are those of this order's clusters, at least 0 and below their number. Tokens of a
+        label follow each other along `curve`, or as they come where there is none.
         """
 
     @abstractmethod
@@ -203,6 +207,7 @@ class TokenOrderBase(ABC):
 
 @lru_cache(maxsize=64)
 def _fixed_permutation(plan: TokenOrderBase) -> Permutation:
+    assert plan.grid is not None  # else nothing moves
     if plan.method == "STA":
         video_order = sta_order(plan.grid, plan.tile)
     else:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from shared_specs.checks import check_triple
+from shared_specs.config_types import CallConfig
 
 
 def check_grid(grid: Sequence[int]) -> tuple[int, int, int]:
@@ -15,7 +16,7 @@ def check_tile(tile: Sequence[int]) -> tuple[int, int, int]:
     return check_triple("tile", tile, "(depth, height, width) of a tile")
 
 
-def check_order_lengths(config, q_len: int, kv_len: int) -> None:
+def check_order_lengths(config: CallConfig, q_len: int, kv_len: int) -> None:
     """Refuse what a token order cannot be applied to (specification, section 8).
 
     Raises:

@@ -105,7 +105,8 @@ def _gilbert_order(grid: tuple[int, int, int]) -> np.ndarray:
     sides = (width, height, depth)
     longest = int(np.argmax(sides))
     axes = [longest] + [axis for axis in range(3) if axis != longest]
-    walk = _walk(tuple(sides[axis] for axis in axes), {})
+    first, second, third = (sides[axis] for axis in axes)
+    walk = _walk((first, second, third), {})
     x, y, z = (walk[:, axes.index(axis)] for axis in range(3))
     order = (x + width * (y + height * z)).astype(np.int32)
     order.setflags(write=False)

@@ -209,8 +209,10 @@ class _Exact:
 
 
 def _attend(call: tuple, dout, dlse, geometry: dict) -> tuple[np.ndarray, ...]:
-    forward = sparse_attention(*call, **geometry, return_lse=True)
-    return (*forward, *sparse_attention_grad(*call, dout, **geometry, dlse=dlse))
+    q, k, v, levels = call
+    forward = sparse_attention(q, k, v, levels, **geometry, return_lse=True)
+    grads = sparse_attention_grad(q, k, v, levels, dout, **geometry, dlse=dlse)
+    return (*forward, *grads)
 
 
 def _ask(adapter, workload: Workload, x: dict, dtype: str) -> dict[str, np.ndarray]:
@@ -245,7 +247,7 @@ def _selection_rows(adapters, workload: Workload, importance: str) -> list[dict[
         tile_n=min(w.block_n, 16),
     )  # fmt: skip
     exact = block_scores(x["q"], x["k"], config)
-    lengths = {"q_len": w.q_len, "kv_len": w.kv_len}
+    lengths: dict[str, Any] = {"q_len": w.q_len, "kv_len": w.kv_len}
     levels = select_levels(exact, config, **lengths)
     rows = []
     for adapter in adapters:

@@ -10,7 +10,6 @@ Exit status 1 if a kernel breaks its budget, or if the negative control does not
 
 import argparse
 import contextlib
-import importlib
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +22,13 @@ import torch  # noqa: E402
 from machine_code import MachineCode  # noqa: E402
 
 from psa_torch.attention.triton import (  # noqa: E402
+    backward_pass,
+    coarse_gradient,
     configs,
-    units,
+    forward_pass,
+    key_gradient,
+    query_gradient,
+    row_statistics,
 )
 from psa_torch.attention.triton.configs import (  # noqa: E402
     BackwardConfig,
@@ -34,23 +38,16 @@ from psa_torch.attention.triton.configs import (  # noqa: E402
 from psa_torch.attention.triton.hopper import forward as forward_hopper  # noqa: E402
 from psa_torch.attention.triton.hopper import key_gradient as key_gradient_hopper  # noqa: E402
 from psa_torch.attention.triton.hopper import query_gradient as query_gradient_hopper  # noqa: E402
+from psa_torch.attention.triton.hopper import units  # noqa: E402
 from psa_torch.attention.triton.plan import Plan  # noqa: E402
 from psa_torch.attention.triton.rows import rows_of_pyramid  # noqa: E402
 from psa_torch.pyramid import Pyramid  # noqa: E402
 from shared_specs.constants import BLOCK_M, BLOCK_N  # noqa: E402
 from shared_specs.geometry import Geometry  # noqa: E402
 
-# The package exports functions of these names.
-forward = importlib.import_module("psa_torch.attention.triton.forward")
-backward = importlib.import_module("psa_torch.attention.triton.backward")
-row_statistics, query_gradient, key_gradient, pooled_gradient = (
-    importlib.import_module(f"psa_torch.attention.triton.{name}")
-    for name in ("row_statistics", "query_gradient", "key_gradient", "pooled_gradient")
-)
-
 REGISTERS = 65_536
 KERNELS = [
-    (forward, "attention_forward"),
+    (forward_pass, "attention_forward"),
     (forward_hopper, "attention_forward_hopper"),
     (row_statistics, "row_statistics"),
     (query_gradient, "query_gradient"),
@@ -58,8 +55,8 @@ KERNELS = [
     (units, "_units_kernel"),
     (key_gradient, "key_gradient"),
     (key_gradient_hopper, "key_gradient_hopper"),
-    (pooled_gradient, "pooled_partials"),
-    (pooled_gradient, "pooled_sums"),
+    (coarse_gradient, "coarse_partials"),
+    (coarse_gradient, "coarse_sums"),
 ]
 CONFIGURED = [configs, forward_hopper, query_gradient_hopper, key_gradient_hopper]
 LENGTH = 75_600
@@ -77,8 +74,8 @@ LOOP_BUDGETS = {
     ("key_gradient", 128): 720,
     ("key_gradient_hopper", 64): 466,
     ("key_gradient_hopper", 128): 525,
-    ("pooled_partials", 64): 800,
-    ("pooled_partials", 128): 1000,
+    ("coarse_partials", 64): 800,
+    ("coarse_partials", 128): 1000,
 }
 """Instructions of a main loop on sm_90 by (kernel, D): 5 % over the larger of 3.6 and 3.9."""
 
@@ -88,7 +85,7 @@ SPILLS = {
     "query_gradient_hopper": 364,
     "key_gradient": 700,
     "key_gradient_hopper": 244,
-    "pooled_partials": 620,
+    "coarse_partials": 620,
 }
 """Bytes that a kernel may spill, nearly all of it outside its loops."""
 
@@ -97,12 +94,12 @@ LOCAL_IN_LOOP = {
     ("key_gradient", True): 48,
     ("key_gradient_hopper", False): 1,
     ("key_gradient_hopper", True): 6,
-    ("pooled_partials", False): 19,
-    ("pooled_partials", True): 3,
+    ("coarse_partials", False): 19,
+    ("coarse_partials", True): 3,
 }
 """Loads and stores of spilled registers in one main loop, by (kernel, causal)."""
 
-WIDE = {"pooled_partials": "STG.128", "pooled_sums": "LDG.128"}
+WIDE = {"coarse_partials": "STG.128", "coarse_sums": "LDG.128"}
 """How a kernel moves the bulk of its numbers."""
 
 WARP_SPECIALISED = {
@@ -112,7 +109,7 @@ WARP_SPECIALISED = {
 }
 """Kernels in which some warps copy and two warpgroups multiply."""
 
-TWO_PROGRAMS = {"pooled_partials"}
+TWO_PROGRAMS = {"coarse_partials"}
 """Kernels of which two programs share a multiprocessor of sm_90."""
 
 HALF_PROCESSOR = 228 * 1024 // 2 - 1024
@@ -193,13 +190,15 @@ def launches(case: Case) -> list[Launch]:
             stack.enter_context(mock.patch.object(module, "capability", lambda _, arch=arch: arch))
         if case.direction == "forward":
             pyramid = Pyramid(rows, rows)
-            forward.forward_planned(q, pyramid, by_query, geometry, scale=0.1, config=case.config)
+            forward_pass.forward_planned(
+                q, pyramid, by_query, geometry, scale=0.1, config=case.config
+            )
         else:
             levels = tensor(1, heads, q_blocks, k_blocks, dtype=torch.int32)
             kept = rows_of_pyramid(Pyramid(rows, rows))
             rest = (kept, levels, by_query, plan(k_blocks, q_blocks), q, lse)
             config = case.config or configs.backward_config(q, case.block_m, case.block_n)
-            backward.backward_planned(q, lse, q, *rest, geometry, scale=0.1, config=config)
+            backward_pass.backward_planned(q, lse, q, *rest, geometry, scale=0.1, config=config)
     return found
 
 
@@ -229,7 +228,7 @@ def _loop_breaches(case: Case, launch: Launch, code: MachineCode) -> list[str]:
         found.append(f"no loop with {wide}")
     if launch.name in TWO_PROGRAMS and code.shared_bytes > HALF_PROCESSOR:
         found.append(f"{code.shared_bytes} B of shared memory leave no room for a second program")
-    if launch.name in ("row_statistics", "pooled_sums", "_units_kernel"):
+    if launch.name in ("row_statistics", "coarse_sums", "_units_kernel"):
         return found
     specialised = launch.name in WARP_SPECIALISED
     loops = code.tensor_loops()
@@ -240,7 +239,7 @@ def _loop_breaches(case: Case, launch: Launch, code: MachineCode) -> list[str]:
     main = [x for x in loops if x.opcodes["LDGSTS.128"]]
     if specialised:
         main = sorted(loops, key=lambda x: x.size)[:2]
-    if launch.name == "pooled_partials":
+    if launch.name == "coarse_partials":
         main = sorted(loops, key=lambda x: x.size)[:1]
     if not main:
         found.append("no pipelined loop with 16-byte copies")

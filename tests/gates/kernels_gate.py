@@ -143,7 +143,7 @@ def nearest(head_dim=128, dtype=torch.bfloat16):
     return lambda: kmeans.nearest(tokens(head_dim, dtype), columns, scale, centre)
 
 
-def means(head_dim=128, dtype=torch.bfloat16):
+def cluster_means(head_dim=128, dtype=torch.bfloat16):
     x, scale = tokens(head_dim, dtype), tensor(1, 24, dtype=torch.float32)
     start = tensor(1, 24, 1000, head_dim, dtype=torch.float32)
     bins = tensor(1, 24, 1024, dtype=torch.int32)
@@ -177,7 +177,7 @@ def cases():
     yield Case("sort by label", label_order(), per_processor=8, always=True)
     # Two programs: the products of one beside the choice of the other.
     yield Case("nearest centroid", nearest(), loop=270, per_processor=2, always=True)
-    yield Case("means of clusters", means(), per_processor=6, always=True)
+    yield Case("means of clusters", cluster_means(), per_processor=6, always=True)
     for head_dim in (64, 96, 256):
         yield Case(f"nearest D={head_dim}", nearest(head_dim, torch.float16), loop=400)
     yield Case("moves of hidden states", moves(5120))

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from psa_torch.attention.triton import configs
-from psa_torch.attention.triton.backward import backward
+from psa_torch.attention.triton.backward_pass import backward
 from psa_torch.attention.triton.configs import (
     ForwardConfig,
     HopperForwardConfig,
     HopperKeyGradConfig,
     HopperQueryGradConfig,
 )
-from psa_torch.attention.triton.forward import forward
+from psa_torch.attention.triton.forward_pass import forward
 from shared_specs import attention as oracle
 from tests.torch.attention_contract import Case, expected, to_numpy
 
@@ -65,10 +65,10 @@ class TestHopperForward:
     def test_against_the_oracle(self, case, dtype, rng):
         check(dataclasses.replace(case, dtype=dtype), HOPPER[case.head_dim], rng)
 
-    @pytest.mark.parametrize("head_dim,tile,slots", [(128, 64, 2), (128, 64, 4), (64, 128, 3)])
-    def test_ring_sizes(self, head_dim, tile, slots, rng):
+    @pytest.mark.parametrize("head_dim,tile,stages", [(128, 64, 2), (128, 64, 4), (64, 128, 3)])
+    def test_ring_sizes(self, head_dim, tile, stages, rng):
         case = dataclasses.replace(CASES[0], dtype=torch.bfloat16, head_dim=head_dim)
-        check(case, HopperForwardConfig(tile=tile, slots=slots), rng)
+        check(case, HopperForwardConfig(tile=tile, stages=stages), rng)
 
     @pytest.mark.parametrize("gap", [16, 8, 1])
     def test_strided_queries(self, gap, rng):
@@ -109,16 +109,16 @@ class TestHopperQueryGradient:
             for x in (dataclasses.replace(plain, query=config), plain)
         )
 
-    @pytest.mark.parametrize("tile,slots,beside", [(64, 4, True), (128, 2, False)])
+    @pytest.mark.parametrize("tile,stages,beside", [(64, 4, True), (128, 2, False)])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_no_further_from_the_oracle_than_the_plain_kernel(
-        self, case, dtype, tile, slots, beside, rng
+        self, case, dtype, tile, stages, beside, rng
     ):
         case = dataclasses.replace(case, dtype=dtype)
         inputs = case.inputs(rng, "cuda")
         want = expected(inputs, **case.kernel_settings())
-        config = HopperQueryGradConfig(tile=tile, slots=slots, beside=beside)
+        config = HopperQueryGradConfig(tile=tile, stages=stages, beside=beside)
         got, plain = self.gradients(case, config, inputs)
         error, plain_error = (np.linalg.norm(to_numpy(x) - want.dq) for x in (got, plain))
         assert (to_numpy(got)[np.isneginf(want.lse)] == 0).all()
@@ -128,7 +128,7 @@ class TestHopperQueryGradient:
     def test_same_bits_on_every_run(self, rng):
         case = dataclasses.replace(CASES[3], dtype=torch.bfloat16)
         inputs = case.inputs(rng, "cuda")
-        config = HopperQueryGradConfig(tile=64, slots=4)
+        config = HopperQueryGradConfig(tile=64, stages=4)
         first, *others = (self.gradients(case, config, inputs)[0] for _ in range(5))
         assert all(torch.equal(first, other) for other in others)
 
@@ -149,13 +149,13 @@ class TestHopperKeyGradient:
             for x in (dataclasses.replace(plain, key=tuple(by_key)), plain)
         )
 
-    @pytest.mark.parametrize("dtype,slots", [(torch.float16, 1), (torch.bfloat16, 4)], ids=str)
+    @pytest.mark.parametrize("dtype,stages", [(torch.float16, 1), (torch.bfloat16, 4)], ids=str)
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_no_further_from_the_oracle_than_the_plain_kernel(self, case, dtype, slots, rng):
+    def test_no_further_from_the_oracle_than_the_plain_kernel(self, case, dtype, stages, rng):
         case = dataclasses.replace(case, dtype=dtype)
         inputs = case.inputs(rng, "cuda")
         want = expected(inputs, **case.kernel_settings())
-        config = HopperKeyGradConfig(rows=64, slots=slots)
+        config = HopperKeyGradConfig(rows=64, stages=stages)
         for *both, right in zip(
             *self.gradients(case, config, inputs), (want.dk, want.dv), strict=True
         ):
@@ -163,13 +163,13 @@ class TestHopperKeyGradient:
             # The second part is for problems whose dk is nothing but rounding.
             assert error <= 1.1 * plain_error + 1e-3 * np.linalg.norm(inputs.dout.float().cpu())
 
-    @pytest.mark.parametrize("rows,slots", [(64, 5), (128, 1)])
-    def test_same_bits_with_other_sizes_and_on_every_run(self, rows, slots, rng):
+    @pytest.mark.parametrize("rows,stages", [(64, 5), (128, 1)])
+    def test_same_bits_with_other_sizes_and_on_every_run(self, rows, stages, rng):
         case = dataclasses.replace(CASES[9], dtype=torch.bfloat16)
         inputs = case.inputs(rng, "cuda")
-        first, _ = self.gradients(case, HopperKeyGradConfig(rows=64, slots=2), inputs)
+        first, _ = self.gradients(case, HopperKeyGradConfig(rows=64, stages=2), inputs)
         for _ in range(4):
-            again, _ = self.gradients(case, HopperKeyGradConfig(rows=rows, slots=slots), inputs)
+            again, _ = self.gradients(case, HopperKeyGradConfig(rows=rows, stages=stages), inputs)
             assert all(map(torch.equal, first, again))
 
 

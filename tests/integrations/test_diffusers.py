@@ -42,13 +42,14 @@ def test_level_one_is_the_model_sparse_is_not_and_remove_is_exact(name):
     assert torch.equal(run(model, *call), dense)
 
 
-def test_bfloat16_errs_as_the_model_does():
-    model, arguments, _ = build("wan")
-    exact = run(model, arguments, {})
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuanvideo", "ltx", "mochi"])
+def test_bfloat16_errs_as_the_model_does(name):
+    model, arguments, keywords = build(name)
+    exact = run(model, arguments, keywords)
     model, arguments = model.bfloat16(), tuple(map(cast, arguments))
-    dense = relative(run(model, arguments, {}).float(), exact)
+    dense = relative(run(model, arguments, keywords).float(), exact)
     with apply(model, config=LEVEL1):
-        assert relative(run(model, arguments, {}).float(), exact) < 2 * dense
+        assert relative(run(model, arguments, keywords).float(), exact) < 2 * dense
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuanvideo"])
@@ -156,7 +157,9 @@ def test_two_graphs_for_all_layers_and_steps(how, layers):
             expected.append(run(model, arguments, {}))
         if how == "blocks":
             model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
-        compiled = torch.compile(model, backend="aot_eager") if how == "whole" else model
+        compiled = model
+        if how == "whole":
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         for psa.step in range(12):
             out = run(compiled, arguments, {})
             assert relative(out, expected[psa.step >= 2]) < 1e-4

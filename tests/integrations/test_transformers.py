@@ -68,8 +68,14 @@ def qwen(version):
         model = transformers.Qwen2_5_VLForConditionalGeneration(config)
         ids, patch = [5, 6, 7, 92] + [91] * count + [93] + list(range(10, 40)), 14
     else:
-        config = transformers.Qwen3VLConfig(
-            text_config={**TEXT, "rope_parameters": {**ROPE, "mrope_interleaved": True}},
+        moe = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+        kind = "Qwen3VLMoe" if version == "3-moe" else "Qwen3VL"
+        config = getattr(transformers, f"{kind}Config")(
+            text_config={
+                **TEXT,
+                "rope_parameters": {**ROPE, "mrope_interleaved": True},
+                **(moe if version == "3-moe" else {}),
+            },
             vision_config={
                 **VISION,
                 "patch_size": 16,
@@ -78,7 +84,7 @@ def qwen(version):
             },
             **TOKENS,
         )
-        model = transformers.Qwen3VLForConditionalGeneration(config)
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
         frame = [8, 92] + [91] * (count // frames) + [93]
         ids, patch = [5, 6, 7] + frame * frames + list(range(10, 40)), 16
     for parameter in model.parameters():
@@ -103,7 +109,7 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("version", ["2.5", "3"])
+@pytest.mark.parametrize("version", ["2.5", "3", "3-moe"])
 def test_language_model_is_sparse_and_level_one_is_the_model(version):
     model, inputs = qwen(version)
     dense = logits(model, inputs, "sdpa")

@@ -5,7 +5,6 @@ Everything is compared with the float64 oracle of `shared_specs.attention`.
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,81 +13,33 @@ import pytest
 from jax import Array
 
 from psa_jax import sparse_attention
-from shared_specs import attention as oracle
-from shared_specs.constants import LEVELS, MASK_LEVELS
 from shared_specs.masks import to_segments
-from shared_specs.pyramid import build_pyramid, pooled_counts
-
-FLOAT32_TOLERANCE = 2e-6
+from tests.support import attention_cases
+from tests.support.attention_cases import (
+    FLOAT32_TOLERANCE,
+    Inputs,
+    Results,
+    assert_close,
+    relative_errors,
+    whole_pyramid,
+)
 
 QUICK = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 """Compiling is most of the time of these tests."""
 
 
-class Inputs(NamedTuple):
-    q: Array
-    k: Array
-    v: Array
-    levels: Array
-    dout: Array
-    dlse: Array
-
-
-class Results(NamedTuple):
-    out: np.ndarray
-    lse: np.ndarray
-    dq: np.ndarray
-    dk: np.ndarray
-    dv: np.ndarray
-
-
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One problem; `level` is a level for every block, or 'mixed', or 'empty' (mixed, with query
-    blocks that have no key block at all)."""
-
-    q_len: int = 200
-    kv_len: int = 200
-    head_dim: int = 32
-    batch: int = 2
-    heads: int = 2
-    kv_heads: int = 2
-    block_m: int = 64
-    block_n: int = 64
-    level: int | str = "mixed"
-    is_causal: bool = False
-    scale: float | None = None
-    dtype: str = "float32"
-
-    def __str__(self):
-        default = Case()
-        changed = {f: v for f, v in vars(self).items() if v != getattr(default, f)}
-        return ",".join(f"{f}={v}" for f, v in changed.items()) or "default"
-
-    def settings(self) -> dict:
-        names = ("block_m", "block_n", "scale", "is_causal")
-        return {name: getattr(self, name) for name in names}
+class Case(attention_cases.Case):
+    """One problem, with jax arrays for inputs."""
 
     def inputs(self, rng: np.random.Generator) -> Inputs:
-        q_shape = (self.batch, self.heads, self.q_len, self.head_dim)
-        kv_shape = (self.batch, self.kv_heads, self.kv_len, self.head_dim)
-
-        def normal(shape):
-            return jnp.asarray(rng.standard_normal(shape), self.dtype)
-
-        q, k, v, dout = (normal(shape) for shape in (q_shape, kv_shape, kv_shape, q_shape))
-        dlse = normal(q_shape[:3]).astype(lse_dtype(self.dtype))
-        return Inputs(q, k, v, self.levels(rng), dout, dlse)
+        q, k, v, levels, dout, dlse = self.draw(rng)
+        q, k, v, dout, dlse = (jnp.asarray(x, self.dtype) for x in (q, k, v, dout, dlse))
+        levels, dlse = jnp.asarray(levels), dlse.astype(lse_dtype(self.dtype))
+        return Inputs(q, k, v, levels, dout, dlse)
 
     def levels(self, rng: np.random.Generator) -> Array:
-        n_q, n_k = -(-self.q_len // self.block_m), -(-self.kv_len // self.block_n)
-        levels = rng.choice(MASK_LEVELS, size=(self.batch, self.heads, n_q, n_k))
-        if isinstance(self.level, int):
-            levels[:] = self.level
-        elif self.level == "empty":
-            levels[:, 0, ::2] = 0
-            levels[-1, -1] = 0
-        return jnp.asarray(levels.astype(np.int32))
+        return jnp.asarray(self.draw_levels(rng))
 
 
 def lse_dtype(dtype) -> str:
@@ -124,47 +75,17 @@ def run(inputs: Inputs, implementation: str | None, **settings) -> Results:
 
 def expected(inputs: Inputs, **settings) -> Results:
     """The oracle's answer to the same inputs, in float64."""
-    q, k, v, dout, dlse = map(to_numpy, (*inputs[:3], *inputs[4:]))
-    levels = np.asarray(inputs.levels)
-    out, lse = oracle.sparse_attention(q, k, v, levels, return_lse=True, **settings)
-    grads = oracle.sparse_attention_grad(q, k, v, levels, dout, dlse=dlse, **settings)
-    return Results(out, lse, *grads)
-
-
-def relative_errors(got: Results, want: Results) -> dict[str, float]:
-    """Norm of the difference over the norm of the answer; rows with lse -inf must agree exactly."""
-    blind = np.isneginf(want.lse)
-    np.testing.assert_array_equal(np.isneginf(got.lse), blind)
-    assert (got.out[blind] == 0).all() and (got.dq[blind] == 0).all()
-    errors = {}
-    for name, x, y in zip(Results._fields, got, want, strict=True):
-        if name == "lse":
-            x, y = x[~blind], y[~blind]
-        assert np.isfinite(x).all(), f"{name} is not finite"
-        # An answer that is all zeros (only empty rows) has to be met exactly.
-        errors[name] = float(np.linalg.norm(x - y) / (np.linalg.norm(y) or 1e-30))
-    return errors
-
-
-def assert_close(got: Results, want: Results, tolerance: float) -> None:
-    errors = relative_errors(got, want)
-    assert max(errors.values()) <= tolerance, errors
+    exact = Inputs(*map(to_numpy, inputs))._replace(levels=np.asarray(inputs.levels))
+    return attention_cases.expected(exact, **settings)
 
 
 def plain_attention(inputs: Inputs, *, block_m, block_n, scale, is_causal) -> Results:
     """Dense attention in the dtype of the inputs over the whole pyramid, masked: the yardstick of
     what that dtype can be asked for."""
     assert not is_causal and scale is None
-    levels, dtype, kv_len = np.asarray(inputs.levels), inputs.q.dtype, inputs.k.shape[2]
-    counts = pooled_counts(kv_len, block_n)
-    eye = np.eye(kv_len)[None, None]
-    pool = build_pyramid(eye, eye, block_n).k[0, 0].astype(np.float32)
-    n_k = levels.shape[-1]
-    of_block = np.concatenate([np.repeat(np.arange(n_k), block_n // level) for level in LEVELS])
-    of_level = np.repeat(LEVELS, [n_k * block_n // level for level in LEVELS])
-    with np.errstate(divide="ignore"):
-        bias = np.where(levels[..., of_block] == of_level, np.log(counts), -np.inf)
-    bias = jnp.asarray(bias.repeat(block_m, -2)[:, :, : inputs.q.shape[2]], dtype)
+    dtype, lengths = inputs.q.dtype, (inputs.q.shape[2], inputs.k.shape[2])
+    whole = whole_pyramid(np.asarray(inputs.levels), *lengths, block_m, block_n)
+    pool, bias = whole.pool.astype(np.float32), jnp.asarray(whole.bias, dtype)
 
     @jax.jit
     def both(q, k, v, dout, dlse):

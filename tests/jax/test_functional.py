@@ -13,7 +13,8 @@ import pytest
 from jax import export
 
 import psa_jax
-from psa_jax import PSAConfig, psa_attention, sparse_attention
+from psa_jax import PSAConfig, importance, psa_attention, sparse_attention
+from psa_jax._arrays import announce
 from psa_jax.attention import IMPLEMENTATIONS, choose, implementations
 from psa_jax.importance import block_scores
 from psa_jax.masks import from_segments, to_segments
@@ -243,6 +244,22 @@ def test_dispatch_says_once_what_runs(rng, caplog):
     assert "'gather'" in record.message and "q is on cpu, not gpu" in record.message
     assert choose("gather", q, k, v, **BLOCKS) == "gather"
     assert list(IMPLEMENTATIONS) == ["mosaic", "gather"]
+
+
+def test_what_a_gpu_does_without_a_kernel_is_a_warning(rng, caplog, monkeypatch):
+    q, k, v = (jnp.zeros((1, 1, 64, 192), jnp.bfloat16) for _ in range(3))
+    announce.forget()
+    for module in (implementations, importance):
+        monkeypatch.setattr(module, "platform_of", lambda x: "gpu")
+    with caplog.at_level(logging.INFO, logger="psa_jax"):
+        for _ in range(2):
+            assert choose(None, q, k, v, **BLOCKS) == "gather"
+            jax.eval_shape(lambda q: block_scores(q, k, SMALL), q)
+    attention, scores = caplog.records
+    for record in (attention, scores):
+        assert record.levelname == "WARNING"
+        assert "takes head dimensions up to 128, got 192" in record.message
+        assert "memory" in record.message
 
 
 def test_an_implementation_asked_for_by_name_is_used_or_refused(rng):

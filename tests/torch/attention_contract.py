@@ -4,7 +4,6 @@ Everything is compared with the float64 oracle of `shared_specs.attention`.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,57 +11,24 @@ import torch
 from torch import Tensor
 
 from psa_torch import sparse_attention
-from shared_specs import attention as oracle
-from shared_specs.constants import LEVELS, MASK_LEVELS
+from shared_specs.constants import MASK_LEVELS
 from shared_specs.masks import to_segments
-from shared_specs.pyramid import build_pyramid, pooled_counts
-
-FLOAT32_TOLERANCE = 2e-6
-
-
-class Inputs(NamedTuple):
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    levels: Tensor
-    dout: Tensor
-    dlse: Tensor
-
-
-class Results(NamedTuple):
-    out: np.ndarray
-    lse: np.ndarray
-    dq: np.ndarray
-    dk: np.ndarray
-    dv: np.ndarray
+from tests.support import attention_cases
+from tests.support.attention_cases import (
+    FLOAT32_TOLERANCE,
+    Inputs,
+    Results,
+    assert_close,
+    relative_errors,
+    whole_pyramid,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One problem; `level` is a level for every block, or 'mixed', or 'empty' (mixed, with query
-    blocks that have no key block at all)."""
+class Case(attention_cases.Case):
+    """One problem, with tensors for inputs."""
 
-    q_len: int = 200
-    kv_len: int = 200
-    head_dim: int = 32
-    batch: int = 2
-    heads: int = 2
-    kv_heads: int = 2
-    block_m: int = 64
-    block_n: int = 64
-    level: int | str = "mixed"
-    is_causal: bool = False
-    scale: float | None = None
     dtype: torch.dtype = torch.float32
-
-    def __str__(self):
-        default = Case()
-        changed = {f: v for f, v in vars(self).items() if v != getattr(default, f)}
-        return ",".join(f"{f}={v}".replace("torch.", "") for f, v in changed.items()) or "default"
-
-    def settings(self) -> dict:
-        names = ("block_m", "block_n", "scale", "is_causal")
-        return {name: getattr(self, name) for name in names}
 
     def kernel_settings(self) -> dict:
         """`settings` with the scale that None stands for, as kernels take them."""
@@ -70,25 +36,13 @@ class Case:
         return {**self.settings(), "scale": scale}
 
     def inputs(self, rng: np.random.Generator, device: str = "cpu") -> Inputs:
-        q_shape = (self.batch, self.heads, self.q_len, self.head_dim)
-        kv_shape = (self.batch, self.kv_heads, self.kv_len, self.head_dim)
-
-        def normal(shape):
-            return torch.from_numpy(rng.standard_normal(shape)).to(device, self.dtype)
-
-        q, k, v, dout = (normal(shape) for shape in (q_shape, kv_shape, kv_shape, q_shape))
-        dlse = normal(q_shape[:3]).to(lse_dtype(self.dtype))
-        return Inputs(q, k, v, self.levels(rng).to(device), dout, dlse)
+        drawn = Inputs(*map(torch.from_numpy, self.draw(rng)))
+        dtypes = Inputs(*(self.dtype,) * 3, torch.int32, self.dtype, self.dtype)
+        inputs = Inputs(*(x.to(device, dtype) for x, dtype in zip(drawn, dtypes, strict=True)))
+        return inputs._replace(dlse=inputs.dlse.to(lse_dtype(self.dtype)))
 
     def levels(self, rng: np.random.Generator) -> Tensor:
-        n_q, n_k = -(-self.q_len // self.block_m), -(-self.kv_len // self.block_n)
-        levels = rng.choice(MASK_LEVELS, size=(self.batch, self.heads, n_q, n_k))
-        if isinstance(self.level, int):
-            levels[:] = self.level
-        elif self.level == "empty":
-            levels[:, 0, ::2] = 0
-            levels[-1, -1] = 0
-        return torch.from_numpy(levels.astype(np.int32))
+        return torch.from_numpy(self.draw_levels(rng))
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -115,31 +69,8 @@ def run(inputs: Inputs, implementation: str | None, **settings) -> Results:
 
 def expected(inputs: Inputs, **settings) -> Results:
     """The oracle's answer to the same inputs, in float64."""
-    q, k, v, dout, dlse = (to_numpy(x) for x in (*inputs[:3], *inputs[4:]))
-    levels = inputs.levels.cpu().numpy()
-    out, lse = oracle.sparse_attention(q, k, v, levels, return_lse=True, **settings)
-    grads = oracle.sparse_attention_grad(q, k, v, levels, dout, dlse=dlse, **settings)
-    return Results(out, lse, *grads)
-
-
-def relative_errors(got: Results, want: Results) -> dict[str, float]:
-    """Norm of the difference over the norm of the answer; rows with lse -inf must agree exactly."""
-    blind = np.isneginf(want.lse)
-    np.testing.assert_array_equal(np.isneginf(got.lse), blind)
-    assert (got.out[blind] == 0).all() and (got.dq[blind] == 0).all()
-    errors = {}
-    for name, x, y in zip(Results._fields, got, want, strict=True):
-        if name == "lse":
-            x, y = x[~blind], y[~blind]
-        assert np.isfinite(x).all(), f"{name} is not finite"
-        # An answer that is all zeros (only empty rows) has to be met exactly.
-        errors[name] = float(np.linalg.norm(x - y) / (np.linalg.norm(y) or 1e-30))
-    return errors
-
-
-def assert_close(got: Results, want: Results, tolerance: float) -> None:
-    errors = relative_errors(got, want)
-    assert max(errors.values()) <= tolerance, errors
+    exact = Inputs(*map(to_numpy, inputs))._replace(levels=inputs.levels.cpu().numpy())
+    return attention_cases.expected(exact, **settings)
 
 
 def plain_attention(inputs: Inputs, *, block_m, block_n, scale, is_causal) -> Results:
@@ -147,20 +78,11 @@ def plain_attention(inputs: Inputs, *, block_m, block_n, scale, is_causal) -> Re
     what that dtype can be asked for."""
     assert not is_causal and scale is None
     q, k, v, levels = inputs[:4]
-    dtype, kv_len, n_blocks = q.dtype, k.shape[2], levels.shape[-1]
-    identity = np.eye(kv_len)[None, None]
-    pool = torch.from_numpy(build_pyramid(identity, identity, block_n).k[0, 0])
-    sizes = [block_n // level for level in LEVELS]
-    of_block = torch.cat([torch.arange(n_blocks).repeat_interleave(size) for size in sizes])
-    of_level = torch.tensor(LEVELS).repeat_interleave(n_blocks * torch.tensor(sizes))
-    counts = torch.from_numpy(pooled_counts(kv_len, block_n)).double()
-    selected = levels.cpu()[..., of_block] == of_level
-    bias = torch.where(selected, counts.log(), -torch.inf)
-    bias = bias.repeat_interleave(block_m, -2)[:, :, : q.shape[2]].to(q)
-    pool = pool.to(q.device)
+    whole = whole_pyramid(levels.cpu().numpy(), q.shape[2], k.shape[2], block_m, block_n)
+    pool, bias = torch.from_numpy(whole.pool).to(q.device), torch.from_numpy(whole.bias).to(q)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     q, k, v = leaves
-    k, v = ((pool @ x.double()).to(dtype) for x in (k, v))
+    k, v = ((pool @ x.double()).to(q.dtype) for x in (k, v))
     logits = (q @ k.mT) * q.shape[-1] ** -0.5 + bias
     lse = logits.float().logsumexp(-1)
     out = logits.softmax(-1) @ v

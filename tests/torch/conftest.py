@@ -14,7 +14,7 @@ if not (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.torch import triton_interpreter
+    from tests.support import triton_interpreter
 
     triton_interpreter.mend()
 

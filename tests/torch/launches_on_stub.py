@@ -234,12 +234,27 @@ def case_distance_that_is_none():
     between = plan._distances[0]
     assert between.of([0, 512, 1024]) == 2 and between.of([1024, 0, 512]) == -1
     assert between.of([0, 0, 514]) is None and between.of([0, 0, 2**39]) is None
+    seen = []
+
+    def far(x):
+        seen.append(module.recording.is_far)
+        out = torch.empty(64)
+        launch_kernel(scale_kernel, (3, 2), x, None, out, out, 50, 1, 2.5, 0, SIZES=(64,))
+        return out, None
+
+    calls.function = far
     with mock.patch.object(type(between), "of", lambda *_: None):
-        runs = calls.runs
-        with launches() as found:
-            out, _ = calls(tensor())
-    assert calls.runs == runs + 1 and len(found) == 2
-    assert found[1].values["OUT"] == out.data_ptr()
+        for _ in range(4):
+            x, runs = tensor(), calls.runs
+            with launches() as found:
+                out, _ = calls(x)
+            assert found[0].values["X"] == x.data_ptr()
+            assert [x.values["OUT"] for x in found] == [out.data_ptr()]
+    assert seen == [True] and calls.runs == runs  # recorded once more, then repeated
+    with mock.patch.object(type(between), "of", lambda *_: 3), launches() as found:
+        calls(tensor())
+    assert [x.values["apart"] for x in found] == [3, 3] and seen == [True]  # near again
+    assert not module.recording.is_far
 
 
 def case_descriptors():

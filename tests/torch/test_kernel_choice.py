@@ -7,12 +7,12 @@ import torch
 
 from psa_torch.attention.triton import configs
 from psa_torch.attention.triton.configs import (
+    CoarseGradConfig,
     ForwardConfig,
     HopperForwardConfig,
     HopperKeyGradConfig,
     HopperQueryGradConfig,
     KeyGradConfig,
-    PooledGradConfig,
     QueryGradConfig,
 )
 from psa_torch.kernels.scores import tiles
@@ -20,7 +20,7 @@ from psa_torch.kernels.scores.tiles import HopperScoreConfig, ScoreConfig
 from shared_specs import PSAConfig
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
-KEY, POOLED, HOPPER_KEY = KeyGradConfig, PooledGradConfig, HopperKeyGradConfig
+KEY, POOLED, HOPPER_KEY = KeyGradConfig, CoarseGradConfig, HopperKeyGradConfig
 PLAIN = (ForwardConfig, QueryGradConfig)
 HOPPER = (HopperForwardConfig, HopperQueryGradConfig)
 

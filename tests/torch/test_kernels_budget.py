@@ -29,6 +29,7 @@ CASES = {
     "two levels": (dataclasses.replace(HEAD, budget_levels=(1, 4)), 70, 500),
     "unseen": (dataclasses.replace(HEAD, causal=True), 230, 100),
     "unaffordable": (dataclasses.replace(MEAN, sink_blocks=9, budget=0.01), 200, 320),
+    "little": (dataclasses.replace(MEAN, budget=0.02), 200, 500),
     "everything": (dataclasses.replace(MEAN, budget=1.0), 200, 320),
 }  # fmt: skip
 KINDS = ["even", "skewed", "ties", "zeros", "nan", "tiny"]
@@ -53,7 +54,8 @@ def defects(rng, kind: str, shape) -> np.ndarray:
 @pytest.mark.parametrize(
     "case, kind",
     [(case, KINDS[place % len(KINDS)]) for place, case in enumerate(CASES)]
-    + [(case, kind) for case in ("mean", "row") for kind in KINDS],
+    + [(case, kind) for case in ("mean", "row") for kind in KINDS]
+    + [("little", kind) for kind in ("even", "ties")],
 )
 def test_integers_of_the_specification(case, kind, rng, poisoned_memory):
     config, q_len, kv_len = CASES[case]

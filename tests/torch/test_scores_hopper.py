@@ -11,11 +11,11 @@ from psa_torch.kernels.scores import peaks, tiles
 from psa_torch.kernels.scores.tiles import HopperScoreConfig
 from shared_specs import PSAConfig
 from shared_specs.importance import block_scores
-from tests.torch import gluon_interpreter
+from tests.support import gluon_interpreter
 
 hopper = pytest.importorskip("psa_torch.kernels.scores.hopper.kernel")
 
-TILE = HopperScoreConfig(slots=2, columns=16)
+TILE = HopperScoreConfig(stages=2, columns=16)
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_a_missing_wait_is_noticed(deaf, rng):
     # tiles enough to run ahead by.
     case = (PSAConfig(importance_pool=8, block_n=32), 1, 1, 2600, 4000)
     q, k = draw(rng, case)
-    roomy = TILE._replace(slots=6)
+    roomy = TILE._replace(stages=6)
     with (
         mock.patch.object(peaks, "peak_tile", lambda *_: roomy),
         mock.patch.object(hopper, "resident_programs", lambda *_: 1),

@@ -2,25 +2,22 @@
 
 import dataclasses
 import functools
-import importlib
 import math
 from unittest import mock
 
 import pytest
 import torch
 
-from psa_torch.attention.triton import hopper, rows
+from psa_torch.attention.triton import forward_pass, hopper, rows
 from psa_torch.attention.triton.configs import HopperForwardConfig
-from psa_torch.attention.triton.forward import forward
+from psa_torch.attention.triton.forward_pass import forward
 from psa_torch.attention.triton.rows import rows_in_place
 from psa_torch.pyramid import Pyramid, build_pyramid, pool_levels
-from tests.torch import gluon_interpreter
+from tests.support import gluon_interpreter
+from tests.support.memory_layouts import rows_copied, rows_in_one_place
 from tests.torch.attention_contract import Case, expected, to_numpy
-from tests.torch.memory_layouts import rows_copied, rows_in_one_place
 from tests.torch.past_float32 import assert_rule, ordinary, past_range
 
-# The package has a function of the same name.
-forward_module = importlib.import_module("psa_torch.attention.triton.forward")
 forward_hopper = pytest.importorskip("psa_torch.attention.triton.hopper.forward")
 
 BASE = Case(batch=1, kv_heads=1, block_m=128, head_dim=64, q_len=200, kv_len=700)
@@ -40,10 +37,10 @@ def interpreted(monkeypatch):
     kernel = gluon_interpreter.Interpreted(forward_hopper.attention_forward_hopper)
     monkeypatch.setattr(forward_hopper, "attention_forward_hopper", kernel)
     monkeypatch.setattr(hopper, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(forward_module, "rows_in_place", rows_in_one_place)
+    monkeypatch.setattr(forward_pass, "rows_in_place", rows_in_one_place)
 
 
-CONFIGS = [HopperForwardConfig(tile=64, slots=2), HopperForwardConfig(tile=128, slots=3)]
+CONFIGS = [HopperForwardConfig(tile=64, stages=2), HopperForwardConfig(tile=128, stages=3)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -74,10 +71,10 @@ def test_past_the_range_of_float32(rng):
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_level_1_copied_is_level_1_in_place(case, rng, monkeypatch):
     inputs = case.inputs(rng)
-    config = HopperForwardConfig(tile=64, slots=2)
+    config = HopperForwardConfig(tile=64, stages=2)
     settings = {**case.settings(), "scale": 0.125, "config": config}
     in_place = forward(*inputs[:4], **settings)
-    monkeypatch.setattr(forward_module, "rows_in_place", rows_copied)
+    monkeypatch.setattr(forward_pass, "rows_in_place", rows_copied)
     for x, y in zip(in_place, forward(*inputs[:4], **settings), strict=True):
         assert torch.equal(x, y)
 
@@ -87,7 +84,7 @@ def test_strided_queries(padding, rng):
     """Heads inside rows, in memory that is NaN between them."""
     case = dataclasses.replace(BASE, batch=2, q_len=500, is_causal=True)
     inputs, settings = case.inputs(rng), {**case.settings(), "scale": 0.125}
-    config = HopperForwardConfig(tile=64, slots=2)
+    config = HopperForwardConfig(tile=64, stages=2)
     want = forward(*inputs[:4], config=config, **settings)
     wide = torch.full((2, 500, inputs.q.shape[1], 64 + padding), torch.nan)
     q = wide[..., :64].transpose(1, 2)

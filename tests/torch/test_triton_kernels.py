@@ -8,15 +8,15 @@ import torch
 
 from psa_torch.attention import triton as triton_attention
 from psa_torch.attention.triton import configs
-from psa_torch.attention.triton.backward import backward, backward_planned
+from psa_torch.attention.triton.backward_pass import backward, backward_planned
 from psa_torch.attention.triton.configs import (
     BackwardConfig,
+    CoarseGradConfig,
     ForwardConfig,
     KeyGradConfig,
-    PooledGradConfig,
     QueryGradConfig,
 )
-from psa_torch.attention.triton.forward import forward, forward_planned
+from psa_torch.attention.triton.forward_pass import forward, forward_planned
 from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.attention.triton.rows import rows_of_pyramid
 from psa_torch.pyramid import build_pyramid
@@ -56,7 +56,7 @@ def forward_tiles(rows, tile, tail, contiguous):
 def backward_tiles(query_rows, tile, tail, key_rows, keys, block_n=64):
     """Key blocks with at least `keys` rows of a level hold them, the others' go by query blocks."""
     key = KeyGradConfig(keys=keys, rows=key_rows, warps=4, stages=2)
-    pooled = PooledGradConfig(tile=tile, rows=query_rows, warps=4, stages=2)
+    pooled = CoarseGradConfig(tile=tile, rows=query_rows, warps=4, stages=2)
     return BackwardConfig(
         query=QueryGradConfig(rows=query_rows, tile=tile, tail=tail, warps=4, stages=2),
         key=tuple(key if block_n >> g >= keys else pooled for g in range(4)),
@@ -193,7 +193,7 @@ def test_tile_sizes_divide_their_blocks(dtype, head_dim):
                 rows += [level.rows for level in backward_sizes.key]
                 assert all(block_m % size == 0 for size in rows)
                 assert isinstance(backward_sizes.key[0], KeyGradConfig)
-                assert isinstance(backward_sizes.key[3], PooledGradConfig)
+                assert isinstance(backward_sizes.key[3], CoarseGradConfig)
                 for g, level in enumerate(backward_sizes.key):
                     if isinstance(level, KeyGradConfig):
                         assert level.keys >= 16 and (block_n >> g) % level.keys == 0

@@ -8,20 +8,26 @@ import pytest
 import torch
 
 from psa_torch.attention.triton import hopper
-from psa_torch.attention.triton.backward import key_gradients
+from psa_torch.attention.triton.backward_pass import key_gradients
 from psa_torch.attention.triton.configs import (
+    CoarseGradConfig,
     HopperKeyGradConfig,
     KeyGradConfig,
-    PooledGradConfig,
+)
+from psa_torch.attention.triton.hopper.units import (
+    LEAST_RUN,
+    LOG_ENTRY,
+    MASKED,
+    UNIT_ROWS,
+    build_units,
 )
 from psa_torch.attention.triton.plan import key_plan, query_plan
 from psa_torch.attention.triton.row_statistics import launch_row_statistics
-from psa_torch.attention.triton.units import LEAST_RUN, LOG_ENTRY, MASKED, UNIT_ROWS, build_units
 from shared_specs.constants import LEVELS
 from shared_specs.geometry import Geometry
-from tests.torch import gluon_interpreter
+from tests.support import gluon_interpreter
+from tests.support.memory_layouts import rows_copied, rows_in_one_place, strided
 from tests.torch.attention_contract import Case, expected
-from tests.torch.memory_layouts import rows_copied, rows_in_one_place, strided
 
 kernels = pytest.importorskip("psa_torch.attention.triton.hopper.key_gradient")
 
@@ -42,9 +48,9 @@ CASES = [
     dataclasses.replace(BASE, heads=1, level=4),
 ]
 CONFIGS = [
-    HopperKeyGradConfig(rows=64, slots=1),
-    HopperKeyGradConfig(rows=64, slots=4),
-    HopperKeyGradConfig(rows=128, slots=2),
+    HopperKeyGradConfig(rows=64, stages=1),
+    HopperKeyGradConfig(rows=64, stages=4),
+    HopperKeyGradConfig(rows=128, stages=2),
 ]
 TOLERANCE = 4e-6
 
@@ -73,7 +79,7 @@ def gradients(
     """dk and dv, by the kernel under test up to level `2**coarsest` where blocks have `shortest`
     rows; lse and out are the oracle's `want`."""
     q, k, v, levels, dout, dlse = inputs
-    pooled = PooledGradConfig(tile=32, rows=64, warps=4, stages=1)
+    pooled = CoarseGradConfig(tile=32, rows=64, warps=4, stages=1)
     here = tuple(config if g <= coarsest and block_n >> g >= shortest else pooled for g in range(4))
     out, lse = torch.from_numpy(want.out).float(), torch.from_numpy(want.lse).float()
     block_m, is_causal = settings["block_m"], settings["is_causal"]
@@ -179,9 +185,8 @@ def test_units_list_what_any_of_their_blocks_sees(case, g, rng):
     if case.block_n >> g < LEAST_RUN:
         pytest.skip("such a level has no units")
     levels = case.levels(rng)
-    lengths = dict(q_len=case.q_len, kv_len=case.kv_len)
-    geometry = dict(block_m=case.block_m, block_n=case.block_n, is_causal=case.is_causal)
-    entries, counts = build_units(levels, g=g, **lengths, **geometry)
+    geometry = Geometry(case.q_len, case.kv_len, case.block_m, case.block_n, case.is_causal)
+    entries, counts = build_units(levels, geometry, g=g)
     blocks = max(1, UNIT_ROWS // (case.block_n >> g))
     _, heads, q_blocks, k_blocks = levels.shape
     assert counts.shape[2] == -(-k_blocks // blocks)

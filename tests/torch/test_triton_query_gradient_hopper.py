@@ -13,9 +13,9 @@ from psa_torch.attention.triton.plan import query_plan
 from psa_torch.attention.triton.query_gradient import launch_query_gradient
 from psa_torch.attention.triton.row_statistics import RowStatistics
 from shared_specs.geometry import Geometry
-from tests.torch import gluon_interpreter
+from tests.support import gluon_interpreter
+from tests.support.memory_layouts import rows_copied, rows_in_one_place, strided
 from tests.torch.attention_contract import FLOAT32_TOLERANCE, Case, Results, expected
-from tests.torch.memory_layouts import rows_copied, rows_in_one_place, strided
 
 kernels = pytest.importorskip("psa_torch.attention.triton.hopper.query_gradient")
 
@@ -34,10 +34,10 @@ CASES = [
     dataclasses.replace(BASE, heads=1, kv_len=2050, level=8),
 ]
 CONFIGS = [
-    HopperQueryGradConfig(tile=64, slots=1),
-    HopperQueryGradConfig(tile=64, slots=2, beside=True),
-    HopperQueryGradConfig(tile=64, slots=4, beside=True),
-    HopperQueryGradConfig(tile=128, slots=2),
+    HopperQueryGradConfig(tile=64, stages=1),
+    HopperQueryGradConfig(tile=64, stages=2, beside=True),
+    HopperQueryGradConfig(tile=64, stages=4, beside=True),
+    HopperQueryGradConfig(tile=128, stages=2),
 ]
 
 
@@ -133,8 +133,8 @@ def test_a_missing_wait_is_noticed(deaf, config, rng):
 
 
 def test_what_the_kernel_cannot_do_is_refused(rng):
-    with pytest.raises(ValueError, match="slots must be at least 2"):
-        HopperQueryGradConfig(tile=64, slots=1, beside=True)
+    with pytest.raises(ValueError, match="stages must be at least 2"):
+        HopperQueryGradConfig(tile=64, stages=1, beside=True)
     case = dataclasses.replace(BASE, head_dim=32)
     inputs, settings = case.inputs(rng), case.kernel_settings()
     with pytest.raises(ValueError, match="head dimension"):

@@ -1,5 +1,7 @@
 """Gradients of the visited rows, and from them of the keys they are means of."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -44,12 +46,12 @@ def backward(
         delta = delta - jnp.where(empty, 0, dlse.astype(dtype))
     top = jnp.where(empty, jnp.inf, lse.astype(dtype))
     grouped = (shape.group_heads(x) for x in (q, dout.astype(q.dtype), top, delta, levels))
-    arrays = (*grouped, k, v)
+    arrays: tuple = (*grouped, k, v)
     if head_by_head(shape):
         one = shape.one_head()
-        dq, dk, dv = map_heads(lambda *head: _heads(*head, one), shape, arrays)
+        dq, dk, dv = map_heads(functools.partial(_heads, shape=one), shape, arrays)
     else:
-        dq, dk, dv = _heads(*arrays, shape)
+        dq, dk, dv = _heads(*arrays, shape=shape)
     return dq.reshape(q.shape), dk, dv
 
 

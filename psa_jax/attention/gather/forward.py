@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +38,9 @@ def forward(
     arrays = (shape.group_heads(q), k, v, shape.group_heads(levels))
     if head_by_head(shape):
         one = shape.one_head()
-        out, lse = map_heads(lambda *head: _heads(*head, one), shape, arrays)
+        out, lse = map_heads(functools.partial(_heads, shape=one), shape, arrays)
     else:
-        out, lse = _heads(*arrays, shape)
+        out, lse = _heads(*arrays, shape=shape)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
@@ -94,7 +95,7 @@ def _heads(q: Array, k: Array, v: Array, levels: Array, shape: Shape) -> tuple[A
             return lax.fori_loop(0, tiles.used, add_tile, empty)
 
         if rooms:
-            ways = [functools.partial(at_once, rows) for rows in rooms]
+            ways: list[Callable] = [functools.partial(at_once, rows) for rows in rooms]
             if rooms[-1] < shape.most_rows:
                 ways.append(tile_by_tile)
             way = jnp.clip(tiles_used(counts, shape, rooms[0]) - 1, 0, len(ways) - 1)

@@ -22,7 +22,7 @@ def logits(query: Array, keys: Array, tile: Tile, position: Array, shape: Shape)
         shape: the call.
     """
     s = product("bhgcmd,bhgctd->bhgcmt", query, keys) * shape.scale + tile.bias[..., None, :]
-    if shape.is_causal:
+    if tile.last_key is not None:
         seen = tile.last_key[..., None, :] <= position[..., None]
         s = jnp.where(seen, s, hidden(s.dtype))
     return s

@@ -144,7 +144,8 @@ def backward(
         for rows, gradient in zip(by_level, sums, strict=True):
             rows[rounds.level] = gradient
     dk, dv = (unpool(rows, walk.geometry, k.shape) for rows in by_level)
-    return tuple(x[..., :dim].astype(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
+    dq, dk, dv = (x[..., :dim].astype(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv
 
 
 def _split(scale: float) -> tuple[float, float]:

@@ -23,7 +23,7 @@ def unpool(
         float32, of that shape.
     """
     batch, heads, kv_len, dim = shape
-    total = 0
+    total = jnp.zeros((), jnp.float32)
     for g, rows in sorted(by_level.items()):
         level, tokens = LEVELS[g], geometry.k_blocks * geometry.rows[g]
         share = rows.reshape(batch, heads, geometry.k_blocks, geometry.pitch[g], dim)

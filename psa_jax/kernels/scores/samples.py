@@ -8,6 +8,7 @@ Sampled tokens stay as they are.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +60,7 @@ def _means(x: Array, block: int, size: int, blocks: int) -> Samples:
     groups = cdiv(length, size)
     tiles = split_tokens(x, groups, size)
     # Spelt out: elementwise, so that it becomes one pass with what follows.
-    total = sum(tiles[..., i, :].astype(jnp.float32) for i in range(size))
+    total: Any = sum(tiles[..., i, :].astype(jnp.float32) for i in range(size))
     means = total / group_counts(length, groups, size, np.float32)[:, None]
     count = block // size
     missing = blocks * count - groups
@@ -76,9 +77,10 @@ def _powers_of_two(top: Array) -> tuple[Array, Array]:
     """The power of two at or below each element, and its inverse, both normal numbers."""
     exponent = (lax.bitcast_convert_type(top, jnp.int32) >> 23) & 0xFF
     exponent = jnp.clip(exponent, 1, 253)
-    return tuple(
+    power, inverse = (
         lax.bitcast_convert_type(bits << 23, jnp.float32) for bits in (exponent, 254 - exponent)
     )
+    return power, inverse
 
 
 def _tokens(x: Array, plan: SamplePlan, blocks: int) -> Samples:

@@ -76,7 +76,8 @@ def backward(
     dq = dq_rows.mul_(scale).view(p.batch, p.heads, -1, p.head_dim)[:, :, : p.q_len]
     dk = unpool(d_keys.mul_(scale), p.kv_len, block_n)
     dv = unpool(d_values, p.kv_len, block_n)
-    return tuple(x.to(y.dtype).contiguous() for x, y in ((dq, q), (dk, k), (dv, v)))
+    dq, dk, dv = (x.to(y.dtype).contiguous() for x, y in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv
 
 
 def _add_runs(pyramid: Tensor, runs: Tensor, rows: Tensor) -> None:

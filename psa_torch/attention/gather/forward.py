@@ -51,7 +51,8 @@ def forward(
     for first in range(0, units, step):
         some = slice(first, first + step)
         p = dataclasses.replace(whole, batch=len(out[some]), heads=group, kv_heads=1)
-        lse[some] = _some_heads(p, buffers, *(x[some] for x in arrays), out[some].flatten(0, 1))
+        qs, ks, vs, listed = (x[some] for x in arrays)
+        lse[some] = _some_heads(p, buffers, qs, ks, vs, listed, out[some].flatten(0, 1))
     shape = (whole.batch, whole.heads, -1)
     out = out.view(*shape, whole.head_dim)[:, :, : whole.q_len].to(q.dtype)
     return out.contiguous(), lse.view(shape)[:, :, : whole.q_len].contiguous()

@@ -98,7 +98,8 @@ def add_tangents(
     g = Call(q.shape[2], k.shape[2], block_m, block_n, is_causal, scale)
     means = (plain.means_of_blocks(*x, block_n) for x in ((tk, tv), (k, v)))
     added = plain.tangents(tq, *next(means), q, *next(means), levels, out, lse, g)
-    return tuple((x + y).to(x.dtype) for x, y in zip(tangents, added, strict=True))
+    t_out, t_lse = ((x + y).to(x.dtype) for x, y in zip(tangents, added, strict=True))
+    return t_out, t_lse
 
 
 def _passes(q: Tensor):

@@ -11,17 +11,12 @@ from torch import Tensor
 
 from psa_torch._triton.constants import LN2, LOG2E
 from psa_torch._triton.launch import launch_kernel
+from psa_torch.attention.rest.mean_kernel import dense_rows, load_rows, means_of_blocks, places
 from psa_torch.attention.rest.means import Call
-from psa_torch.kernels._launch import cdiv, on_device_of, padded_head_dim, resident_programs
+from psa_torch.kernels._launch import on_device_of, padded_head_dim, resident_programs
+from shared_specs.geometry import cdiv
 
-
-@triton.jit
-def _load_rows(pointer, first, end, stride, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
-    """`[N, WIDTH]` from row `first` on, zero from row `end` and column `D` on."""
-    m = first + tl.arange(0, N)
-    d = tl.arange(0, WIDTH)
-    at = m.to(tl.int64)[:, None] * stride + d[None, :]
-    return tl.load(pointer + at, mask=(m < end)[:, None] & (d < D)[None, :], other=0.0)
+__all__ = ["add_gradients", "add_means", "means_of_blocks"]
 
 
 @triton.jit
@@ -84,8 +79,8 @@ def rest_forward(
     m = first + tl.arange(0, ROWS)
     real = m < q_len
     at_head = batch * q_stride_b + head * q_stride_h
-    q = _load_rows(q_pointer + at_head, first, q_len, q_stride_m, WIDTH, D, ROWS)
-    acc = _load_rows(out_pointer, first, q_len, D, WIDTH, D, ROWS).to(tl.float32)
+    q = load_rows(q_pointer + at_head, first, q_len, q_stride_m, WIDTH, D, ROWS)
+    acc = load_rows(out_pointer, first, q_len, D, WIDTH, D, ROWS).to(tl.float32)
     top = tl.load(lse_pointer + batch_head * q_len + m, mask=real, other=float("-inf")) * LOG2E
     total = tl.where(top > float("-inf"), 1.0, 0.0)
     end = blocks
@@ -93,8 +88,8 @@ def rest_forward(
         end = _visible_end(first, blocks, kv_len - q_len, BLOCK_N, ROWS)
     for n in tl.range(0, end, MEANS):
         bias, last = _bias(n, levels_pointer, blocks, kv_len, BLOCK_N, MEANS)
-        k = _load_rows(k_pointer, n, blocks, D, WIDTH, D, MEANS)
-        v = _load_rows(v_pointer, n, blocks, D, WIDTH, D, MEANS)
+        k = load_rows(k_pointer, n, blocks, D, WIDTH, D, MEANS)
+        v = load_rows(v_pointer, n, blocks, D, WIDTH, D, MEANS)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
         if IS_CAUSAL:
             s = tl.where(last[None, :] <= (m + (kv_len - q_len))[:, None], s, float("-inf"))
@@ -109,10 +104,8 @@ def rest_forward(
     blind = total == 0
     total = tl.where(blind, 1.0, total)
     acc = acc / total[:, None]
-    d = tl.arange(0, WIDTH)
-    at = m.to(tl.int64)[:, None] * D + d[None, :]
-    inside = real[:, None] & (d < D)[None, :]
-    tl.store(out_pointer + at, acc.to(out_pointer.dtype.element_ty), mask=inside)
+    at, inside = places(out_pointer, first, q_len, D, WIDTH, D, ROWS)
+    tl.store(at, acc.to(out_pointer.dtype.element_ty), mask=inside)
     lse = tl.where(blind, float("-inf"), (top + tl.log2(total)) * LN2)
     tl.store(lse_pointer + batch_head * q_len + m, lse, mask=real)
 
@@ -166,10 +159,10 @@ def rest_query_gradient(
     m = first + tl.arange(0, ROWS)
     real = m < q_len
     at_head = batch * q_stride_b + head * q_stride_h
-    q = _load_rows(q_pointer + at_head, first, q_len, q_stride_m, WIDTH, D, ROWS)
+    q = load_rows(q_pointer + at_head, first, q_len, q_stride_m, WIDTH, D, ROWS)
     at_head = batch * dout_stride_b + head * dout_stride_h
-    dout = _load_rows(dout_pointer + at_head, first, q_len, dout_stride_m, WIDTH, D, ROWS)
-    out = _load_rows(out_pointer + batch_head * q_len * D, first, q_len, D, WIDTH, D, ROWS)
+    dout = load_rows(dout_pointer + at_head, first, q_len, dout_stride_m, WIDTH, D, ROWS)
+    out = load_rows(out_pointer + batch_head * q_len * D, first, q_len, D, WIDTH, D, ROWS)
     row = batch_head * q_len + m
     lse = tl.load(lse_pointer + row, mask=real, other=float("-inf"))
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
@@ -188,8 +181,8 @@ def rest_query_gradient(
         end = _visible_end(first, blocks, kv_len - q_len, BLOCK_N, ROWS)
     for n in tl.range(0, end, MEANS):
         bias, last = _bias(n, levels_pointer, blocks, kv_len, BLOCK_N, MEANS)
-        k = _load_rows(k_pointer, n, blocks, D, WIDTH, D, MEANS)
-        v = _load_rows(v_pointer, n, blocks, D, WIDTH, D, MEANS)
+        k = load_rows(k_pointer, n, blocks, D, WIDTH, D, MEANS)
+        v = load_rows(v_pointer, n, blocks, D, WIDTH, D, MEANS)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + bias[None, :]
         if IS_CAUSAL:
             s = tl.where(last[None, :] <= (m + (kv_len - q_len))[:, None], s, float("-inf"))
@@ -197,11 +190,9 @@ def rest_query_gradient(
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    d = tl.arange(0, WIDTH)
-    at = m.to(tl.int64)[:, None] * D + d[None, :]
-    inside = real[:, None] & (d < D)[None, :]
-    dq = dq * scale + tl.load(dq_pointer + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dq_pointer + at, dq.to(dq_pointer.dtype.element_ty), mask=inside)
+    at, inside = places(dq_pointer, first, q_len, D, WIDTH, D, ROWS)
+    dq = dq * scale + tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, dq.to(dq_pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -246,8 +237,8 @@ def rest_key_gradient(
     n = (tl.program_id(0) % tiles) * MEANS
     kv_heads = heads // group
     batch = kv_head // kv_heads
-    k = _load_rows(k_pointer + kv_head * blocks * D, n, blocks, D, WIDTH, D, MEANS)
-    v = _load_rows(v_pointer + kv_head * blocks * D, n, blocks, D, WIDTH, D, MEANS)
+    k = load_rows(k_pointer + kv_head * blocks * D, n, blocks, D, WIDTH, D, MEANS)
+    v = load_rows(v_pointer + kv_head * blocks * D, n, blocks, D, WIDTH, D, MEANS)
     dk = tl.zeros([MEANS, WIDTH], tl.float32)
     dv = tl.zeros([MEANS, WIDTH], tl.float32)
 
@@ -266,8 +257,8 @@ def rest_key_gradient(
             first = t * ROWS
             levels = levels_pointer + (batch_head * q_blocks + first // BLOCK_M) * blocks
             bias, last = _bias(n, levels, blocks, kv_len, BLOCK_N, MEANS)
-            q = _load_rows(q_base, first, q_len, q_stride_m, WIDTH, D, ROWS)
-            dout = _load_rows(dout_base, first, q_len, dout_stride_m, WIDTH, D, ROWS)
+            q = load_rows(q_base, first, q_len, q_stride_m, WIDTH, D, ROWS)
+            dout = load_rows(dout_base, first, q_len, dout_stride_m, WIDTH, D, ROWS)
             m = first + tl.arange(0, ROWS)
             row = batch_head * q_len + m
             lse2 = tl.load(lse2_pointer + row, mask=m < q_len, other=float("inf"))
@@ -288,76 +279,10 @@ def rest_key_gradient(
     tl.store(dv_pointer + at, dv, mask=inside)
 
 
-@triton.jit
-def mean_of_block(
-    k_pointer,
-    v_pointer,
-    k_means,
-    v_means,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    heads,
-    kv_len,
-    blocks,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Mean of the keys of one block, or along axis 1 of its values."""
-    pid = tl.program_id(0)
-    batch_head = (pid // blocks).to(tl.int64)
-    first = (pid % blocks) * BLOCK_N
-    batch, head = batch_head // heads, batch_head % heads
-    if tl.program_id(1) == 0:
-        rows = k_pointer + batch * k_stride_b + head * k_stride_h
-        x = _load_rows(rows, first, kv_len, k_stride_n, WIDTH, D, BLOCK_N)
-    else:
-        rows = v_pointer + batch * v_stride_b + head * v_stride_h
-        x = _load_rows(rows, first, kv_len, v_stride_n, WIDTH, D, BLOCK_N)
-    count = tl.minimum(kv_len - first, BLOCK_N).to(tl.float32)
-    mean = (tl.sum(x.to(tl.float32), 0) / count).to(x.dtype)
-    d = tl.arange(0, WIDTH)
-    at = pid.to(tl.int64) * D + d
-    if tl.program_id(1) == 0:
-        tl.store(k_means + at, mean, mask=d < D)
-    else:
-        tl.store(v_means + at, mean, mask=d < D)
-
-
-@torch.no_grad()
-def means_of_blocks(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
-    """As `psa_torch.attention.rest.plain.means_of_blocks`; float16, bfloat16 or float32."""
-    k, v = _dense_rows(k), _dense_rows(v)
-    (batch, heads, kv_len, head_dim), blocks = k.shape, cdiv(k.shape[2], block_n)
-    means = tuple(x.new_empty(batch, heads, blocks, head_dim) for x in (k, v))
-    with on_device_of(k):
-        launch_kernel(
-            mean_of_block,
-            (blocks * batch * heads, 2),
-            k,
-            v,
-            *means,
-            *k.stride()[:3],
-            *v.stride()[:3],
-            heads,
-            kv_len,
-            blocks,
-            D=head_dim,
-            WIDTH=padded_head_dim(head_dim),
-            BLOCK_N=block_n,
-            num_warps=4,
-        )
-    return means
-
-
 @torch.no_grad()
 def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> None:
     """As `psa_torch.attention.rest.plain.add_means`; float16, bfloat16 or float32."""
-    q, levels = _dense_rows(q), levels.contiguous()
+    q, levels = dense_rows(q), levels.contiguous()
     constants = _constants(q, g)
     tiles = levels.shape[2] * (g.block_m // constants["ROWS"])
     with on_device_of(q):
@@ -390,7 +315,7 @@ def _parts_of_gradients(
     dout, dlse, q, k_means, v_means, levels, out, lse, dq, g: Call
 ) -> tuple[Tensor, Tensor]:
     """Adds to `dq`; gradients of the means in parts to be added, `[parts, B, Hk, Nk, D]`."""
-    q, dout, levels = _dense_rows(q), _dense_rows(dout), levels.contiguous()
+    q, dout, levels = dense_rows(q), dense_rows(dout), levels.contiguous()
     constants, sizes = _constants(q, g), _sizes(q, k_means, levels, g)
     rows = constants["ROWS"]
     tiles = levels.shape[2] * (g.block_m // rows)
@@ -439,10 +364,6 @@ def _parts_of_gradients(
             **constants,
         )
     return dk, dv
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _sizes(q: Tensor, k_means: Tensor, levels: Tensor, g: Call) -> tuple[int, ...]:

@@ -15,9 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from psa_torch.attention.triton.backward import backward
+from psa_torch.attention.triton.backward_pass import backward
 from psa_torch.attention.triton.configs import DTYPES, head_dims
-from psa_torch.attention.triton.forward import attention_forward, forward
+from psa_torch.attention.triton.forward_pass import attention_forward, forward
 from psa_torch.kernels._launch import capability
 from shared_specs.constants import BLOCK_M, BLOCK_N
 from shared_specs.pyramid import pyramid_rows

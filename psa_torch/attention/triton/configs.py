@@ -5,6 +5,7 @@ Shared memory and registers bound every entry; `tests/gates` compiles all of the
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,13 +41,13 @@ class ForwardConfig:
 class HopperForwardConfig:
     """Warp-specialised forward for compute capability 9.0: 128 queries by `tile` pooled keys.
 
-    slots: tiles of keys and of values in flight.
+    stages: tiles of keys and of values in flight.
     multiply_registers, copy_registers: per thread of each role, multiples of 8; two multiplying
         warpgroups and one that copies share 504.
     """
 
     tile: int
-    slots: int
+    stages: int
     multiply_registers: int = 232
     copy_registers: int = 40
 
@@ -69,20 +70,20 @@ class QueryGradConfig:
 class HopperQueryGradConfig:
     """Warp-specialised dq for compute capability 9.0: 128 queries by `tile` pooled keys.
 
-    slots: tiles of keys and of values in flight.
-    beside: add the keys of a tile while the weights of the next are made; needs two slots.
+    stages: tiles of keys and of values in flight.
+    beside: add the keys of a tile while the weights of the next are made; needs two stages.
     multiply_registers, copy_registers: as in `HopperForwardConfig`.
     """
 
     tile: int
-    slots: int
+    stages: int
     beside: bool = False
     multiply_registers: int = 232
     copy_registers: int = 40
 
     def __post_init__(self) -> None:
-        if self.beside and self.slots < 2:
-            raise ValueError(f"slots must be at least 2 where beside is set, got {self.slots}")
+        if self.beside and self.stages < 2:
+            raise ValueError(f"stages must be at least 2 where beside is set, got {self.stages}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,23 +106,23 @@ class HopperKeyGradConfig:
     queries.
 
     rows: 64, or 128 where `block_m` and the registers allow it.
-    slots: tiles of q and of dout in flight.
+    stages: tiles of q and of dout in flight.
     multiply_registers, copy_registers: as in `HopperForwardConfig`.
     """
 
     rows: int
-    slots: int
+    stages: int
     multiply_registers: int = 232
     copy_registers: int = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class PooledGradConfig:
+class CoarseGradConfig:
     """dk and dv of one level above 1 by query blocks: `tile` pyramid rows a step.
 
     rows: queries a product; block_m keeps the query block in shared memory, a divisor reads it
         again for every tile.
-    workspace: bytes that the sums of one round may take (see `round_size`).
+    workspace: bytes that the sums of one round may take (see `coarse_gradient.rounds`).
     """
 
     tile: int
@@ -134,7 +135,7 @@ class PooledGradConfig:
 ByKeyConfig = KeyGradConfig | HopperKeyGradConfig
 
 LevelConfigs = tuple[
-    ByKeyConfig, ByKeyConfig | PooledGradConfig, ByKeyConfig | PooledGradConfig, PooledGradConfig
+    ByKeyConfig, ByKeyConfig | CoarseGradConfig, ByKeyConfig | CoarseGradConfig, CoarseGradConfig
 ]
 """How each level's share of dk and dv is computed, finest first."""
 
@@ -148,20 +149,20 @@ class BackwardConfig:
 
 
 HOPPER_FORWARD = {
-    64: HopperForwardConfig(tile=128, slots=4),
-    128: HopperForwardConfig(tile=128, slots=2, multiply_registers=224, copy_registers=56),
+    64: HopperForwardConfig(tile=128, stages=4),
+    128: HopperForwardConfig(tile=128, stages=2, multiply_registers=224, copy_registers=56),
 }
 """By head dimension."""
 
 HOPPER_QUERY_GRADIENT = {
-    64: HopperQueryGradConfig(tile=128, slots=2),
-    128: HopperQueryGradConfig(tile=64, slots=4, beside=True),
+    64: HopperQueryGradConfig(tile=128, stages=2),
+    128: HopperQueryGradConfig(tile=64, stages=4, beside=True),
 }
 """By head dimension."""
 
 HOPPER_KEY_GRADIENT = {
-    64: HopperKeyGradConfig(rows=64, slots=6),
-    128: HopperKeyGradConfig(rows=64, slots=4),
+    64: HopperKeyGradConfig(rows=64, stages=6),
+    128: HopperKeyGradConfig(rows=64, stages=4),
 }
 """By head dimension."""
 
@@ -236,13 +237,13 @@ def choose_backward(
     config = choose_plain_backward(capability, head_dim, dtype, block_m, block_n)
     if hopper.unsupported(head_dim, dtype, block_m, capability):
         return config
-    by_key = (
+    key: Any = tuple(
         HOPPER_KEY_GRADIENT[head_dim]
         if g < HOPPER_KEY_LEVELS[head_dim] and block_n >> g >= HOPPER_KEY_ROWS
         else config.key[g]
         for g in range(4)
     )
-    return BackwardConfig(query=HOPPER_QUERY_GRADIENT[head_dim], key=tuple(by_key))
+    return BackwardConfig(query=HOPPER_QUERY_GRADIENT[head_dim], key=key)
 
 
 def choose_plain_backward(
@@ -256,7 +257,7 @@ def choose_plain_backward(
             key=_levels(
                 block_n,
                 lambda run: KeyGradConfig(keys=min(most, run), rows=16, warps=8, stages=1),
-                PooledGradConfig(tile=most, rows=16, warps=8, stages=1),
+                CoarseGradConfig(tile=most, rows=16, warps=8, stages=1),
             ),
         )
     if head_dim == 256:
@@ -265,7 +266,7 @@ def choose_plain_backward(
             key=_levels(
                 block_n,
                 lambda run: KeyGradConfig(keys=min(64, run), rows=32, warps=8, stages=1),
-                PooledGradConfig(tile=64, rows=32, warps=8, stages=1),
+                CoarseGradConfig(tile=64, rows=32, warps=8, stages=1),
             ),
         )
     if capability == HOPPER:
@@ -275,7 +276,7 @@ def choose_plain_backward(
             key=_levels(
                 block_n,
                 lambda run: _key_config(min(64, run)),
-                _pooled_config(capability, head_dim, block_m),
+                _coarse_config(capability, head_dim, block_m),
             ),
         )
     most = 128 if _has_large_shared_memory(capability) else 64
@@ -284,7 +285,7 @@ def choose_plain_backward(
         key=_levels(
             block_n,
             lambda run: _key_config(min(most, run)),
-            _pooled_config(capability, head_dim, block_m),
+            _coarse_config(capability, head_dim, block_m),
         ),
     )
 
@@ -293,20 +294,21 @@ def _key_config(keys: int) -> KeyGradConfig:
     return KeyGradConfig(keys=keys, rows=64, warps=max(4, keys // 16), stages=2)
 
 
-def _pooled_config(capability: tuple[int, int], head_dim: int, block_m: int) -> PooledGradConfig:
+def _coarse_config(capability: tuple[int, int], head_dim: int, block_m: int) -> CoarseGradConfig:
     if not _has_large_shared_memory(capability):
-        return PooledGradConfig(tile=64, rows=32, warps=4, stages=2)
+        return CoarseGradConfig(tile=64, rows=32, warps=4, stages=2)
     # Two programs share a multiprocessor, which leaves room for one buffer or for two.
     roomy = capability == HOPPER and block_m * head_dim < 128 * 128
-    return PooledGradConfig(tile=64, rows=block_m, warps=4, stages=2 if roomy else 1)
+    return CoarseGradConfig(tile=64, rows=block_m, warps=4, stages=2 if roomy else 1)
 
 
 def _levels(
-    block_n: int, by_key: Callable[[int], KeyGradConfig], pooled: PooledGradConfig
+    block_n: int, by_key: Callable[[int], KeyGradConfig], pooled: CoarseGradConfig
 ) -> LevelConfigs:
     """`by_key(run)` for runs of rows long enough to pay for reading queries, else `pooled`."""
     # Nothing is coarser than level 8, whose rows only the sums of slots can begin.
-    return tuple(by_key(block_n >> g) if block_n >> g >= 16 and g < 3 else pooled for g in range(4))
+    finer, coarse = (by_key(block_n >> g) if block_n >> g >= 16 else pooled for g in (1, 2))
+    return by_key(block_n), finer, coarse, pooled
 
 
 def _has_large_shared_memory(capability: tuple[int, int]) -> bool:

@@ -1,7 +1,7 @@
 """dk and dv of one level, one program per group of pyramid rows of one key block.
 
 For rows enough to pay for reading the query blocks that see them; shorter runs of rows take
-`pooled_gradient`.
+`coarse_gradient`.
 """
 
 import triton
@@ -11,7 +11,7 @@ from torch import Tensor
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton.configs import KeyGradConfig
 from psa_torch.attention.triton.plan import Plan
-from psa_torch.attention.triton.products import add_products, load_queries
+from psa_torch.attention.triton.products import QueryTile, add_products, load_queries
 from psa_torch.attention.triton.row_statistics import RowStatistics
 from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.walk import level_start, load4, select4
@@ -124,23 +124,11 @@ def key_gradient(
                 q, dout = load_queries(
                     q_base, dout_base, first, q_len, Q_STRIDE_M, DOUT_STRIDE_M, ROWS, D
                 )
+                queries = QueryTile(
+                    q, dout, lse2_pointer + statistics, delta_pointer + statistics, first
+                )
                 dk, dv = add_products(
-                    k,
-                    v,
-                    dk,
-                    dv,
-                    q,
-                    dout,
-                    lse2_pointer + statistics,
-                    delta_pointer + statistics,
-                    first,
-                    scale,
-                    last,
-                    kv_len - q_len,
-                    G,
-                    ROWS,
-                    KEYS_FIRST,
-                    MASKED,
+                    k, v, dk, dv, queries, scale, last, kv_len - q_len, G, KEYS_FIRST, MASKED
                 )
 
     if G > 0:

@@ -1,9 +1,27 @@
 """What a tile of queries adds to the gradients of a tile of pyramid rows."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from psa_torch._triton.constants import LOG2E
+
+
+class QueryTile(NamedTuple):
+    """Some query rows of one head.
+
+    Attributes:
+        q, dout: their tiles.
+        lse2, delta: pointers to the statistics of the head.
+        first: number of the first row.
+    """
+
+    q: object
+    dout: object
+    lse2: object
+    delta: object
+    first: object
 
 
 @triton.jit
@@ -39,32 +57,27 @@ def add_products(
     v,
     dk,
     dv,
-    q,
-    dout,
-    lse2_base,
-    delta_base,
-    first,
+    queries,
     scale,
     last,
     offset,
     G: tl.constexpr,
-    ROWS: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dk and dv, `[keys, D]` (`[D, keys]` unless KEYS_FIRST), plus what `ROWS` queries owe.
+    """dk and dv, `[keys, D]` (`[D, keys]` unless KEYS_FIRST), plus what a `QueryTile` owes.
 
     What is added is `2**G` times what one key is owed, dk before the factor `scale`: the weights
     of rows with full counts, a size that float16 can have.
 
     Args:
-        lse2_base, delta_base: statistics of the head; `first` is the first query row.
         last: last key that each row of k covers; `offset` is kv_len - q_len.
         MASKED: queries see only rows whose last key is not after their own position.
     """
-    m = first + tl.arange(0, ROWS)
-    shift = G - tl.load(lse2_base + m)
-    delta = tl.load(delta_base + m)
+    q, dout, lse2, delta, first = queries
+    m = first + tl.arange(0, q.shape[0])
+    shift = G - tl.load(lse2 + m)
+    delta = tl.load(delta + m)
     if KEYS_FIRST:
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         s = s * (scale * LOG2E) + shift[None, :]
@@ -89,32 +102,19 @@ def add_products(
 
 
 @triton.jit
-def weights(
-    k,
-    v,
-    q,
-    dout,
-    lse2_pointer,
-    delta_pointer,
-    first,
-    scale,
-    last,
-    offset,
-    G: tl.constexpr,
-    ROWS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Weights and gradients of logits, `[keys, ROWS]` in the dtype of q, as in `add_products`.
+def weights(k, v, queries, scale, last, offset, G: tl.constexpr, MASKED: tl.constexpr):
+    """Weights and gradients of logits, `[keys, queries]` in the dtype of q, as in `add_products`.
 
     Both are made before either is used: where dk and dv start from zero, their accumulators need
     not stand beside the float32 form of these.
     """
-    m = first + tl.arange(0, ROWS)
+    q, dout, lse2, delta, first = queries
+    m = first + tl.arange(0, q.shape[0])
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
-    s = s * (scale * LOG2E) + (G - tl.load(lse2_pointer + m))[None, :]
+    s = s * (scale * LOG2E) + (G - tl.load(lse2 + m))[None, :]
     if MASKED:
         s = tl.where(last[:, None] <= (m + offset)[None, :], s, float("-inf"))
     p = tl.math.exp2(s)
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-    ds = p * (dp - tl.load(delta_pointer + m)[None, :])
+    ds = p * (dp - tl.load(delta + m)[None, :])
     return p.to(dout.dtype), ds.to(q.dtype)

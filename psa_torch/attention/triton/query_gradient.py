@@ -19,8 +19,7 @@ from psa_torch.attention.triton.walk import (
     tail_rows,
     tile_ends,
 )
-from psa_torch.kernels._launch import cdiv
-from shared_specs.geometry import Geometry
+from shared_specs.geometry import Geometry, cdiv
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.kernels._launch import cdiv
+from shared_specs.geometry import cdiv
 
 
 class RowStatistics(NamedTuple):

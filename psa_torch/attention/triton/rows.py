@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from psa_torch._eager import recording
 from psa_torch._triton.launch import Distance
 from psa_torch.pyramid import Pyramid, build_pyramid, pool_levels
 from shared_specs.pyramid import padded_length
@@ -59,7 +60,8 @@ def rows_of_pyramid(pyramid: Pyramid) -> Rows:
 
 def rows_in_place(k: Tensor, v: Tensor, block_n: int) -> Rows:
     """Rows of `[B, Hk, Lk, D]` keys and values: level 1 where it lies, if it can be read there."""
-    if all(x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 for x in (k, v)):
+    readable = all(x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 for x in (k, v))
+    if readable and not recording.is_far:
         pooled = pool_levels(k, v, block_n)
         if all(_in_reach(*pair) for pair in zip((k, v), pooled, strict=True)):
             return Rows(k, v, *pooled, padded_length(k.shape[2], block_n))

@@ -27,7 +27,6 @@ from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import (
     capability,
-    cdiv,
     on_device_of,
     padded_head_dim,
     resident_programs,
@@ -35,6 +34,7 @@ from psa_torch.kernels._launch import (
 )
 from psa_torch.kernels.scores.tiles import choose_antidiagonal
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 
 class Tokens(NamedTuple):

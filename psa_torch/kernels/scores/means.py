@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of
+from psa_torch.kernels._launch import next_power_of_2, on_device_of
+from shared_specs.geometry import cdiv
 
 
 def pool_blocks(

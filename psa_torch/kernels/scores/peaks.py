@@ -34,7 +34,6 @@ from torch import Tensor
 from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import (
-    cdiv,
     max_inner,
     next_power_of_2,
     on_device_of,
@@ -51,6 +50,7 @@ from psa_torch.kernels.scores.samples import (
 )
 from psa_torch.kernels.scores.tiles import HopperScoreConfig, ScoreConfig, peak_tile
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 # Smallest factor on a logit difference: scale 0 must not turn a hidden block's -inf into NaN.
 _LEAST_SCALE = 1e-30

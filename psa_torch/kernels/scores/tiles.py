@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psa_torch.kernels._launch import capability, cdiv
+from psa_torch.kernels._launch import capability
 from shared_specs.config import PSAConfig
+from shared_specs.geometry import cdiv
 
 HOPPER_ROWS = 128
 """Rows that the warp-specialised kernel takes at once, half of them for each warpgroup."""
@@ -29,15 +30,15 @@ class ScoreConfig(NamedTuple):
 class HopperScoreConfig(NamedTuple):
     """Warp-specialised `pooled` and `sampled` scores for compute capability 9.0.
 
-    slots: tiles of columns in flight.
+    stages: tiles of columns in flight.
     columns: key blocks of a tile. 128 are what was measured; tests take fewer.
     """
 
-    slots: int
+    stages: int
     columns: int = 128
 
 
-HOPPER_PEAK = {64: HopperScoreConfig(slots=8), 128: HopperScoreConfig(slots=4)}
+HOPPER_PEAK = {64: HopperScoreConfig(stages=8), 128: HopperScoreConfig(stages=4)}
 """By head dimension."""
 
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     if not cases:
         raise ValueError(f"no case matches --tier {args.tier} --filter {args.filter!r}")
-    results = run_suite(adapter, cases, args.dtype, lambda pairs: track(pairs, "conformance"))
+    results = run_suite(adapter, cases, args.dtype, lambda pairs: track(list(pairs), "conformance"))
     name = getattr(adapter, "name", args.adapter)
     print(report.as_text(name, cases, results))
     if args.report:

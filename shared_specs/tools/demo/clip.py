@@ -62,6 +62,7 @@ def read_frames(path: str | Path, *, count: int, patches: int, patch: int) -> np
     """
     try:
         import av
+        from av.error import FFmpegError
     except ImportError as error:
         raise ImportError(f"decoding video needs PyAV: {DEMO_EXTRA}") from error
     if not Path(path).is_file():
@@ -80,7 +81,7 @@ def read_frames(path: str | Path, *, count: int, patches: int, patch: int) -> np
                 frames.append(scaled.to_ndarray())
                 if len(frames) == 4 * count:
                     break
-    except (av.error.FFmpegError, IndexError) as error:
+    except (FFmpegError, IndexError) as error:
         raise ValueError(f"{path} cannot be decoded as a video: {error}") from error
     if len(frames) < count:
         raise ValueError(f"{path} has {len(frames)} frames, the demo needs at least {count}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -89,14 +90,14 @@ def compare(
     """
     first = frameworks[0]
     first_inputs = tuple(first.array(x) for x in qkv)
-    reference = None
+    reference: Any = None
     dense_seconds: dict[str, float] = {}
     outputs: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
     chosen: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
     seconds: dict[str, dict[str, float]] = {method: {} for method in METHODS}
     configs = {PYRAMID: config}
     for framework in frameworks:
-        inputs = first_inputs if framework is first else tuple(framework.array(x) for x in qkv)
+        inputs: Any = first_inputs if framework is first else tuple(framework.array(x) for x in qkv)
         step(f"{framework.title}: dense")
         dense_seconds[framework.title], out = timed(
             framework, lambda f=framework, x=inputs: f.dense(*x), repeats
@@ -109,7 +110,7 @@ def compare(
                 configs[BINARY] = binary_of_equal_cost(config, chosen[PYRAMID][0])
             seconds[method][framework.title], (out, levels) = timed(
                 framework,
-                lambda f=framework, x=inputs, c=configs[method]: f.sparse(*x, c),
+                lambda f=framework, x=inputs, c=configs[method]: f.sparse(x[0], x[1], x[2], c),
                 repeats,
             )
             outputs[method].append(framework.numpy(out))

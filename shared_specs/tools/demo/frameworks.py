@@ -24,18 +24,23 @@ class Framework(Protocol):
 
     def array(self, x: np.ndarray) -> Any:
         """`x` on the device; float32 on a CPU, bfloat16 on a GPU."""
+        ...
 
     def numpy(self, x: Any) -> np.ndarray:
         """`x` as NumPy, floating point as float32."""
+        ...
 
     def dense(self, q: Any, k: Any, v: Any) -> Any:
         """The framework's best dense attention here."""
+        ...
 
     def sparse(self, q: Any, k: Any, v: Any, config: PSAConfig) -> tuple[Any, Any]:
         """(out, levels) of the whole call, from q, k, v."""
+        ...
 
     def wait(self, x: Any) -> None:
         """Return when `x` has been computed."""
+        ...
 
 
 class Torch:

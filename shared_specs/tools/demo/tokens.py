@@ -45,7 +45,7 @@ def video_tokens(
 
     to_q, to_v = projection(), projection()
     to_k = to_q + np.float32(KEY_DEPARTURE) * projection()
-    temperature = np.resize(np.float32(TEMPERATURES), heads)[:, None, None]
+    temperature = np.resize(np.array(TEMPERATURES, np.float32), heads)[:, None, None]
     q = _rotate(_layer_norm(features @ to_q), grid) * temperature
     k = _rotate(_layer_norm(features @ to_k), grid)
     return q[None], k[None], (features @ to_v)[None], grid

@@ -1,6 +1,7 @@
 """Warp-specialised attention kernels for Hopper, in Gluon.
 
-Gluon cannot be interpreted, so nothing imports the modules of this folder before they are needed.
+Gluon cannot be interpreted, so nothing imports the modules of this folder before they are needed,
+but `units`, whose kernel is a plain one.
 """
 
 import torch

@@ -9,7 +9,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from psa_torch._triton.boxes import row_boxes
 from psa_torch._triton.gluon import copy_async, load_async
-from psa_torch._triton.rings import slot_of, wait_empty
+from psa_torch._triton.rings import stage_of, wait_empty
 from psa_torch.attention.triton.rows import Rows
 from psa_torch.attention.triton.walk import (
     gather_rows,
@@ -103,11 +103,11 @@ def _head_of(source, first_key, first_pooled, D: gl.constexpr):
 def _copy_rows(pointer, rows, d, t, ring):
     """Copies rows of memory, counted from `pointer`, into the place of tile `t` once it is free."""
     D: gl.constexpr = ring.tiles.shape[2]
-    slot = slot_of(ring, t)
+    stage = stage_of(ring, t)
     at = gl.expand_dims(rows.to(gl.int64), 1) * D + gl.expand_dims(d, 0)
     wait_empty(ring, t)
-    copy_async(ring.tiles.index(slot), pointer + at)
-    async_copy.mbarrier_arrive(ring.full.index(slot), increment_count=False)
+    copy_async(ring.tiles.index(stage), pointer + at)
+    async_copy.mbarrier_arrive(ring.full.index(stage), increment_count=False)
 
 
 @gluon.jit
@@ -130,18 +130,18 @@ def _load_boxes(
     BOX: gl.constexpr = box.block_shape[0]
     TILE: gl.constexpr = ring.tiles.shape[1]
     BYTES: gl.constexpr = TILE * ring.tiles.shape[2] * 2
-    slot = slot_of(ring, t)
+    stage = stage_of(ring, t)
     rows = ()
     for j in gl.static_range(TILE // BOX):
         row = gather_rows(entries, 0, position + j * BOX, G, padded_len, LOG_BLOCK_N)
         rows = rows + (first_row + row,)
     # The bytes count as the arrival of one thread; the others have nothing to wait for.
     wait_empty(ring, t)
-    mbarrier.expect(ring.full.index(slot), BYTES)
+    mbarrier.expect(ring.full.index(stage), BYTES)
     for j in gl.static_range(TILE // BOX):
-        target = ring.tiles.index(slot).slice(j * BOX, BOX)
-        load_async(box, [rows[j], 0], ring.full.index(slot), target)
-    mbarrier.arrive(ring.full.index(slot), count=COPY_THREADS - 1)
+        target = ring.tiles.index(stage).slice(j * BOX, BOX)
+        load_async(box, [rows[j], 0], ring.full.index(stage), target)
+    mbarrier.arrive(ring.full.index(stage), count=COPY_THREADS - 1)
 
 
 @gluon.jit
@@ -237,7 +237,7 @@ def _copy_queries(queries, sizes, block, batch_head, taken):
         at = gl.expand_dims(m * queries.stride_m, 1) + d
         copy_async(tiles.index(taken % 2 * 2 + part), head + at)
     async_copy.mbarrier_arrive(
-        queries.ring.full.index(slot_of(queries.ring, taken)), increment_count=False
+        queries.ring.full.index(stage_of(queries.ring, taken)), increment_count=False
     )
 
 

@@ -4,8 +4,8 @@ A program takes query block after query block. Two warps bring keys into a ring 
 bring values, by tensor copies of whole runs where a tile is a few long ones, row by row elsewhere;
 each pair runs ahead on its own. The first also brings the next queries while the last ones are
 still in use. Each multiplying warpgroup owns 64 query rows and adds the values of one tile during
-the softmax of the next. Same table, same tiles, same arithmetic as `forward`; Triton's interpreter
-does not know Gluon (see the tests).
+the softmax of the next. Same table, same tiles, same arithmetic as `forward_pass`; Triton's
+interpreter does not know Gluon (see the tests).
 """
 
 from typing import NamedTuple
@@ -238,13 +238,14 @@ def attention_forward_hopper(
     D: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
-    SLOTS: gl.constexpr,
+    STAGES: gl.constexpr,
     MULTIPLY_REGISTERS: gl.constexpr,
     COPY_REGISTERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     NEGATE: gl.constexpr,
 ):
-    """Grid: any number of programs. Arguments as in `forward.attention_forward`, block_m 128, but
+    """Grid: any number of programs. Arguments as in `forward_pass.attention_forward`,
+    block_m 128, but
 
     items: query blocks over all heads.
     q_pointer, q_stride_b, q_stride_h, q_stride_m: multiples of 16 bytes, as copies need them.
@@ -257,20 +258,20 @@ def attention_forward_hopper(
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
     # Two query blocks, of which each multiplying warpgroup has half.
     q_tiles = gl.allocate_shared_memory(dtype, [4, 64, D], q_layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [SLOTS, TILE, D], tile_layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [SLOTS, TILE, D], tile_layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], tile_layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], tile_layout)
     queries = Ring(q_tiles, new_barriers(2), new_barriers(2))
-    keys = Ring(k_tiles, new_barriers(SLOTS), new_barriers(SLOTS))
-    values = Ring(v_tiles, new_barriers(SLOTS), new_barriers(SLOTS))
+    keys = Ring(k_tiles, new_barriers(STAGES), new_barriers(STAGES))
+    values = Ring(v_tiles, new_barriers(STAGES), new_barriers(STAGES))
     # All threads that copy arrive as their copies land; each multiplying warpgroup once.
-    for slot in gl.static_range(2):
-        mbarrier.init(queries.full.index(slot), count=COPY_THREADS)
-        mbarrier.init(queries.empty.index(slot), count=2)
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(keys.full.index(slot), count=COPY_THREADS)
-        mbarrier.init(keys.empty.index(slot), count=2)
-        mbarrier.init(values.full.index(slot), count=COPY_THREADS)
-        mbarrier.init(values.empty.index(slot), count=2)
+    for stage in gl.static_range(2):
+        mbarrier.init(queries.full.index(stage), count=COPY_THREADS)
+        mbarrier.init(queries.empty.index(stage), count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys.full.index(stage), count=COPY_THREADS)
+        mbarrier.init(keys.empty.index(stage), count=2)
+        mbarrier.init(values.full.index(stage), count=COPY_THREADS)
+        mbarrier.init(values.empty.index(stage), count=2)
 
     lists = Lists(entries, counts, full_counts)
     sizes = Sizes(heads, group, q_len, kv_len, padded_len, q_blocks, k_blocks, items)
@@ -310,7 +311,7 @@ def launch(
     """Run the kernel.
 
     Args:
-        arguments: what comes after q, k and v in those of `forward.attention_forward`.
+        arguments: what comes after q, k and v in those of `forward_pass.attention_forward`.
 
     Raises:
         ValueError: the kernel has no instance for this head dimension, dtype, block or GPU.
@@ -333,7 +334,7 @@ def launch(
         D=head_dim,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         TILE=config.tile,
-        SLOTS=config.slots,
+        STAGES=config.stages,
         MULTIPLY_REGISTERS=config.multiply_registers,
         COPY_REGISTERS=config.copy_registers,
         num_warps=4,

@@ -26,19 +26,19 @@ from psa_torch._triton.products import start_when_full
 from psa_torch._triton.rings import (
     new_barriers,
     release,
-    slot_of,
+    stage_of,
     wait_empty,
     wait_full,
 )
 from psa_torch.attention.triton import hopper
 from psa_torch.attention.triton.configs import HopperKeyGradConfig
 from psa_torch.attention.triton.hopper.copies import COPY_THREADS, COPY_WARPS
+from psa_torch.attention.triton.hopper.units import LEAST_RUN, LOG_ENTRY, MASKED, Units
 from psa_torch.attention.triton.row_statistics import RowStatistics
 from psa_torch.attention.triton.rows import Rows
-from psa_torch.attention.triton.units import LEAST_RUN, LOG_ENTRY, MASKED, Units
 from psa_torch.attention.triton.walk import level_start
 from psa_torch.kernels._launch import capability
-from shared_specs.pyramid import padded_length
+from shared_specs.geometry import Geometry
 
 
 class NumberedRing(NamedTuple):
@@ -121,11 +121,11 @@ def _copy_queries(source, lists, sizes, ring, BLOCK_M: gl.constexpr):
             first = block * BLOCK_M + x % PARTS * ROWS
             # Past the last query any real one will do: its weights are 0.
             m = gl.minimum(first + row, sizes.q_len - 1).to(gl.int64)
-            slot = slot_of(ring, copied)
+            stage = stage_of(ring, copied)
             wait_empty(ring, copied)
-            copy_async(ring.tiles.index(slot), rows + (gl.expand_dims(m * source.stride_m, 1) + d))
-            copy_async(ring.numbers.index(slot), of_rows + first)
-            async_copy.mbarrier_arrive(ring.full.index(slot), increment_count=False)
+            copy_async(ring.tiles.index(stage), rows + (gl.expand_dims(m * source.stride_m, 1) + d))
+            copy_async(ring.numbers.index(stage), of_rows + first)
+            async_copy.mbarrier_arrive(ring.full.index(stage), increment_count=False)
             copied += 1
 
 
@@ -204,11 +204,11 @@ def _multiply_unit(
             following = gl.load(listed + gl.minimum(t + 1, steps - 1) // PARTS)
             bits = (entry >> first_bit) & ((1 << BLOCKS) - 1)
             x = multiplied + t
-            slot = slot_of(queries, x)
+            stage = stage_of(queries, x)
             if bits > 0:
                 s = start_when_full(k, queries, x, s_layout)
                 dp = start_when_full(v, gradients, x, s_layout)
-                shift = gl.expand_dims(G - queries.numbers.index(slot).load(s_column), 0)
+                shift = gl.expand_dims(G - queries.numbers.index(stage).load(s_column), 0)
                 s = warpgroup_mma_wait(1, deps=[s])
                 s = s * slope + shift
                 if BLOCKS > 1:
@@ -219,12 +219,12 @@ def _multiply_unit(
                         m = gl.arange(0, ROWS, s_column) + (first + kv_len - q_len)
                         s = gl.where(last <= gl.expand_dims(m, 0), s, float("-inf"))
                 p = gl.exp2(s)
-                delta = gl.expand_dims(gradients.numbers.index(slot).load(s_column), 0)
+                delta = gl.expand_dims(gradients.numbers.index(stage).load(s_column), 0)
                 dp = warpgroup_mma_wait(0, deps=[dp])
                 weights = gl.convert_layout(p.to(dtype), p_layout)
-                dv = warpgroup_mma(weights, gradients.tiles.index(slot), dv, is_async=True)
+                dv = warpgroup_mma(weights, gradients.tiles.index(stage), dv, is_async=True)
                 ds = gl.convert_layout((p * (dp - delta)).to(dtype), p_layout)
-                dk = warpgroup_mma(ds, queries.tiles.index(slot), dk, is_async=True)
+                dk = warpgroup_mma(ds, queries.tiles.index(stage), dk, is_async=True)
                 dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
             else:
                 wait_full(queries, x)
@@ -279,7 +279,7 @@ def key_gradient_hopper(
     LOG_BLOCK_N: gl.constexpr,
     G: gl.constexpr,
     ROWS: gl.constexpr,
-    SLOTS: gl.constexpr,
+    STAGES: gl.constexpr,
     MULTIPLY_REGISTERS: gl.constexpr,
     COPY_REGISTERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
@@ -297,19 +297,19 @@ def key_gradient_hopper(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     k_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], own_layout)
     v_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], own_layout)
-    q_ring = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, D], ring_layout)
-    dout_ring = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, D], ring_layout)
-    lse2_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], plain)
-    delta_ring = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], plain)
-    q_full = new_barriers(SLOTS)
-    dout_full = new_barriers(SLOTS)
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], ring_layout)
+    dout_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], ring_layout)
+    lse2_ring = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], plain)
+    delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], plain)
+    q_full = new_barriers(STAGES)
+    dout_full = new_barriers(STAGES)
     # q and dout are needed equally long: the places of both are given back at once.
-    empty = new_barriers(SLOTS)
-    for slot in gl.static_range(SLOTS):
+    empty = new_barriers(STAGES)
+    for stage in gl.static_range(STAGES):
         # All threads that copy arrive as their copies land; each multiplying warpgroup once.
-        mbarrier.init(q_full.index(slot), count=COPY_THREADS)
-        mbarrier.init(dout_full.index(slot), count=COPY_THREADS)
-        mbarrier.init(empty.index(slot), count=2)
+        mbarrier.init(q_full.index(stage), count=COPY_THREADS)
+        mbarrier.init(dout_full.index(stage), count=COPY_THREADS)
+        mbarrier.init(empty.index(stage), count=2)
 
     own = OfKeys(
         k_pointer, v_pointer, dk_pooled, dv_pooled, dk_pointer, dv_pointer, k_tiles, v_tiles
@@ -350,13 +350,10 @@ def launch_key_gradient_hopper(
     pooled: Tensor,
     dk: Tensor,
     dv: Tensor,
+    geometry: Geometry,
     *,
     g: int,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
     scale: float,
-    is_causal: bool,
     config: HopperKeyGradConfig,
 ) -> None:
     """As `key_gradient.launch_key_gradient`; `units` are those of the level, and q and dout are as
@@ -366,12 +363,13 @@ def launch_key_gradient_hopper(
         ValueError: the kernel has no instance for this head dimension, dtype, block or GPU.
     """
     heads, q_len, head_dim = q.shape[1:]
-    call = (head_dim, q.dtype, block_m, capability(q))
+    call = (head_dim, q.dtype, geometry.block_m, capability(q))
     hopper.require_supported(config, *call, rows=config.rows)
-    if block_n >> g < LEAST_RUN:
+    run = geometry.block_n >> g
+    if run < LEAST_RUN:
         raise ValueError(
             f"{type(config).__name__} needs {LEAST_RUN} rows of a key block at level {1 << g}, "
-            f"got {block_n >> g}"
+            f"got {run}"
         )
     k, v, head_rows, skipped = rows.of_level(g)
     batch, kv_heads = k.shape[:2]
@@ -398,20 +396,20 @@ def launch_key_gradient_hopper(
         kv_heads,
         heads // kv_heads,
         q_len,
-        kv_len,
-        padded_length(kv_len, block_n),
+        geometry.kv_len,
+        geometry.padded_len,
         head_rows,
         skipped,
         q_blocks,
         count,
         D=head_dim,
-        BLOCK_M=block_m,
-        LOG_BLOCK_N=block_n.bit_length() - 1,
+        BLOCK_M=geometry.block_m,
+        LOG_BLOCK_N=geometry.block_n.bit_length() - 1,
         G=g,
         ROWS=config.rows,
-        SLOTS=config.slots,
+        STAGES=config.stages,
         MULTIPLY_REGISTERS=config.multiply_registers,
         COPY_REGISTERS=config.copy_registers,
-        IS_CAUSAL=is_causal,
+        IS_CAUSAL=geometry.is_causal,
         num_warps=4,
     )

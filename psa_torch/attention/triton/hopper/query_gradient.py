@@ -174,7 +174,7 @@ def query_gradient_hopper(
     D: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
-    SLOTS: gl.constexpr,
+    STAGES: gl.constexpr,
     MULTIPLY_REGISTERS: gl.constexpr,
     COPY_REGISTERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
@@ -194,17 +194,17 @@ def query_gradient_hopper(
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
     q_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], q_layout)
     dout_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], q_layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [SLOTS, TILE, D], tile_layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [SLOTS, TILE, D], tile_layout)
-    k_full = new_barriers(SLOTS)
-    v_full = new_barriers(SLOTS)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], tile_layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], tile_layout)
+    k_full = new_barriers(STAGES)
+    v_full = new_barriers(STAGES)
     # Keys are needed longer than values: the places of both are given back at once.
-    empty = new_barriers(SLOTS)
-    for slot in gl.static_range(SLOTS):
+    empty = new_barriers(STAGES)
+    for stage in gl.static_range(STAGES):
         # All threads that copy arrive as their copies land; each multiplying warpgroup once.
-        mbarrier.init(k_full.index(slot), count=COPY_THREADS)
-        mbarrier.init(v_full.index(slot), count=COPY_THREADS)
-        mbarrier.init(empty.index(slot), count=2)
+        mbarrier.init(k_full.index(stage), count=COPY_THREADS)
+        mbarrier.init(v_full.index(stage), count=COPY_THREADS)
+        mbarrier.init(empty.index(stage), count=2)
 
     keys = Ring(k_tiles, k_full, empty)
     values = Ring(v_tiles, v_full, empty)
@@ -275,7 +275,7 @@ def launch(
         D=head_dim,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         TILE=config.tile,
-        SLOTS=config.slots,
+        STAGES=config.stages,
         MULTIPLY_REGISTERS=config.multiply_registers,
         COPY_REGISTERS=config.copy_registers,
         BESIDE=config.beside,

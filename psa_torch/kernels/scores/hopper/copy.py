@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from psa_torch._triton.gluon import load_async
-from psa_torch._triton.rings import release, slot_of, wait_empty, wait_full
+from psa_torch._triton.rings import release, stage_of, wait_empty, wait_full
 from psa_torch.kernels.scores.hopper.schedule import open_item, tiles_of
 
 
@@ -40,7 +40,7 @@ def copy_items(
     taken = 0
     for number in range(gl.program_id(0), sizes.items, gl.num_programs(0)):
         item = open_item(number, sizes, Q_BLOCKS, WIDTH, BLOCK_M, BLOCK_N, IS_CAUSAL)
-        side = slot_of(queries, taken)
+        side = stage_of(queries, taken)
         # Whose place these rows take is an item that has its scores.
         mbarrier.expect(queries.full.index(side), Q_BYTES)
         for part in gl.static_range(2):
@@ -69,7 +69,7 @@ def copy_items(
 def _load_column(k_box, row, loaded, columns):
     """Brings the `loaded`-th column to its place in the ring once that is free."""
     BYTES: gl.constexpr = columns.tiles.shape[1] * columns.tiles.shape[2] * 2
-    slot = slot_of(columns, loaded)
+    stage = stage_of(columns, loaded)
     wait_empty(columns, loaded)
-    mbarrier.expect(columns.full.index(slot), BYTES)
-    load_async(k_box, [row, 0], columns.full.index(slot), columns.tiles.index(slot))
+    mbarrier.expect(columns.full.index(stage), BYTES)
+    load_async(k_box, [row, 0], columns.full.index(stage), columns.tiles.index(stage))

@@ -9,13 +9,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from psa_torch._triton.boxes import row_boxes
 from psa_torch._triton.launch import launch_kernel
 from psa_torch._triton.rings import Ring, new_barriers
-from psa_torch.kernels._launch import cdiv, resident_programs
+from psa_torch.kernels._launch import resident_programs
 from psa_torch.kernels.scores.hopper.copy import copy_items
 from psa_torch.kernels.scores.hopper.multiply import Keys, multiply_columns
 from psa_torch.kernels.scores.hopper.ratios import SCORE_WARPS, Scores, make_scores
 from psa_torch.kernels.scores.hopper.schedule import Sizes, Slab
 from psa_torch.kernels.scores.samples import Samples
 from psa_torch.kernels.scores.tiles import HOPPER_ROWS, HopperScoreConfig
+from shared_specs.geometry import cdiv
 
 MULTIPLY_REGISTERS = gl.constexpr(224)
 COPY_REGISTERS = gl.constexpr(56)
@@ -50,7 +51,7 @@ def peak_kernel_hopper(
     SIZE: gl.constexpr,
     Q_COUNT: gl.constexpr,
     K_COUNT: gl.constexpr,
-    SLOTS: gl.constexpr,
+    STAGES: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     NEGATE: gl.constexpr,
 ):
@@ -68,11 +69,11 @@ def peak_kernel_hopper(
     step_layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [1, 0])
     # The rows of two items, half of each for either multiplying warpgroup.
     q_tiles = gl.allocate_shared_memory(q_box.dtype, [4, PART_ROWS, D], q_box.layout)
-    k_tiles = gl.allocate_shared_memory(k_box.dtype, [SLOTS, WIDTH, D], k_box.layout)
+    k_tiles = gl.allocate_shared_memory(k_box.dtype, [STAGES, WIDTH, D], k_box.layout)
     # The block maxima of two steps.
     steps = gl.allocate_shared_memory(gl.float32, [2, STEP_ROWS, COLUMNS], step_layout)
     queries = Ring(q_tiles, new_barriers(2), None)
-    columns = Ring(k_tiles, new_barriers(SLOTS), new_barriers(SLOTS))
+    columns = Ring(k_tiles, new_barriers(STAGES), new_barriers(STAGES))
     done = new_barriers(2)
     staged = Ring(steps, new_barriers(2), None)
     reads = Ring(None, new_barriers(2), new_barriers(2))
@@ -83,9 +84,9 @@ def peak_kernel_hopper(
         mbarrier.init(staged.full.index(side), count=32 * SCORE_WARPS)  # each of their threads
         mbarrier.init(reads.full.index(side), count=1)
         mbarrier.init(reads.empty.index(side), count=1)
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(columns.full.index(slot), count=1)
-        mbarrier.init(columns.empty.index(slot), count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(columns.full.index(stage), count=1)
+        mbarrier.init(columns.empty.index(stage), count=2)
 
     sizes = Sizes(heads, group, k_rows, q_len, kv_len, q_blocks, k_blocks, row_tiles, items)
     keys = Keys(k_scale, q_offsets, k_offsets)
@@ -168,7 +169,7 @@ def launch(
         row_tiles,
         items,
         D=k.values.shape[-1],
-        SLOTS=tile.slots,
+        STAGES=tile.stages,
         num_warps=4,
         **constants,
     )

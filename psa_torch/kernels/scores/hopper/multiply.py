@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from psa_torch._triton.gluon import barrier
 from psa_torch._triton.products import start_when_full
-from psa_torch._triton.rings import release, slot_of, wait_full
+from psa_torch._triton.rings import release, stage_of, wait_full
 from psa_torch.kernels.scores.hopper.schedule import open_item, tiles_of
 from psa_torch.kernels.scores.samples import place_in_block
 
@@ -122,7 +122,7 @@ def multiply_columns(
     taken = 0
     for number in range(gl.program_id(0), sizes.items, gl.num_programs(0)):
         item = open_item(number, sizes, Q_BLOCKS, WIDTH, BLOCK_M, BLOCK_N, IS_CAUSAL)
-        side = slot_of(queries, taken)
+        side = stage_of(queries, taken)
         q = queries.tiles.index(side * 2 + part)
         wait_full(queries, taken)
         row_limit = row

@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from psa_torch._triton.gluon import barrier, copy_async
-from psa_torch._triton.rings import slot_of, tile_of, wait_empty, wait_full, wait_turn
+from psa_torch._triton.rings import stage_of, tile_of, wait_empty, wait_full, wait_turn
 from psa_torch.kernels.scores.hopper.schedule import open_item, tiles_of
 
 SCORE_WARPS = gl.constexpr(2)
@@ -60,7 +60,7 @@ def _fetch_step(by_block, x, staged, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
     at = gl.expand_dims(rows * WIDTH, 1) + gl.expand_dims(columns, 0)
     copy_async(tile_of(staged, x), by_block + tile * (ROWS * WIDTH) + at)
-    async_copy.mbarrier_arrive(staged.full.index(slot_of(staged, x)), increment_count=False)
+    async_copy.mbarrier_arrive(staged.full.index(stage_of(staged, x)), increment_count=False)
 
 
 @gluon.jit
@@ -155,5 +155,5 @@ def make_scores(
                 # No more than two tiles ahead of those who copy, who could not tell more from none.
                 read = taken * block_tiles + tile
                 wait_empty(slab.reads, read)
-                mbarrier.arrive(slab.reads.full.index(slot_of(slab.reads, read)), count=1)
+                mbarrier.arrive(slab.reads.full.index(stage_of(slab.reads, read)), count=1)
         taken += 1

@@ -24,9 +24,9 @@ from psa_torch.attention.triton.walk import (
     tail_length,
     tail_rows,
 )
-from psa_torch.kernels._launch import cdiv, on_device_of
+from psa_torch.kernels._launch import on_device_of
 from psa_torch.pyramid import Pyramid, build_pyramid
-from shared_specs.geometry import Geometry
+from shared_specs.geometry import Geometry, cdiv
 
 
 @triton.jit

@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.kernels._launch import cdiv, next_power_of_2, on_device_of
+from psa_torch.kernels._launch import next_power_of_2, on_device_of
 from psa_torch.kernels.table import plan_of_blocks, warps_for_row
+from shared_specs.geometry import Geometry, cdiv
 
 UNIT_ROWS = 128
 """Pyramid rows of a unit, half of them for each warpgroup that multiplies."""
@@ -40,28 +41,17 @@ class Units(NamedTuple):
     counts: Tensor
 
 
-def build_units(
-    levels: Tensor,
-    *,
-    g: int,
-    q_len: int,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
-    is_causal: bool,
-) -> Units:
+def build_units(levels: Tensor, geometry: Geometry, *, g: int) -> Units:
     """The units of level `2**g`.
 
     Args:
         levels: int32 `[B, H, Nq, Nk]`, any strides.
-        q_len, kv_len: queries and keys.
-        block_m, block_n: queries and keys per block, of which the latter has at least `LEAST_RUN`
-            rows at the level.
-        is_causal: leave out query blocks of which no key is visible.
+        geometry: whose blocks have at least `LEAST_RUN` rows at the level. Under causality query
+            blocks are left out of which no key is visible.
     """
     batch, heads, q_blocks, k_blocks = levels.shape
-    blocks = max(1, UNIT_ROWS // (block_n >> g))
-    units = cdiv(k_blocks * (block_n >> g), UNIT_ROWS)
+    run = geometry.block_n >> g
+    units = cdiv(k_blocks * run, UNIT_ROWS)
     entries = levels.new_empty(batch, heads, units, q_blocks, dtype=torch.int32)
     counts = levels.new_empty(batch, heads, units, dtype=torch.int32)
     width = next_power_of_2(q_blocks)
@@ -77,13 +67,13 @@ def build_units(
             units,
             q_blocks,
             k_blocks,
-            q_len,
-            kv_len,
+            geometry.q_len,
+            geometry.kv_len,
             LEVEL=1 << g,
-            BLOCKS=blocks,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            CAUSAL=is_causal,
+            BLOCKS=max(1, UNIT_ROWS // run),
+            BLOCK_M=geometry.block_m,
+            BLOCK_N=geometry.block_n,
+            IS_CAUSAL=geometry.is_causal,
             WIDTH=width,
             num_warps=warps_for_row(width),
         )
@@ -92,9 +82,9 @@ def build_units(
 
 @triton.jit
 def _units_kernel(
-    LEVELS,
-    ENTRIES,
-    COUNTS,
+    levels,
+    entries,
+    counts,
     stride_b,
     stride_h,
     stride_m,
@@ -109,23 +99,23 @@ def _units_kernel(
     BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Grid: batch * heads * units."""
     pid = tl.program_id(0)
-    bh = (pid // units).to(tl.int64)
+    batch_head = (pid // units).to(tl.int64)
     unit = pid % units
     query_block = tl.arange(0, WIDTH)
-    LEVELS += (bh // heads) * stride_b + (bh % heads) * stride_h
-    LEVELS += query_block.to(tl.int64) * stride_m
+    levels += (batch_head // heads) * stride_b + (batch_head % heads) * stride_h
+    levels += query_block.to(tl.int64) * stride_m
     bits = tl.zeros([WIDTH], tl.int32)
     masked = bits
     for r in tl.static_range(BLOCKS):
         # The last unit may have fewer key blocks.
         key_block = unit * BLOCKS + r
         there = query_block < tl.where(key_block < k_blocks, q_blocks, 0)
-        level = tl.load(LEVELS + key_block.to(tl.int64) * stride_n, mask=there, other=0)
+        level = tl.load(levels + key_block.to(tl.int64) * stride_n, mask=there, other=0)
         whole, level = plan_of_blocks(
             level.to(tl.int32),
             query_block,
@@ -134,7 +124,7 @@ def _units_kernel(
             kv_len,
             BLOCK_M,
             BLOCK_N,
-            CAUSAL,
+            IS_CAUSAL,
             True,
         )
         here = level == LEVEL
@@ -143,5 +133,5 @@ def _units_kernel(
     listed = (bits > 0).to(tl.int32)
     at = pid.to(tl.int64) * q_blocks + tl.cumsum(listed, 0) - listed
     entry = (query_block << LOG_ENTRY) | (masked * MASKED) | bits
-    tl.store(ENTRIES + at, entry, mask=bits > 0)
-    tl.store(COUNTS + pid, tl.sum(listed, 0))
+    tl.store(entries + at, entry, mask=bits > 0)
+    tl.store(counts + pid, tl.sum(listed, 0))

@@ -6,24 +6,26 @@ key it covers is its plain sum over queries; every level adds to its own sum wha
 owes and passes that down, and level 1 writes the gradients.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from psa_torch.attention.triton import configs
+from psa_torch.attention.triton.coarse_gradient import launch_coarse_gradient
 from psa_torch.attention.triton.configs import (
     BackwardConfig,
+    CoarseGradConfig,
     HopperKeyGradConfig,
     HopperQueryGradConfig,
     LevelConfigs,
-    PooledGradConfig,
 )
+from psa_torch.attention.triton.hopper.units import build_units
 from psa_torch.attention.triton.key_gradient import launch_key_gradient
 from psa_torch.attention.triton.plan import Plan, key_plan, query_plan
-from psa_torch.attention.triton.pooled_gradient import launch_pooled_gradient
 from psa_torch.attention.triton.query_gradient import launch_query_gradient
 from psa_torch.attention.triton.row_statistics import RowStatistics, launch_row_statistics
 from psa_torch.attention.triton.rows import Rows, aligned_rows, rows_in_place, rows_of_pyramid
-from psa_torch.attention.triton.units import build_units
 from psa_torch.kernels._launch import on_device_of
 from psa_torch.pyramid import build_pyramid
 from shared_specs.constants import LEVELS
@@ -136,23 +138,17 @@ def key_gradients(
     if any(isinstance(level, HopperKeyGradConfig) for level in config):
         q, dout = aligned_rows(q), aligned_rows(dout)
     shared = (q, rows, dout, statistics)
-    sizes = dict(
-        kv_len=geometry.kv_len,
-        block_m=geometry.block_m,
-        block_n=geometry.block_n,
-        is_causal=geometry.is_causal,
-    )
     # Coarsest first: each level adds what the level above owes to its rows.
     for g in reversed(range(len(LEVELS))):
-        level = dict(g=g, scale=scale, config=config[g])
-        if isinstance(config[g], PooledGradConfig):
-            launch_pooled_gradient(*shared, by_query, by_key, pooled, **level, **sizes)
+        level: dict[str, Any] = dict(g=g, scale=scale, config=config[g])
+        if isinstance(config[g], CoarseGradConfig):
+            launch_coarse_gradient(*shared, by_query, by_key, pooled, geometry, **level)
         elif isinstance(config[g], HopperKeyGradConfig):
             # Gluon kernels cannot be interpreted: nothing else may import them.
             from psa_torch.attention.triton.hopper.key_gradient import launch_key_gradient_hopper
 
-            units = build_units(levels, g=g, q_len=geometry.q_len, **sizes)
-            launch_key_gradient_hopper(*shared, units, pooled, dk, dv, **level, **sizes)
+            units = build_units(levels, geometry, g=g)
+            launch_key_gradient_hopper(*shared, units, pooled, dk, dv, geometry, **level)
         else:
             launch_key_gradient(*shared, by_key, pooled, dk, dv, geometry, **level)
     return dk, dv

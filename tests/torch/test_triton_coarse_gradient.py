@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from psa_torch.attention.triton import configs
-from psa_torch.attention.triton.backward import backward, backward_planned
-from psa_torch.attention.triton.configs import BackwardConfig, KeyGradConfig, PooledGradConfig
-from psa_torch.attention.triton.forward import forward
+from psa_torch.attention.triton.backward_pass import backward, backward_planned
+from psa_torch.attention.triton.configs import BackwardConfig, CoarseGradConfig, KeyGradConfig
+from psa_torch.attention.triton.forward_pass import forward
 from psa_torch.attention.triton.plan import key_plan, query_plan
-from psa_torch.attention.triton.pooled_gradient import round_size
 from psa_torch.attention.triton.rows import rows_of_pyramid
 from psa_torch.pyramid import build_pyramid
 from shared_specs.geometry import Geometry
@@ -31,11 +30,11 @@ ONE_BLOCK_ROUNDS = 1
 """Bytes of workspace in which no slot fits."""
 
 
-def all_pooled(case: Case, workspace=2**30, tile=32, rows=None) -> BackwardConfig:
+def all_coarse(case: Case, workspace=2**30, tile=32, rows=None) -> BackwardConfig:
     """Every level but the first by query blocks."""
     key = ((9, 0), case.head_dim, case.dtype, case.block_m, case.block_n)
     shipped = configs.choose_plain_backward(*key)
-    pooled = PooledGradConfig(
+    pooled = CoarseGradConfig(
         tile=tile, rows=rows or case.block_m, warps=4, stages=2, workspace=workspace
     )
     key = KeyGradConfig(keys=32, rows=64, warps=4, stages=2)
@@ -51,7 +50,7 @@ def gradients(case: Case, inputs, config: BackwardConfig) -> Results:
 
 def check(case: Case, rng, **config) -> None:
     inputs = case.inputs(rng)
-    got = gradients(case, inputs, all_pooled(case, **config))
+    got = gradients(case, inputs, all_coarse(case, **config))
     errors = relative_errors(got, expected(inputs, **case.kernel_settings()))
     assert max(errors.values()) <= FLOAT32_TOLERANCE, errors
 
@@ -92,7 +91,7 @@ def test_tile_sizes_do_not_change_the_answer(tile, rows, rng):
 
 
 def test_lists_longer_than_one_look(rng, monkeypatch):
-    monkeypatch.setattr(round_size.__module__ + ".LIST_WIDTH", 2)
+    monkeypatch.setattr("psa_torch.attention.triton.coarse_gradient.LIST_WIDTH", 2)
     case = dataclasses.replace(ONE, level=8, q_len=600, kv_len=70)
     check(case, rng, workspace=3 * 2 * 16 * 32 * 4)
 
@@ -102,7 +101,7 @@ def test_any_scale(scale, rng):
     case = dataclasses.replace(ONE, scale=scale, level=8)
     inputs = case.inputs(rng)
     errors = relative_errors(
-        gradients(case, inputs, all_pooled(case)), expected(inputs, **case.kernel_settings())
+        gradients(case, inputs, all_coarse(case)), expected(inputs, **case.kernel_settings())
     )
     # Rounding of logits near 1000 is what float32 leaves of the largest scale.
     assert max(errors.values()) <= (2e-3 if scale > 1 else FLOAT32_TOLERANCE), errors
@@ -115,7 +114,7 @@ def test_rounded_slots_are_within_twice_the_plain_error(dtype, rng):
     inputs = case.inputs(rng)
     inputs.levels[..., 0] = 1  # the yardstick has no rule for rows that see nothing
     want = expected(inputs, **case.kernel_settings())
-    errors = relative_errors(gradients(case, inputs, all_pooled(case)), want)
+    errors = relative_errors(gradients(case, inputs, all_coarse(case)), want)
     plain = relative_errors(plain_attention(inputs, **case.settings()), want)
     assert all(errors[name] <= 2 * plain[name] for name in plain), (errors, plain)
 
@@ -125,7 +124,7 @@ def test_float16_slots_hold_what_one_key_is_owed(rng):
     case = dataclasses.replace(ONE, dtype=torch.float16, level=8, q_len=64, kv_len=8)
     inputs = case.inputs(rng)
     inputs.dout.fill_(4000)
-    got = gradients(case, inputs, all_pooled(case))
+    got = gradients(case, inputs, all_coarse(case))
     np.testing.assert_allclose(got.dv, 64 * 4000 / 8, rtol=1e-3)
 
 
@@ -145,45 +144,12 @@ def test_a_slot_that_nobody_wrote_shows(rng):
         rest = (rows, levels, by_query, by_key, out, lse)
         scale = case.kernel_settings()["scale"]
         return backward_planned(
-            dout, dlse, q, *rest, geometry, scale=scale, config=all_pooled(case)
+            dout, dlse, q, *rest, geometry, scale=scale, config=all_coarse(case)
         )[1]
 
     assert dk(right).isfinite().all()
     wrong = ~dk(too_many).isfinite()
     assert wrong[0, 0, 128:192].all() and not wrong[0, 0, :128].any()
-
-
-class TestRounds:
-    """Two key heads of three query heads each, ten query blocks."""
-
-    q = torch.empty(1, 6, 640, 64, dtype=torch.bfloat16)
-    slot = 2 * 80 * 64
-    of_block = slot * 2
-    of_group = 3 * 10 * of_block
-
-    def size(self, budget):
-        return round_size(self.q, 3, self.slot, budget, 10)
-
-    @pytest.mark.parametrize(
-        ("budget", "heads"), [(2**30, 6), (2 * of_group - 1, 3), (of_group // 4, 3)]
-    )
-    def test_whole_groups_of_heads_where_one_fits(self, budget, heads):
-        assert self.size(budget) == (heads, 10)
-
-    def test_else_some_blocks_of_every_head_in_even_rounds(self):
-        assert self.size(self.of_group // 4 - 1) == (6, 1)
-        self.q = torch.empty(1, 3, 640, 64, dtype=torch.bfloat16)
-        assert self.size(7 * 3 * self.of_block) == (3, 10)
-        assert self.size(2 * 3 * self.of_block) == (3, 2)
-
-    def test_few_heads_take_more_to_fill_the_machine_but_not_any_amount(self, monkeypatch):
-        monkeypatch.setattr(round_size.__module__ + ".resident_programs", lambda *_: 60)
-        assert self.size(6 * self.of_block) == (6, 4)
-        assert self.size(1) == (6, 1)
-
-    def test_heads_share_out_evenly(self):
-        self.q = torch.empty(2, 15, 640, 64, dtype=torch.bfloat16)
-        assert self.size(4 * self.of_group) == (12, 10)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
