@@ -154,7 +154,7 @@ def psa_attention(
     if levels is None and not has_lens:
         if torch.compiler.is_exporting() and not return_levels:
             out, lse = chosen_attention(q, k, v, settings.to_json(), implementation)
-            chosen = Chosen(None, None)
+            chosen = None
         else:
             out, lse, listed, scores = choose_and_attend(
                 choose_levels,
@@ -166,7 +166,7 @@ def psa_attention(
                 keep_lse=return_lse,
                 keep_choice=return_levels,
             )
-            chosen = Chosen(listed, scores)
+            chosen = None if listed is None else Chosen(listed, scores)
     else:
         if levels is None:
             chosen = Chosen(*levels_of_sequences(q, k, *lens, settings.to_json()))
@@ -189,7 +189,7 @@ def psa_attention(
     results = [order.undo(out, state)]
     if return_lse:
         results.append(order.undo(lse, state))
-    if return_levels:
+    if chosen is not None and return_levels:
         results.append(serial_levels(chosen, settings))
     return results[0] if len(results) == 1 else tuple(results)
 
