@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from psa_jax.attention import sparse_attention
 from psa_jax.functional import psa_attention
+from psa_jax.sdpa import dot_product_attention
 from shared_specs.config import PSAConfig
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "PSAVideoAttention",
     "attention_fn",
     "density_records",
+    "dot_product_attention",
     "psa_attention",
     "sparse_attention",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from shared_specs.checks import Described, check_scale
+from shared_specs.checks import Described, check_qkv, check_scale
 from shared_specs.dispatch import Announcer
 
 announce = Announcer("psa_jax")
@@ -23,6 +23,19 @@ def describe(name: str, x: Any) -> Described:
     if not is_array(x):
         raise TypeError(f"{name} must be a jax.Array, got {type(x).__name__}")
     return Described(tuple(x.shape), str(x.dtype))
+
+
+def check_inputs(q: Any, k: Any, v: Any) -> tuple[Described, Described, Described]:
+    """What the shared checks look at of q, k and v, once they fit each other.
+
+    Raises:
+        TypeError, ValueError: as `check_qkv` says, or one is not an array.
+    """
+    sizes = describe("q", q), describe("k", k), describe("v", v)
+    # A batch of nothing is as good as any other if the rest fits.
+    empty = all(len(x.shape) == 4 and x.shape[0] == 0 for x in sizes)
+    check_qkv(*(x._replace(shape=(1, *x.shape[1:])) if empty else x for x in sizes))
+    return sizes
 
 
 def is_array(x: Any) -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from psa_jax._arrays import absorb_scale, describe, is_array
+from psa_jax._arrays import absorb_scale, check_inputs, describe, is_array
 from psa_jax._sharding import per_shard
 from psa_jax._switches import numpy_rules
 from psa_jax._types import CallArguments, Overrides
@@ -86,19 +86,23 @@ def psa_attention(
     return_lse: bool = False,
     return_levels: bool = False,
     implementation: str | None = None,
+    bias: None = None,
+    mask: None = None,
+    is_causal: bool = False,
     **overrides: Unpack[Overrides],
 ) -> Array | tuple[Array, ...]:
     """Pyramid sparse attention: choose a level for every block, attend over pooled keys.
 
-    Differentiable in q, k and v for the levels chosen; the choice itself has no gradient. Works
-    under `jit` (the configuration is static), `vmap`, `jax.checkpoint`, `lax.scan`, `jax.export`
-    and `jax.shard_map`; nothing between q, k, v and the output makes the host wait. Arrays sharded
-    over batch and heads stay where they are (under a mesh with automatic axes, kernels need the
-    call to be inside `jax.shard_map` for that).
+    Differentiable once in q, k and v, in forward and in reverse mode, for the levels chosen; the
+    choice itself has no gradient. Works under `jit` (the configuration is static), `vmap`,
+    `jax.checkpoint`, `lax.scan`, `jax.export` and `jax.shard_map`; nothing between q, k, v and the
+    output makes the host wait. Arrays sharded over batch and heads stay where they are (under a
+    mesh with automatic axes, kernels need the call to be inside `jax.shard_map` for that).
 
     Args:
         q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.
-        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`; head h reads key/value head `h // (H // Hk)`.
+        k, v: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`, `H % Hk == 0`, Dv like D; head h reads
+            key/value head `h // (H // Hk)`.
         config: a `PSAConfig`; None means the default one. With a `rearrange_method` the tokens
             are reordered for attention (k-means starts cold in every call) and the output, lse
             included, is put back.
@@ -109,16 +113,25 @@ def psa_attention(
         return_levels: also return the levels, in the serial form that `config.attn_impl` names:
             segments for 'new_mask_type', dense for 'old_mask_type'.
         implementation: a key of `psa_jax.attention.IMPLEMENTATIONS`, or None for the best one.
+        bias, mask, is_causal: what callers of `jax.nn.dot_product_attention` pass along; only None,
+            None and False, which change nothing, are accepted.
         **overrides: fields of `PSAConfig` that replace those of `config`. `scale` may be an array,
             0-d or `[H]`: it is multiplied into q and gets a gradient.
 
     Returns:
-        out `[B, H, Lq, D]` in the dtype of q, then lse, then levels, each if asked for.
+        out `[B, H, Lq, Dv]` in the dtype of q, then lse, then levels, each if asked for.
 
     Raises:
         TypeError: an argument has a type or dtype that is not accepted, or is unknown.
         ValueError: a value, a shape or a combination is not accepted; the message says what is.
     """
+    refuse_masks(bias=bias, mask=mask)
+    checks.check_flag("is_causal", is_causal)
+    if is_causal:
+        raise ValueError(
+            "is_causal must be False, got True: causal attention is the field causal of the "
+            "configuration (causal=True)"
+        )
     scale = overrides.get("scale")
     if is_array(scale):
         overrides["scale"] = 1.0
@@ -126,8 +139,7 @@ def psa_attention(
     checks.check_flag("return_lse", return_lse)
     checks.check_flag("return_levels", return_levels)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    sizes = describe("q", q), describe("k", k), describe("v", v)
-    checks.check_qkv(*sizes)
+    sizes = check_inputs(q, k, v)
     q, _ = absorb_scale(q, scale)
     TokenOrder.from_config(config, q.shape[2], k.shape[2])  # refuses lengths that do not fit
     form, given = None, ()
@@ -146,6 +158,21 @@ def psa_attention(
     )
     results = per_shard(run, q, k, v, *given, along_sequence=1 + return_lse)
     return results[0] if len(results) == 1 else results
+
+
+def refuse_masks(**arguments) -> None:
+    """Arguments of dense attention that say which keys are seen, or by how much: all None here.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None: which keys are seen is chosen, or given as levels= to "
+                f"psa_attention; a causal mask is the field causal of the configuration; got "
+                f"{type(value).__name__}"
+            )
 
 
 # One program, compiled once for a configuration and shapes, with or without `jit` around it.
@@ -206,9 +233,12 @@ class Chosen(NamedTuple):
 def choose_levels(q: Array, k: Array, config: PSAConfig) -> Chosen:
     """Scores and levels of q and k as they stand, in whatever order their tokens are."""
     is_budget = config.mask_mode == "budget"
+    rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
     if is_budget:  # refuses before any work
-        rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
         check_costs(rows, columns, config.block_n)
+    if not q.shape[0]:  # an empty batch: no room has to know
+        scores = jnp.zeros((0, q.shape[1], rows, columns), jnp.float32)
+        return Chosen(scores.astype(jnp.int32), scores)
     scores = block_scores(q, k, config)
     cap = similarity_cap(k, config) if config.use_sim_mask else None
     levels = select_levels(scores, config, q_len=q.shape[2], kv_len=k.shape[2], cap=cap)

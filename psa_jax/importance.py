@@ -5,6 +5,7 @@ a time, all heads together, so that nothing of size Lq x Lk exists and sharded h
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,12 +43,18 @@ def block_scores(q: Array, k: Array, config: PSAConfig) -> Array:
         and at rest. No gradient flows from it to q and k.
 
     `pooled` and `sampled` scores of 16-bit inputs are made by a kernel on a Hopper GPU, all
-    others by XLA; which, and why, is logged once through the logger `psa_jax`.
+    others by XLA; which, and why, is logged once through the logger `psa_jax`, as a warning where
+    a GPU could have made them by a kernel.
     """
     q, k = lax.stop_gradient(q), lax.stop_gradient(k)
     against = _against_kernel(q, k, config)
-    by, why = ("XLA", against) if against else ("a kernel", f"q is on {platform_of(q)}")
-    announce("scores are made by %s: %s", by, why)
+    where = platform_of(q)
+    if against and where == "gpu" and config.importance in ("pooled", "sampled"):
+        message = "scores are made by %s: the kernel %s; logits then pass through memory"
+        announce(message, "XLA", against, level=logging.WARNING)
+    else:
+        by, why = ("XLA", against) if against else ("a kernel", f"q is on {where}")
+        announce("scores are made by %s: %s", by, why)
     if against is None:
         from psa_jax.kernels.scores import peak_scores
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Unpack, overload
 
 import flax.linen as nn
@@ -12,16 +12,13 @@ import numpy as np
 from jax import Array
 
 from psa_jax._types import VideoArguments
-from psa_jax._video_call import Called, Run, VideoCall
+from psa_jax._video_call import NOT_CALLED, VideoCall, call_with, new_memory
 from shared_specs import checks, presets
 from shared_specs.config import PSAConfig
 from shared_specs.records import DensityRecord, DensityRecords
 
 STATE = "psa"
 """The Flax variable collection that holds centroids and density records."""
-
-NOT_CALLED = -1.0
-"""Stands in the density record of a step that has not been computed."""
 
 
 class PSAVideoAttention(nn.Module):
@@ -37,6 +34,10 @@ class PSAVideoAttention(nn.Module):
         config: the configuration, with the grid of the video if it orders tokens; None means the
             default one.
         warmup_steps: steps `0 … warmup_steps - 1` use dense attention.
+        refresh_every: steps for which the clusters' order and the levels are kept once chosen; 1
+            chooses in every step.
+        schedule: first step of a phase -> the budget from there on, or the mask_ratios in other
+            modes than 'budget'; before the first one the configuration holds. None: always.
         record_steps: densities of the steps `0 … record_steps - 1` are recorded; read them with
             `density_records`.
 
@@ -46,6 +47,8 @@ class PSAVideoAttention(nn.Module):
 
     config: PSAConfig | None = None
     warmup_steps: int = 0
+    refresh_every: int = 1
+    schedule: Mapping[int, Any] | None = None
     record_steps: int = 0
 
     @classmethod
@@ -57,7 +60,8 @@ class PSAVideoAttention(nn.Module):
         Args:
             preset: one of `shared_specs.presets.names()`.
             video_size: `(width, height, frames)` in pixels and frames.
-            **arguments: `record_steps` and the `name` of the Flax module, as for the class.
+            **arguments: `refresh_every`, `schedule`, `record_steps` and the `name` of the Flax
+                module, as for the class.
         """
         found = presets.load(preset)
         config = found.config_for(video_size)
@@ -129,8 +133,8 @@ class PSAVideoAttention(nn.Module):
 
         Raises:
             TypeError: an argument has a type or dtype that is not accepted.
-            ValueError: a shape does not fit, the length is not grid + text, centroids have another
-                shape than the last call's, or there are warm-up steps and no step.
+            ValueError: a shape does not fit, the length is not grid + text, what is remembered has
+                another shape than this call needs, or there is no step where one decides.
         """
         checks.check_integer("record_steps", self.record_steps)
         call = VideoCall.checked(
@@ -139,69 +143,39 @@ class PSAVideoAttention(nn.Module):
             v,
             config=self.config,
             warmup_steps=self.warmup_steps,
+            refresh_every=self.refresh_every,
+            schedule=self.schedule,
             step=step,
             branch=branch,
             cross_attention=cross_attention,
             return_lse=return_lse,
             implementation=implementation,
         )
-        memory = self._memory(call, branch) if call.is_remembered else None
-        called = call.run(None if memory is None else _stored_run(memory))
+        variables = self._variables(call, branch) if call.is_remembered else None
+        memory = None
+        if variables is not None:
+            memory = {name: variable.value for name, variable in variables.items()}
+        called, memory = call_with(call, memory)
         if memory is not None and self.is_mutable_collection(STATE) and not self.is_initializing():
-            self._remember(memory, called, call.step)
+            # What other branches clustered before a warm-up step is another video's too.
+            for name in self.variables[STATE]:
+                if name.partition("[")[0] == "centroids_step":
+                    other = self.get_variable(STATE, name)
+                    self.put_variable(STATE, name, jnp.where(called.warming_up, -1, other))
+            for name, variable in variables.items():
+                variable.value = memory[name]
         return called.output
 
-    def _memory(self, call: VideoCall, branch: str) -> dict[str, nn.Variable] | None:
+    def _variables(self, call: VideoCall, branch: str) -> dict[str, nn.Variable] | None:
         """The variables of this layer and branch; None where the caller carries none."""
         suffix = f"[{branch}]" if branch else ""
         step = "centroids_step" + suffix
         if not (self.is_mutable_collection(STATE) or self.has_variable(STATE, step)):
             return None
-        new = Run.new(tuple(call.centroids().values()))
-        values = {"centroids_step": new.step}
-        for place, name in enumerate(call.centroids()):
-            values["start_is_warm"] = new.is_warm
-            values[f"{name}_start"] = new.start[place]
-            values[f"{name}_centroids"] = new.last[place]
-        if self.record_steps:
-            values["density"] = jnp.full(
-                (self.record_steps, call.q.shape[1]), NOT_CALLED, jnp.float32
-            )
         return {
             name: self.variable(STATE, name + suffix, lambda value=value: value)
-            for name, value in values.items()
+            for name, value in new_memory(call, self.record_steps).items()
         }
-
-    def _remember(self, memory: dict[str, nn.Variable], called: Called, step: Any) -> None:
-        run = called.run
-        assert run is not None  # of a call with memory
-        # What other branches clustered before a warm-up step is another video's too.
-        for name in self.variables[STATE]:
-            if name.startswith("centroids_step["):
-                other = self.get_variable(STATE, name)
-                self.put_variable(STATE, name, jnp.where(called.warming_up, -1, other))
-        memory["centroids_step"].value = run.step
-        if "start_is_warm" in memory:
-            memory["start_is_warm"].value = run.is_warm
-        for place, name in enumerate(_clustered(memory)):
-            memory[f"{name}_start"].value = run.start[place]
-            memory[f"{name}_centroids"].value = run.last[place]
-        if self.record_steps:
-            rows = memory["density"].value
-            memory["density"].value = rows.at[step].set(called.density, mode="drop")
-
-
-def _clustered(memory: Mapping[str, Any]) -> list[str]:
-    return [name for name in ("query", "key") if f"{name}_centroids" in memory]
-
-
-def _stored_run(memory: Mapping[str, nn.Variable]) -> Run:
-    sides = _clustered(memory)
-    is_warm = memory["start_is_warm"].value if sides else jnp.bool_(False)
-    start, last = (
-        tuple(memory[f"{name}_{kind}"].value for name in sides) for kind in ("start", "centroids")
-    )
-    return Run(memory["centroids_step"].value, is_warm, start, last)
 
 
 def density_records(variables: Mapping[str, Any]) -> DensityRecords:
@@ -214,10 +188,19 @@ def density_records(variables: Mapping[str, Any]) -> DensityRecords:
         One record per layer, step and head, by step; a layer is named by its path in the model,
         joined by dots, and numbered where `nn.scan` or `nn.vmap` stacked several.
     """
-    layers = sorted(_densities(variables.get(STATE, {}), ()), key=lambda item: _natural(item[0]))
+    return records_of(_densities(variables.get(STATE, {}), ()))
+
+
+def records_of(layers: Iterable[tuple[str, np.ndarray]]) -> DensityRecords:
+    """Records of layers by name, `[..., record_steps, H]` each, by step."""
+    layers = [
+        (".".join((*((name,) if name else ()), *map(str, place))), density[place])
+        for name, density in layers
+        for place in np.ndindex(density.shape[:-2])
+    ]
     rows = [
         DensityRecord(layer, step, head, float(value))
-        for layer, density in layers
+        for layer, density in sorted(layers, key=lambda item: _natural(item[0]))
         for step, heads in enumerate(density)
         for head, value in enumerate(heads)
         if value != NOT_CALLED
@@ -230,9 +213,7 @@ def _densities(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple
         if isinstance(value, Mapping):
             yield from _densities(value, (*path, name))
         elif name == "density" or name.startswith("density["):  # of a branch
-            density = np.asarray(value)
-            for place in np.ndindex(density.shape[:-2]):
-                yield ".".join((*path, *map(str, place))), density[place]
+            yield ".".join(path), np.asarray(value)
 
 
 def _natural(name: str) -> list:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from psa_torch._checks import absorb_scale, checked_inputs, levels_form, require_tensor
-from psa_torch._config import settings_of
+from psa_torch._config import parse_config, settings_of
+from psa_torch._exported import chosen_attention
 from psa_torch._types import CallArguments, Overrides
 from psa_torch.attention import IMPLEMENTATIONS, attend, choose
+from psa_torch.attention.sequences import check_lengths, runs
 from psa_torch.attention.whole import choose_and_attend
 from psa_torch.importance import block_scores
 from psa_torch.masks import from_segments, to_segments
@@ -82,6 +84,8 @@ def psa_attention(
     return_lse: bool = False,
     return_levels: bool = False,
     implementation: str | None = None,
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0,  # a float would be a symbol, and analysed twice, under dynamic shapes
     is_causal: bool = False,
@@ -95,7 +99,8 @@ def psa_attention(
 
     Args:
         q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.
-        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`; head h reads key/value head `h // (H // Hk)`.
+        k, v: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`, `H % Hk == 0`, Dv like D; head h reads
+            key/value head `h // (H // Hk)`.
         config: a `PSAConfig`; None means the default one. With a `rearrange_method` the tokens
             are reordered for attention (k-means starts cold in every call) and the output, lse
             included, is put back.
@@ -106,18 +111,24 @@ def psa_attention(
         return_levels: also return the levels, in the serial form that `config.attn_impl` names:
             segments for 'new_mask_type', dense for 'old_mask_type'.
         implementation: a key of `psa_torch.attention.IMPLEMENTATIONS`, or None for the best one.
+        q_lens, kv_lens: tokens of each sequence, integers `[B]` on the device of q from 0 to Lq
+            and Lk; None means all of them. Levels and results are those of each sequence alone:
+            what lies past its end is not read, its out is 0, its lse -inf, its gradients 0 and its
+            levels 0. The host waits for the lengths. There is no token order then, and no
+            `cu_seqlens`: sequences packed end to end are not accepted.
         attn_mask, dropout_p, is_causal: what callers of `scaled_dot_product_attention` pass
             along; only None, 0 and False, which change nothing, are accepted.
         **overrides: fields of `PSAConfig` that replace those of `config`. `scale` may be a tensor,
             0-d or `[H]`: it is multiplied into q and gets a gradient.
 
     Returns:
-        out `[B, H, Lq, D]` in the dtype of q (of autocast inside it), then lse, then levels,
+        out `[B, H, Lq, Dv]` in the dtype of q (of autocast inside it), then lse, then levels,
         each if asked for.
 
     Raises:
         TypeError: an argument has a type or dtype that is not accepted, or is unknown.
         ValueError: a value, a shape or a combination is not accepted; the message says what is.
+        NotImplementedError: lengths inside a `torch.func` transform.
     """
     _refuse_dense_arguments(attn_mask, dropout_p, is_causal)
     scale = overrides.get("scale")
@@ -136,33 +147,48 @@ def psa_attention(
         form = levels_form(levels, inputs, **blocks)
     if implementation is not None and not torch.compiler.is_compiling():
         choose(implementation, q, k, v, **blocks)  # refuses before any work
+    lens = q_lens, kv_lens
+    has_lens = check_lengths(q, *lens)
+    if has_lens and settings.rearrange_method is not None:
+        raise ValueError(
+            "rearrange_method must be None where q_lens or kv_lens are given: a token order is of "
+            f"whole sequences, got {settings.rearrange_method!r}"
+        )
     order = TokenOrder.from_config(settings, q.shape[2], k.shape[2])
     q, k, v, state = order.apply(q, k, v)
-    if levels is None:
-        out, lse, listed, scores = choose_and_attend(
-            choose_levels,
-            q,
-            k,
-            v,
-            settings,
-            implementation,
-            keep_lse=return_lse,
-            keep_choice=return_levels,
-        )
-        chosen = Chosen(listed, scores)
+    if levels is None and not has_lens:
+        if torch.compiler.is_exporting() and not return_levels:
+            out, lse = chosen_attention(q, k, v, settings.to_json(), implementation)
+            chosen = Chosen(None, None)
+        else:
+            out, lse, listed, scores = choose_and_attend(
+                choose_levels,
+                q,
+                k,
+                v,
+                settings,
+                implementation,
+                keep_lse=return_lse,
+                keep_choice=return_levels,
+            )
+            chosen = Chosen(listed, scores)
     else:
-        dense = from_segments(levels) if form == "segments" else levels.detach()
-        chosen = Chosen(dense, None)
+        if levels is None:
+            chosen = Chosen(*levels_of_sequences(q, k, *lens, settings.to_json()))
+        else:
+            dense = from_segments(levels) if form == "segments" else levels.detach()
+            chosen = Chosen(dense, None)
         out, lse = attend(
             q,
             k,
             v,
-            dense,
+            chosen.levels,
             **blocks,
             scale=settings.scale,
             is_causal=settings.causal,
             rest=settings.rest,
             implementation=implementation,
+            lens=lens,
             keep_lse=return_lse,
         )
     results = [order.undo(out, state)]
@@ -222,6 +248,33 @@ def choose_levels(q: Tensor, k: Tensor, config: CallConfig) -> Chosen:
     cap = similarity_cap(k, config) if config.use_sim_mask else None
     levels = select_levels(scores, config, q_len=q.shape[2], kv_len=k.shape[2], cap=cap)
     return Chosen(levels, scores[..., 3] if is_budget else scores)
+
+
+@torch.library.custom_op("psa::levels_of_sequences", mutates_args=())
+def levels_of_sequences(
+    q: Tensor, k: Tensor, q_lens: Tensor | None, kv_lens: Tensor | None, config: str
+) -> tuple[Tensor, Tensor]:
+    """`choose_levels` of each sequence; 0 in blocks past its end, which it does not read."""
+    settings = parse_config(config)
+    blocks = settings.block_m, settings.block_n
+    levels, scores = _like_levels(q, k, settings)
+    levels.zero_(), scores.zero_()
+    for run in runs(q, k, q_lens, kv_lens):
+        found = choose_levels(run.of_queries(q), run.of_keys(k), settings)
+        run.of_blocks(levels, *blocks).copy_(found.levels)
+        run.of_blocks(scores, *blocks).copy_(found.scores)
+    return levels, scores
+
+
+@levels_of_sequences.register_fake
+def _(q, k, q_lens, kv_lens, config):
+    return _like_levels(q, k, parse_config(config))
+
+
+def _like_levels(q: Tensor, k: Tensor, config: PSAConfig) -> tuple[Tensor, Tensor]:
+    rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
+    scores = q.new_empty(*q.shape[:2], rows, columns, dtype=torch.float32)
+    return torch.empty_like(scores, dtype=torch.int32), scores
 
 
 def serial_levels(chosen: Chosen, config: CallConfig) -> Tensor:

@@ -20,6 +20,8 @@ WIDE = {
     "psa_jax/attention/mosaic/api.py": {"backward"},
     # Called by flax.linen, which names what it passes.
     "psa_jax/linen.py": {"attend"},
+    # Takes what jax.nn.dot_product_attention takes.
+    "psa_jax/sdpa.py": {"dot_product_attention"},
 }
 """Functions with more arguments because of who calls them."""
 

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from psa_jax._arrays import absorb_scale, describe, is_array
+from psa_jax._arrays import absorb_scale, check_inputs, describe, is_array
 from psa_jax._sharding import per_shard, vary_alike
 from psa_jax._switches import numpy_rules
 from psa_jax._types import SparseArguments
-from psa_jax.attention.differentiable import Call, attention, attention_with_lse
+from psa_jax.attention.differentiable import Call, attention
 from psa_jax.attention.implementations import IMPLEMENTATIONS, choose
 from psa_jax.masks import check_levels_of_form, from_segments
+from psa_jax.pyramid import accumulator
 from shared_specs import checks
 from shared_specs.config import resolve_scale
 
@@ -67,14 +68,15 @@ def sparse_attention(
 ) -> Array | tuple[Array, Array]:
     """Attention of every query over the pooled keys that its block's levels select.
 
-    Differentiable (reverse mode, once) in q, k and v, through out and lse; levels get no
-    gradient. Works under `jit`, `vmap`, `jax.checkpoint`, `lax.scan`, `jax.export` and
+    Differentiable once in q, k and v, in forward and in reverse mode, through out and lse; levels
+    get no gradient. Works under `jit`, `vmap`, `jax.checkpoint`, `lax.scan`, `jax.export` and
     `jax.shard_map`; arrays sharded over batch and heads stay where they are (under a mesh with
     automatic axes, a kernel needs the call to be inside `jax.shard_map` for that).
 
     Args:
         q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.
-        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`; head h reads key/value head `h // (H // Hk)`.
+        k, v: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`, `H % Hk == 0`, Dv like D; head h reads
+            key/value head `h // (H // Hk)`.
         levels: integers, `[B, H, Nq, Nk]` with values in {0, 1, 2, 4, 8}, or segments
             `[B, H, Nq, Nk + 5]`. Values are checked where they are known: concrete arrays on the
             CPU. Elsewhere a block with a value outside the set is skipped.
@@ -91,7 +93,7 @@ def sparse_attention(
         return_lse: also return the natural log of the sum of exponentials.
 
     Returns:
-        out `[B, H, Lq, D]` in the dtype of q; and, if asked, lse `[B, H, Lq]`, float32 (float64
+        out `[B, H, Lq, Dv]` in the dtype of q; and, if asked, lse `[B, H, Lq]`, float32 (float64
         for float64). A row that sees nothing has out 0, lse -inf and passes no gradient.
 
     Raises:
@@ -106,8 +108,7 @@ def sparse_attention(
     checks.check_flag("return_lse", return_lse)
     checks.check_rest(rest)
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    sizes = describe("q", q), describe("k", k), describe("v", v)
-    checks.check_qkv(*sizes)
+    sizes = check_inputs(q, k, v)
     q, factor = absorb_scale(q, scale)
     form = checks.check_levels_shape(
         describe("levels", levels), *sizes[:2], block_m=block_m, block_n=block_n
@@ -115,6 +116,9 @@ def sparse_attention(
     check_levels_of_form(levels, form)
     factor = resolve_scale(factor, q.shape[-1])
 
+    if not q.shape[0]:  # an empty batch: no implementation has to know
+        out, lse = jnp.zeros_like(q), jnp.zeros(q.shape[:3], accumulator(q.dtype))
+        return (out, lse) if return_lse else out
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     call = Call(name, block_m, block_n, factor, is_causal, rest)
     run = functools.partial(_attend, call=call, form=form, return_lse=return_lse)
@@ -128,4 +132,5 @@ def sparse_attention(
 def _attend(q, k, v, levels, *, call: Call, form: str, return_lse: bool):
     dense = from_segments(levels) if form == "segments" else levels.astype(jnp.int32)
     arrays = vary_alike((q, k, v, dense))
-    return (attention_with_lse if return_lse else attention)(call, *arrays)
+    out, lse = attention(call, *arrays)
+    return (out, lse) if return_lse else out

@@ -1,4 +1,4 @@
-"""How an implementation meets JAX's transformations: reverse-mode gradients and `vmap`."""
+"""How an implementation meets JAX's transformations: derivatives of both modes, and `vmap`."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ from jax import Array
 from psa_jax._sharding import vary_alike
 from psa_jax._switches import numpy_rules
 from psa_jax._vmap import vmap_as_batch
+from psa_jax.attention import linear
 from psa_jax.attention import rest as means_of_rest
 from psa_jax.attention.implementations import IMPLEMENTATIONS
 
@@ -48,52 +49,31 @@ class Call:
     @numpy_rules
     def backward(self, dout: Array, dlse: Array | None, *arrays: Array) -> tuple[Array, ...]:
         """dq, dk and dv; arrays are q, k, v, levels, out and lse."""
-        run = self._backward
-        if dlse is None:
-            gradients = vmap_as_batch(lambda dout, *rest: run(dout, None, *rest))(dout, *arrays)
-        else:
-            gradients = vmap_as_batch(run)(dout, dlse, *arrays)
-        return vary_alike(gradients, *arrays)
-
-    def _backward(self, *arrays: Any) -> tuple[Array, ...]:
-        found = IMPLEMENTATIONS[self.implementation].backward(*arrays, **self._options())
+        found = IMPLEMENTATIONS[self.implementation].backward(
+            dout, dlse, *arrays, **self._options()
+        )
         if self.rest == "mean":
-            dout, dlse, q, k, v, levels, out, lse = arrays
-            saved = q, k, v, levels, out, lse
-            found = means_of_rest.add_gradients(dout, dlse, *saved, found, **self._options())
+            found = means_of_rest.add_gradients(dout, dlse, *arrays, found, **self._options())
         return found
 
+    @numpy_rules
+    def tangent(self, *arrays: Array) -> tuple[Array, Array]:
+        """Tangents of out and lse; arrays are tq, tk, tv, q, k, v, levels, out and lse."""
+        *arrays, out, lse = arrays
+        arrays = (*arrays, lse)
+        moved = IMPLEMENTATIONS[self.implementation].tangent(*arrays, **self._options())
+        if self.rest == "mean":
+            moved = means_of_rest.add_tangents(*arrays, moved, **self._options())
+        return moved.tangents(out.dtype)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attention_with_lse(call: Call, q: Array, k: Array, v: Array, levels: Array):
-    """(out, lse), with gradients through both."""
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def attention(call: Call, q: Array, k: Array, v: Array, levels: Array) -> tuple[Array, Array]:
+    """out and lse, differentiable in q, k and v in forward and in reverse mode, once."""
     return call.forward(q, k, v, levels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attention(call: Call, q: Array, k: Array, v: Array, levels: Array) -> Array:
-    """out alone: its backward pass need not carry a gradient of lse."""
-    return call.forward(q, k, v, levels)[0]
-
-
-def _forward_with_lse(call: Call, *arrays: Array):
-    out, lse = call.forward(*arrays)
-    return (out, lse), (*arrays, out, lse)
-
-
-def _forward(call: Call, *arrays: Array):
-    (out, _), saved = _forward_with_lse(call, *arrays)
-    return out, saved
-
-
-def _backward_with_lse(call: Call, saved: tuple, gradients: tuple):
-    dout, dlse = gradients
-    return *call.backward(dout, dlse, *saved), None
-
-
-def _backward(call: Call, saved: tuple, dout: Array):
-    return *call.backward(dout, None, *saved), None
-
-
-attention_with_lse.defvjp(_forward_with_lse, _backward_with_lse)
-attention.defvjp(_forward, _backward)
+@attention.defjvp
+def _attention_jvp(call: Call, primals: tuple[Array, ...], tangents: tuple[Array, ...]):
+    out, lse = attention(call, *primals)
+    return (out, lse), linear.tangent(call, tangents[:3], (*primals, out, lse))

@@ -1,5 +1,6 @@
 """The implementations of attention by name, and which of them runs."""
 
+import logging
 from typing import Protocol
 
 from jax import Array
@@ -54,6 +55,24 @@ class Implementation(Protocol):
         """dq, dk and dv in the dtypes of q, k and v."""
         ...
 
+    def tangent(
+        self,
+        tq: Array,
+        tk: Array,
+        tv: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        levels: Array,
+        lse: Array,
+        *,
+        block_m: int,
+        block_n: int,
+        scale: float,
+        is_causal: bool,
+    ) -> gather.Moved:
+        """Forward mode: what the tangents of out and lse are made of."""
+
 
 class _Mosaic:
     """`psa_jax.attention.mosaic`, imported when it is first used: it brings Pallas along."""
@@ -76,6 +95,17 @@ class _Mosaic:
 
         return mosaic.backward(*args, **kwargs)
 
+    @staticmethod
+    def tangent(*args, **kwargs) -> gather.Moved:
+        announce(
+            "forward-mode derivatives of %r are computed by 'gather': %s",
+            "mosaic",
+            "no kernel makes them; selected rows are copied for each query block, which costs "
+            "memory traffic that a kernel would not have",
+            level=logging.WARNING,
+        )
+        return gather.tangent(*args, **kwargs)
+
 
 IMPLEMENTATIONS: dict[str, Implementation] = {"mosaic": _Mosaic(), "gather": gather}
 """Best first: what runs by itself is the first that can."""
@@ -89,7 +119,7 @@ def choose(
     Args:
         implementation: a key of `IMPLEMENTATIONS`, used or refused; or None: `mosaic` on a GPU
             where it supports the input, else `gather`. That choice is logged once with its
-            reason (logger `psa_jax`, level info).
+            reason (logger `psa_jax`, level info; on a GPU that `mosaic` cannot use, warning).
 
     Raises:
         ValueError: the name is unknown, or what was chosen cannot run on this input.
@@ -103,5 +133,13 @@ def choose(
 
     chosen, passed_over = dispatch.choose(implementation, IMPLEMENTATIONS, reason_against)
     if implementation is None:
-        announce("attention runs as %r: %s", chosen, passed_over or f"q is on {where}")
+        message = "attention runs as %r: %s"
+        if chosen == "gather" and where == "gpu":
+            cost = (
+                "; it copies the selected rows of every query block through memory, which a kernel "
+                "does not"
+            )
+            announce(message + cost, chosen, passed_over, level=logging.WARNING)
+        else:
+            announce(message, chosen, passed_over or f"q is on {where}")
     return chosen

@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from psa_jax.attention.gather.heads import filled_like
 from psa_jax.attention.gather.products import product
+from psa_jax.attention.gather.tangent import Moved
 from psa_jax.pyramid import accumulator, group_counts, group_means, split_tokens
 from shared_specs.geometry import Geometry, cdiv
 
@@ -125,6 +126,47 @@ def add_gradients(
     dq, dk, dv = gradients
     owed, dq = _over_chunks(of_chunk, means, sizes, q, levels, lse, dout, delta, dq)
     return dq, _spread(owed.k, dk, sizes), _spread(owed.v, dv, sizes)
+
+
+def add_tangents(
+    tq: Array,
+    tk: Array,
+    tv: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    levels: Array,
+    lse: Array,
+    moved: Moved,
+    **call,
+) -> Moved:
+    """The sums of forward mode over the list, plus those over the means.
+
+    Args:
+        tq, tk, tv: tangents of q, k and v.
+        lse: joined, as `add_means` returned it.
+        moved: what an implementation made with that lse.
+        **call: block_m, block_n, scale and is_causal.
+    """
+    sizes = _sizes(q, k, call)
+    means, t_means = _means(k, v, sizes), _means(tk, tv, sizes)
+
+    def add(chunk: _Chunk, tq, of_lse, of_out, mean):
+        weights = _weights(chunk, means, sizes)
+        t_logits = product("bhgmd,bhnd->bhgmn", tq, means.k)
+        t_logits = t_logits + product("bhgmd,bhnd->bhgmn", chunk.q, t_means.k)
+        pushed = weights * (t_logits * sizes.scale)
+
+        def weighted(weights, rows):
+            return product("bhgmn,bhnd->bhgmd", weights.astype(rows.dtype), rows)
+
+        return (
+            of_lse + pushed.sum(-1),
+            of_out + weighted(pushed, means.v) + weighted(weights, t_means.v),
+            mean + weighted(weights, means.v),
+        )
+
+    return Moved(*_by_chunk(add, sizes, q, levels, lse, tq, *moved))
 
 
 def _sizes(q: Array, k: Array, call: dict) -> _Sizes:

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 from jax import export
 
 import psa_jax
-from psa_jax import PSAConfig, psa_attention, sparse_attention
+from psa_jax import PSAConfig, importance, psa_attention, sparse_attention
+from psa_jax._arrays import announce
 from psa_jax.attention import IMPLEMENTATIONS, choose, implementations
 from psa_jax.importance import block_scores
 from psa_jax.masks import from_segments, to_segments
@@ -123,8 +125,7 @@ def test_token_orders_leave_dense_attention_alone(method, rng):
     run = functools.partial(psa_attention, **everything, **place)
     want = run(q, k, v)
     got = run(q, k, v, rearrange_method=method)
-    for x, y in zip(got, want, strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)
+    chex.assert_trees_all_close(got, want, rtol=0, atol=2e-6)
     moved = psa_attention(q, k, v, rearrange_method=method, **place, **BLOCKS)
     plain = psa_attention(q, k, v, **place, **BLOCKS)
     assert not np.allclose(moved, plain, atol=1e-3), "the order changed nothing"
@@ -146,8 +147,7 @@ def loss(q, k, v, config=SMALL):
 gradients = jax.grad(loss, (0, 1, 2))
 
 
-def assert_trees_close(got, want, tolerance=3e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance), got, want)
+assert_trees_close = functools.partial(chex.assert_trees_all_close, rtol=0, atol=3e-6)
 
 
 def test_vmap_is_a_longer_batch(rng):
@@ -201,8 +201,7 @@ def test_no_gradient_through_the_choice_of_levels(rng):
         return (psa_attention(q, k, v, config=SMALL, levels=levels) * jnp.cos(v)).sum()
 
     got, want = jax.jit(gradients)(q, k, v), jax.jit(jax.grad(fixed, (0, 1, 2)))(q, k, v)
-    for x, y in zip(got, want, strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(got, want)
 
     def through_scores(q, k):
         scores = block_scores(q, k, SMALL)
@@ -243,6 +242,22 @@ def test_dispatch_says_once_what_runs(rng, caplog):
     assert "'gather'" in record.message and "q is on cpu, not gpu" in record.message
     assert choose("gather", q, k, v, **BLOCKS) == "gather"
     assert list(IMPLEMENTATIONS) == ["mosaic", "gather"]
+
+
+def test_what_a_gpu_does_without_a_kernel_is_a_warning(rng, caplog, monkeypatch):
+    q, k, v = (jnp.zeros((1, 1, 64, 192), jnp.bfloat16) for _ in range(3))
+    announce.forget()
+    for module in (implementations, importance):
+        monkeypatch.setattr(module, "platform_of", lambda x: "gpu")
+    with caplog.at_level(logging.INFO, logger="psa_jax"):
+        for _ in range(2):
+            assert choose(None, q, k, v, **BLOCKS) == "gather"
+            jax.eval_shape(lambda q: block_scores(q, k, SMALL), q)
+    attention, scores = caplog.records
+    for record in (attention, scores):
+        assert record.levelname == "WARNING"
+        assert "takes head dimensions up to 128, got 192" in record.message
+        assert "memory" in record.message
 
 
 def test_an_implementation_asked_for_by_name_is_used_or_refused(rng):

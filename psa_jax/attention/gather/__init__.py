@@ -10,8 +10,9 @@ from jax import Array
 
 from psa_jax.attention.gather.backward import backward
 from psa_jax.attention.gather.forward import forward
+from psa_jax.attention.gather.tangent import Moved, tangent
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["Moved", "backward", "forward", "tangent", "unsupported"]
 
 
 def unsupported(q: Array, k: Array, v: Array, block_m: int, block_n: int) -> str | None:
