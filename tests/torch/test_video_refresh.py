@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from psa_torch import PSAVideoAttention, VideoState, sparse_attention
-from psa_torch.functional import choose_levels
+from psa_torch.choice import choose_levels
 from psa_torch.order import TokenOrder
 from shared_specs import PSAConfig
 
@@ -109,7 +109,7 @@ def test_a_missing_step_and_a_bad_period_are_refused(rng):
     with pytest.raises(ValueError, match="refresh_every must be at least 1, got 0"):
         PSAVideoAttention(refresh_every=0)
     for bad in (True, 2.0, None):
-        with pytest.raises(TypeError, match="refresh_every must be a Python integer"):
+        with pytest.raises(TypeError, match="refresh_every must be an integer"):
             PSAVideoAttention(refresh_every=bad)
 
 
