@@ -1,9 +1,11 @@
 """PSAVideoAttention that keeps its order and levels for some steps."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from psa_torch import PSAVideoAttention, VideoState, sparse_attention
+from psa_torch import PSAVideoAttention, VideoState, psa_attention, sparse_attention
 from psa_torch.choice import choose_levels
 from psa_torch.order import TokenOrder
 from shared_specs import PSAConfig
@@ -63,6 +65,20 @@ def test_kept_steps_use_the_order_and_levels_of_the_step_that_chose(rng, method)
     if layer.centroids is not None:
         torch.testing.assert_close(layer.centroids.keys, centroids.keys)
         assert layer.centroids_step == 7
+
+
+@pytest.mark.parametrize("method", ["Gilbert", "Clusters", "Hybrid"])
+def test_orders_and_levels_are_handed_on_without_the_module(rng, method):
+    config = config_of(method)
+    layer = PSAVideoAttention(config, refresh_every=2)
+    first, second = make_qkv(rng), make_qkv(rng)
+    order = TokenOrder.from_config(config, LENGTH, LENGTH)
+    plain = dataclasses.replace(config, rearrange_method=None)
+    state = order.choose(*first[:2])
+    out, levels = psa_attention(*order.move(*first, state), config=plain, return_levels=True)
+    assert torch.equal(order.undo(out, state), layer(*first, step=0))
+    out = psa_attention(*order.move(*second, state), config=plain, levels=levels)
+    torch.testing.assert_close(order.undo(out, state), layer(*second, step=1))
 
 
 @pytest.mark.parametrize("method", ["Gilbert", "Clusters"])
