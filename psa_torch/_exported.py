@@ -12,6 +12,7 @@ from psa_torch._config import parse_config
 from psa_torch._vmap import register_batch_rule
 from psa_torch.attention import attend
 from psa_torch.attention.ops import attention_backward
+from psa_torch.choice import choose_levels
 from shared_specs.config import resolve_scale
 
 
@@ -42,8 +43,6 @@ def _(q, k, v, config, implementation):
 
 
 def _levels(q: Tensor, k: Tensor, settings) -> Tensor:
-    from psa_torch.functional import choose_levels  # which imports this module
-
     return choose_levels(q, k, settings).levels
 
 
