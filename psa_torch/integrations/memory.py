@@ -32,7 +32,7 @@ class Memory:
             )
             self._videos.append(video)
 
-    def begin(self, step: int, config: PSAConfig, records: DensityLog | None) -> None:
+    def begin(self, step: int, config: PSAConfig | None, records: DensityLog | None) -> None:
         """A forward of `step` starts.
 
         Args:
@@ -41,8 +41,11 @@ class Memory:
             records: where densities are noted, if they are.
 
         Raises:
-            RuntimeError: it is one forward of this step too many.
+            RuntimeError: it is one forward of this step too many, or only its calls tell how much
+                text they attend over.
         """
+        if config is None:
+            raise RuntimeError("refresh_every needs the number of text tokens before the calls")
         ordered = config.rearrange_method is None
         if ordered != self._ordered:
             self.forget()  # blocks are of tokens in another order

@@ -65,7 +65,7 @@ def run(inputs: Inputs, implementation: str | None, **settings) -> Results:
         return *results, *pull((dout, dlse))
 
     results = both(*inputs)
-    wanted = (inputs.q, None, *inputs[:3])
+    wanted = (inputs.dout, None, *inputs[:3])
     for x, like in zip(results, wanted, strict=True):
         if like is not None:
             assert x.shape == like.shape and x.dtype == like.dtype
