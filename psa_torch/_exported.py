@@ -22,7 +22,7 @@ def chosen_attention(
 ) -> tuple[Tensor, Tensor]:
     """out and lse at the levels that the configuration, given as JSON text, chooses."""
     settings = parse_config(config)
-    return attend(
+    out, lse = attend(
         q,
         k,
         v,
@@ -34,6 +34,8 @@ def chosen_attention(
         rest=settings.rest,
         implementation=implementation,
     )
+    assert lse is not None  # it was kept
+    return out, lse
 
 
 @chosen_attention.register_fake
