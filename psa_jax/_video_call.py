@@ -15,7 +15,7 @@ from jax import Array, lax
 from psa_jax._arrays import check_inputs
 from psa_jax._sharding import per_shard, shared_out_like, vary_alike
 from psa_jax._switches import numpy_rules
-from psa_jax._video_run import Run
+from psa_jax._video_memory import Run
 from psa_jax.attention import IMPLEMENTATIONS, sparse_attention
 from psa_jax.functional import choose_levels, resolve_config
 from psa_jax.order import Centroids, OrderState, Permutation, Resumed, TokenOrder

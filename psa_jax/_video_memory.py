@@ -1,4 +1,4 @@
-"""What a video model's attention remembers from one denoising step to the next."""
+"""What the layers of a video model remember from step to step, as arrays."""
 
 from __future__ import annotations
 
