@@ -161,7 +161,8 @@ class VideoCall(NamedTuple):
         Raises:
             ValueError: what is kept has another shape than this call needs.
         """
-        q, k, v, config, step = self.q, self.k, self.v, self.config, self.step
+        q, k, v, config = self.q, self.k, self.v, self.config
+        step: Any = self.step  # is given wherever it is compared
         if self.order is None:
             dense = _dense(q, k, v, config, False, self.return_lse)
             return Called(dense, None, False, None)
@@ -211,7 +212,8 @@ class VideoCall(NamedTuple):
 
     def _sparse(self, q, k, v, memory: Run | None, *, config: PSAConfig) -> tuple:
         """out, lse if asked for, densities `[B, H]`, and the memory with what was chosen."""
-        order, sides = self.order, list(self.centroids())
+        order: Any = self.order  # every sparse call has one
+        sides = list(self.centroids())
         start, last, kept = ((), (), {}) if memory is None else memory[3:]
 
         def of_shard(q, k, v, *flat):
@@ -342,7 +344,7 @@ def call_with(call: VideoCall, memory: Memory | None) -> tuple[Called, Memory | 
     return called, memory
 
 
-def _with_run(memory: Memory, run: Run, sides: tuple[str, ...]) -> Memory:
+def _with_run(memory: Memory, run: Any, sides: tuple[str, ...]) -> Memory:
     memory = {**memory, "centroids_step": run.step, **run.kept}
     if run.kept:
         memory["chosen_at"] = run.chosen_at

@@ -78,7 +78,7 @@ class TokenOrder(TokenOrderBase):
 
     def by_cluster(self, labels: Tensor) -> Permutation:
         """The order that sorts video tokens by their labels int32 `[B, H, video]`."""
-        count = max(self.query_centroids or 0, self.key_centroids)
+        count = max(self.query_centroids or 0, self.key_centroids or 0)
         return Permutation(
             *_cluster_order(labels, self._curve(labels), count, self.video.start, self.length)
         )
