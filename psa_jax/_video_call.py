@@ -219,7 +219,7 @@ class VideoCall(NamedTuple):
         def of_shard(q, k, v, *flat):
             if memory is not None:
                 flags, *flat = flat
-                is_warm, chooses = flags[0, 0]
+                is_warm, chooses = flags.any((0, 1))  # all alike; none in an empty batch
             starts, flat = flat[: len(start)], flat[len(start) :]
             lasts, kept_here = flat[: len(last)], dict(zip(kept, flat[len(last) :], strict=True))
             warm = dict(zip(sides, (Resumed(x, is_warm) for x in starts), strict=False))
