@@ -73,12 +73,12 @@ class TorchAdapter(Adapter):
         return tuple(x.double().cpu().numpy() for x in found)
 
     def _attend(self, q, k, v, levels, call) -> tuple[torch.Tensor, torch.Tensor]:
-        call = {
+        given: dict[str, Any] = {
             name: self._tensor(x) if isinstance(x, np.ndarray) else x for name, x in call.items()
         }
         return sparse_attention(
             q, k, v, self._tensor(levels), implementation=self.implementation, return_lse=True,
-            **call,
+            **given,
         )  # fmt: skip
 
     def order(self, method, grid: Any, tile: Any):

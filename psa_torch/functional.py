@@ -258,11 +258,12 @@ def levels_of_sequences(
     settings = parse_config(config)
     blocks = settings.block_m, settings.block_n
     levels, scores = _like_levels(q, k, settings)
-    levels.zero_(), scores.zero_()
+    levels.zero_()
+    scores.zero_()
     for run in runs(q, k, q_lens, kv_lens):
         found = choose_levels(run.of_queries(q), run.of_keys(k), settings)
-        run.of_blocks(levels, *blocks).copy_(found.levels)
-        run.of_blocks(scores, *blocks).copy_(found.scores)
+        for whole, part in zip((levels, scores), found, strict=True):
+            run.of_blocks(whole, *blocks).copy_(part)
     return levels, scores
 
 
