@@ -87,10 +87,10 @@ def parts(q, k, v, grid) -> Iterator[tuple[str, Callable[[], Any]]]:
     start, curve = state.centroids.keys, order._curve(k)
     scale, centre = kmeans.scales(k), kmeans.mean_token(k, start.shape[2])
     _, columns = kmeans.move_centroids(k, start, None, scale, centre)
-    labels = kmeans.nearest(k, columns, scale)
+    labels = kmeans.nearest(k, columns, scale, centre)
     by_label = label_sort.sort_by_label(labels, start.shape[2])
     yield "part: largest element", lambda: kmeans.scales(k)
-    yield "part: nearest centroid, once", lambda: kmeans.nearest(k, columns, scale)
+    yield "part: nearest centroid, once", lambda: kmeans.nearest(k, columns, scale, centre)
     yield "part: sort by label, once", lambda: label_sort.sort_by_label(labels, start.shape[2])
     yield (
         "part: sort along the curve",

@@ -60,6 +60,16 @@ def per_shard(run: Callable, q: jax.Array, *arrays: jax.Array, along_sequence: i
     return jax.tree.unflatten(tree, moved + leaves[along_sequence:])
 
 
+def shared_out_like(q: jax.Array, arrays: list[jax.Array]) -> list[jax.Array]:
+    """`arrays`, each `[B, H or Hk, ...]`, over the shards of batch and heads of an explicitly
+    sharded q; as they are for any other."""
+    sharding = jax.typeof(q).sharding
+    lead = PartitionSpec(*sharding.spec[:2])
+    if all(axes is None for axes in lead):
+        return arrays
+    return [jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, lead)) for x in arrays]
+
+
 def vary_alike(arrays: tuple[jax.Array, ...], *others: jax.Array) -> tuple[jax.Array, ...]:
     """`arrays`, whose types say that they differ between shards where any of all these does.
 

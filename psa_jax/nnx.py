@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from psa_jax.video import records_of
 from shared_specs import checks, presets
 from shared_specs.config import PSAConfig
 from shared_specs.records import DensityRecords
+from shared_specs.video import Phases
 
 
 class PSAState(nnx.Variable):
@@ -47,6 +50,7 @@ class PSAVideoAttention(nnx.Module):
         config: the configuration, with the grid of the video if it orders tokens; None means the
             default one.
         warmup_steps: steps `0 … warmup_steps - 1` use dense attention.
+        refresh_every, schedule: as for `psa_jax.PSAVideoAttention`.
         record_steps: densities of the steps `0 … record_steps - 1` are recorded; read them with
             `density_records`.
 
@@ -55,10 +59,19 @@ class PSAVideoAttention(nnx.Module):
     """
 
     def __init__(
-        self, config: PSAConfig | None = None, *, warmup_steps: int = 0, record_steps: int = 0
+        self,
+        config: PSAConfig | None = None,
+        *,
+        warmup_steps: int = 0,
+        refresh_every: int = 1,
+        schedule: Mapping[int, Any] | None = None,
+        record_steps: int = 0,
     ) -> None:
         self.config = resolve_config(config, {})
         self.warmup_steps = checks.check_integer("warmup_steps", warmup_steps)
+        self.refresh_every = checks.check_integer("refresh_every", refresh_every, 1)
+        Phases.of(self.config, schedule, self.warmup_steps)  # refuses
+        self.schedule = None if schedule is None else MappingProxyType(dict(schedule))
         self.record_steps = checks.check_integer("record_steps", record_steps)
         self.memory = nnx.Dict()
 
@@ -71,7 +84,7 @@ class PSAVideoAttention(nnx.Module):
         Args:
             preset: one of `shared_specs.presets.names()`.
             video_size: `(width, height, frames)` in pixels and frames.
-            **arguments: `record_steps`, as for the class.
+            **arguments: `refresh_every`, `schedule` and `record_steps`, as for the class.
         """
         found = presets.load(preset)
         return cls(found.config_for(video_size), warmup_steps=found.warmup_steps, **arguments)
@@ -87,7 +100,7 @@ class PSAVideoAttention(nnx.Module):
         cross_attention: bool = False,
         return_lse: bool = False,
         implementation: str | None = None,
-    ) -> Array | tuple[Array, Array]:
+    ) -> Array | tuple[Array, ...]:
         """As `psa_jax.PSAVideoAttention`: same arguments, results and errors."""
         call = VideoCall.checked(
             q,
@@ -95,6 +108,8 @@ class PSAVideoAttention(nnx.Module):
             v,
             config=self.config,
             warmup_steps=self.warmup_steps,
+            refresh_every=self.refresh_every,
+            schedule=self.schedule,
             step=step,
             branch=branch,
             cross_attention=cross_attention,
@@ -131,6 +146,8 @@ class PSAVideoAttention(nnx.Module):
                 v,
                 config=self.config,
                 warmup_steps=self.warmup_steps,
+                refresh_every=self.refresh_every,
+                schedule=self.schedule,
                 step=0,
                 branch=branch,
                 cross_attention=False,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from psa_jax._sharding import vary_alike
 from psa_jax._switches import numpy_rules
 from shared_specs.order import (
     Centroids,
@@ -188,7 +189,9 @@ def _lloyd(
             sums += jnp.einsum("bhnc,bhnd->bhcd", chosen, part, precision=exact)
             return (sums, sizes + chosen.sum(2)[..., None]), None
 
-        zero = (jnp.zeros_like(centroids), jnp.zeros_like(centroids[..., :1]))
+        zero = vary_alike(
+            (jnp.zeros_like(centroids), jnp.zeros_like(centroids[..., :1])), tokens, centroids
+        )
         (sums, sizes), _ = lax.scan(add, zero, starts)
         return jnp.where(sizes > 0, sums / jnp.maximum(sizes, 1) + centre, centroids)
 
@@ -197,5 +200,6 @@ def _lloyd(
         return lax.dynamic_update_slice_in_dim(labels, part_labels, start, 2), None
 
     centroids = lax.fori_loop(0, steps, step, centroids)
-    labels, _ = lax.scan(label, jnp.zeros(tokens.shape[:3], jnp.int32), starts)
+    (unlabelled,) = vary_alike((jnp.zeros(tokens.shape[:3], jnp.int32),), tokens, centroids)
+    labels, _ = lax.scan(label, unlabelled, starts)
     return labels, centroids

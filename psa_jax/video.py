@@ -34,6 +34,10 @@ class PSAVideoAttention(nn.Module):
         config: the configuration, with the grid of the video if it orders tokens; None means the
             default one.
         warmup_steps: steps `0 … warmup_steps - 1` use dense attention.
+        refresh_every: steps for which the clusters' order and the levels are kept once chosen; 1
+            chooses in every step.
+        schedule: first step of a phase -> the budget from there on, or the mask_ratios in other
+            modes than 'budget'; before the first one the configuration holds. None: always.
         record_steps: densities of the steps `0 … record_steps - 1` are recorded; read them with
             `density_records`.
 
@@ -43,6 +47,8 @@ class PSAVideoAttention(nn.Module):
 
     config: PSAConfig | None = None
     warmup_steps: int = 0
+    refresh_every: int = 1
+    schedule: Mapping[int, Any] | None = None
     record_steps: int = 0
 
     @classmethod
@@ -54,7 +60,8 @@ class PSAVideoAttention(nn.Module):
         Args:
             preset: one of `shared_specs.presets.names()`.
             video_size: `(width, height, frames)` in pixels and frames.
-            **arguments: `record_steps` and the `name` of the Flax module, as for the class.
+            **arguments: `refresh_every`, `schedule`, `record_steps` and the `name` of the Flax
+                module, as for the class.
         """
         found = presets.load(preset)
         config = found.config_for(video_size)
@@ -126,8 +133,8 @@ class PSAVideoAttention(nn.Module):
 
         Raises:
             TypeError: an argument has a type or dtype that is not accepted.
-            ValueError: a shape does not fit, the length is not grid + text, centroids have another
-                shape than the last call's, or there are warm-up steps and no step.
+            ValueError: a shape does not fit, the length is not grid + text, what is remembered has
+                another shape than this call needs, or there is no step where one decides.
         """
         checks.check_integer("record_steps", self.record_steps)
         call = VideoCall.checked(
@@ -136,6 +143,8 @@ class PSAVideoAttention(nn.Module):
             v,
             config=self.config,
             warmup_steps=self.warmup_steps,
+            refresh_every=self.refresh_every,
+            schedule=self.schedule,
             step=step,
             branch=branch,
             cross_attention=cross_attention,
@@ -147,7 +156,8 @@ class PSAVideoAttention(nn.Module):
         if variables is not None:
             memory = {name: variable.value for name, variable in variables.items()}
         called, memory = call_with(call, memory)
-        if memory is not None and self.is_mutable_collection(STATE) and not self.is_initializing():
+        keeps = self.is_mutable_collection(STATE) and not self.is_initializing()
+        if variables is not None and memory is not None and keeps:
             # What other branches clustered before a warm-up step is another video's too.
             for name in self.variables[STATE]:
                 if name.partition("[")[0] == "centroids_step":

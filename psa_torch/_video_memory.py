@@ -17,9 +17,10 @@ from torch import Tensor
 
 from psa_torch._config import Settings, parse_config
 from psa_torch._vmap import fold
-from psa_torch.functional import choose_levels
+from psa_torch.choice import choose_levels
 from psa_torch.order import Centroids, Permutation, TokenOrder
 from shared_specs.geometry import cdiv
+from shared_specs.video import Phases
 
 _layers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _ids = itertools.count()
@@ -60,12 +61,13 @@ class Run:
     last: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     kept: dict[str, tuple[Tensor, ...]] = dataclasses.field(default_factory=dict)
 
-    def begin(self, step: int, refresh_every: int) -> None:
+    def begin(self, step: int, refresh_every: int, phases: Phases) -> None:
         """A call of `step`; an earlier one than the last opens a run of its own."""
         if step == self.step:
             return
         is_later = step > self.step
-        if not is_later or self.chosen_at < 0 or step - self.chosen_at >= refresh_every:
+        is_due = self.chosen_at < 0 or step - self.chosen_at >= refresh_every
+        if not is_later or is_due or phases.begins_between(self.chosen_at, step):
             self.start = self.last if is_later else {}
             self.last, self.kept, self.chosen_at = {}, {}, step
         self.step = step
@@ -107,7 +109,7 @@ def _run_of(handle: Tensor, step: int | None, branch: str | None) -> tuple[Run, 
         branch = "" if layer.state is None else layer.state.branch
     run = layer._runs.setdefault(branch, Run())
     if not is_recomputation():
-        run.begin(step, layer.refresh_every)
+        run.begin(step, layer.refresh_every, layer.phases)
     elif run.step != step:
         raise RuntimeError(
             f"layer {layer.layer!r} is recomputed at step {step} in a backward pass, but what it "

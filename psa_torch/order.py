@@ -22,8 +22,6 @@ from shared_specs.order import (
 )
 from shared_specs.order.clustering import (
     COLD_STEPS,
-    MAX_KEY_CENTROIDS,
-    MAX_QUERY_CENTROIDS,
     WARM_STEPS,
     check_kmeans,
 )
@@ -80,8 +78,9 @@ class TokenOrder(TokenOrderBase):
 
     def by_cluster(self, labels: Tensor) -> Permutation:
         """The order that sorts video tokens by their labels int32 `[B, H, video]`."""
+        count = max(self.query_centroids or 0, self.key_centroids)
         return Permutation(
-            *_cluster_order(labels, self._curve(labels), self.video.start, self.length)
+            *_cluster_order(labels, self._curve(labels), count, self.video.start, self.length)
         )
 
     def move(
@@ -199,16 +198,16 @@ def _(info, in_dims, *arguments):
 
 @torch.library.custom_op("psa::cluster_order", mutates_args=())
 def _cluster_order(
-    labels: Tensor, curve: Tensor | None, start: int, length: int
+    labels: Tensor, curve: Tensor | None, count: int, start: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    """Order and inverse int32 `[B, H, length]` that sort `start … start + N - 1` by label."""
+    """Order and inverse int32 `[B, H, length]` that sort `start … start + N - 1` by label, of which
+    there are `count`."""
     n = labels.shape[-1]
     if use_kernels(labels) and labels.numel():
         from psa_torch.kernels import label_sort
 
-        most = max(MAX_KEY_CENTROIDS, MAX_QUERY_CENTROIDS)
         labels = labels.contiguous()
-        found = label_sort.sort_by_label(labels, most, curve, start=start, length=length)
+        found = label_sort.sort_by_label(labels, count, curve, start=start, length=length)
         return found.order, found.inverse
     along = labels if curve is None else labels.index_select(-1, curve)
     by_label = torch.argsort(along, dim=-1, stable=True)
@@ -220,14 +219,14 @@ def _cluster_order(
 
 
 @_cluster_order.register_fake
-def _(labels, curve, start, length):
+def _(labels, curve, count, start, length):
     return tuple(labels.new_empty(*labels.shape[:2], length) for _ in range(2))
 
 
 @_cluster_order.register_vmap
-def _(info, in_dims, labels, curve, start, length):
+def _(info, in_dims, labels, curve, *arguments):
     size = info.batch_size
-    found = _cluster_order(fold(labels, in_dims[0], size), curve, start, length)
+    found = _cluster_order(fold(labels, in_dims[0], size), curve, *arguments)
     return tuple(x.unflatten(0, (size, -1)) for x in found), (0, 0)
 
 

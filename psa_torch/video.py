@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,14 @@ from psa_torch._video_memory import (
     remembered_levels,
 )
 from psa_torch.attention import IMPLEMENTATIONS, attend, sparse_attention
-from psa_torch.functional import choose_levels
+from psa_torch.choice import choose_levels
 from psa_torch.order import Centroids, TokenOrder
 from shared_specs import checks, presets
 from shared_specs.config import PSAConfig, check_config
 from shared_specs.geometry import cdiv
 from shared_specs.records import DensityRecord, DensityRecords
 from shared_specs.selection import candidate_blocks
-from shared_specs.video import is_cross_attention, require_step
+from shared_specs.video import Phases, is_cross_attention, require_step
 
 
 class DensityLog:
@@ -72,7 +73,7 @@ class VideoState:
     ) -> None:
         self.records = DensityLog() if records is None else records
         self.branch = branch
-        self._dense: dict[int, bool] = {}
+        self._before: dict[int, bool] = {}
         self.step = step
 
     @property
@@ -83,8 +84,8 @@ class VideoState:
     @step.setter
     def step(self, step: int) -> None:
         self._step = step = checks.check_integer("step", step)
-        for warmup_steps in self._dense:
-            self._dense[warmup_steps] = step < warmup_steps
+        for bound in self._before:
+            self._before[bound] = step < bound
 
     @property
     def branch(self) -> str:
@@ -96,15 +97,15 @@ class VideoState:
         check_branch(branch)
         self._branch = branch
 
-    def is_warmup(self, warmup_steps: int) -> bool:
-        """Whether the step is one of the first `warmup_steps`.
+    def is_before(self, bound: int) -> bool:
+        """Whether the step is lower than `bound`.
 
         Decided when the step is set: a compiled call that compared the step itself would be
         compiled for every step.
         """
-        if warmup_steps not in self._dense:
-            self._dense[warmup_steps] = self._step < warmup_steps
-        return self._dense[warmup_steps]
+        if bound not in self._before:
+            self._before[bound] = self._step < bound
+        return self._before[bound]
 
     def __repr__(self) -> str:
         return f"VideoState(step={self.step}, branch={self.branch!r}, {len(self.records)} records)"
@@ -130,6 +131,8 @@ class PSAVideoAttention(nn.Module):
         warmup_steps: steps `0 … warmup_steps - 1` use dense attention.
         refresh_every: steps for which the clusters' order and the levels are kept once chosen; 1
             chooses in every step.
+        schedule: first step of a phase -> the budget from there on, or the mask_ratios in other
+            modes than 'budget'; before the first one the configuration holds. None: always.
         layer: name of this layer in the records.
         state: the step and the records, shared by all layers of a model; None: the step comes with
             every call, and nothing is recorded.
@@ -148,6 +151,7 @@ class PSAVideoAttention(nn.Module):
         *,
         warmup_steps: int = 0,
         refresh_every: int = 1,
+        schedule: Mapping[int, Any] | None = None,
         layer: str = "",
         state: VideoState | None = None,
     ) -> None:
@@ -155,10 +159,13 @@ class PSAVideoAttention(nn.Module):
         self.config = check_config(config)
         self.warmup_steps = checks.check_integer("warmup_steps", warmup_steps)
         self.refresh_every = checks.check_integer("refresh_every", refresh_every, 1)
+        self.phases = Phases.of(self.config, schedule, self.warmup_steps)
+        self.schedule = None if schedule is None else dict(schedule)
         self.layer = layer
         self.state = state
         if state is not None:
-            state.is_warmup(warmup_steps)  # known from now on, so that no compiled call adds it
+            for bound in (self.warmup_steps, *self.phases.firsts):
+                state.is_before(bound)  # known from now on, so that no compiled call adds it
         self.reset()
         self._handle = new_handle(self)
 
@@ -171,7 +178,7 @@ class PSAVideoAttention(nn.Module):
         Args:
             preset: one of `shared_specs.presets.names()`.
             video_size: `(width, height, frames)` in pixels and frames.
-            **arguments: `refresh_every`, `layer` and `state`, as for the class.
+            **arguments: `refresh_every`, `schedule`, `layer` and `state`, as for the class.
         """
         found = presets.load(preset)
         config = found.config_for(video_size)
@@ -243,22 +250,33 @@ class PSAVideoAttention(nn.Module):
             return self._dense(q, k, v, False, return_lse)
         if branch is not None:
             check_branch(branch)
-        if self._is_warmup(step):
+        if step is None and self.state is None:
+            require_step(
+                warmup_steps=self.warmup_steps,
+                refresh_every=self.refresh_every,
+                phases=self.phases,
+            )
+        if self._is_before(step, self.warmup_steps):
             self.reset()
             self._record(step, q.new_ones(q.shape[1], dtype=torch.float32))
             return self._dense(q, k, v, self.config.causal, return_lse)
         return self._sparse(q, k, v, step, branch, return_lse, implementation)
 
-    def _is_warmup(self, step: int | None) -> bool:
-        if step is None and self.state is not None:
-            return self.state.is_warmup(self.warmup_steps)
-        if step is None:
-            require_step(warmup_steps=self.warmup_steps, refresh_every=self.refresh_every)
-            return False
-        return checks.check_integer("step", step) < self.warmup_steps
+    def _is_before(self, step: int | None, bound: int) -> bool:
+        if step is not None:
+            return checks.check_integer("step", step) < bound
+        return self.state is not None and self.state.is_before(bound)
+
+    def _config(self, step: int | None) -> PSAConfig:
+        """The configuration of the phase that the step is in."""
+        index = 0
+        for first in self.phases.firsts[1:]:
+            if not self._is_before(step, first):
+                index += 1
+        return self.phases.configs[index] if len(self.phases.firsts) > 1 else self.config
 
     def _sparse(self, q, k, v, step, branch, return_lse, implementation):
-        settings = settings_of(self.config, {})
+        settings = settings_of(self._config(step), {})
         if step is None and self.state is None:
             kind, centroids = TokenOrder, None
         else:
@@ -318,7 +336,7 @@ class PSAVideoAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"layer={self.layer!r}, warmup_steps={self.warmup_steps}, "
-            f"refresh_every={self.refresh_every}, config={self.config}"
+            f"refresh_every={self.refresh_every}, schedule={self.schedule}, config={self.config}"
         )
 
 

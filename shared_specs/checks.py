@@ -150,6 +150,25 @@ def check_integer(name: str, value: Any, least: int = 0) -> int:
     return int(value)
 
 
+def check_number(name: str, value: Any) -> float:
+    """A finite number, as a Python float.
+
+    Raises:
+        TypeError: it is none, or an array.
+        ValueError: it is not finite.
+    """
+    text = isinstance(value, (bool, str, bytes))
+    if text or is_array(value) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, not an array, got {value!r}")
+    try:
+        value = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be finite, got {value!r}") from error
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
+
+
 def check_triple(name: str, value: Sequence[int], meaning: str) -> tuple[int, int, int]:
     """`value` as three ints of at least 1; ValueError naming the argument otherwise."""
     accepted = f"{name} must be {meaning}, three integers of at least 1; got {value!r}"

@@ -55,7 +55,7 @@ def sort_by_label(
     """
     batch, heads, n = labels.shape
     length = length or n
-    bins = max(128, next_power_of_2(count + 1))
+    bins = max(128, next_power_of_2(count))
     chunks = cdiv(n, CHUNK)
     order = labels.new_empty(batch, heads, length)
     inverse = torch.empty_like(order)
@@ -133,7 +133,9 @@ def _count_kernel(
     place = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     _, label = _tokens_and_labels(LABELS + bh * n, CURVE, place, n, BINS, HAS_CURVE)
     row = COUNTS + (bh * chunks + tl.program_id(0)) * BINS
-    tl.store(row + tl.arange(0, BINS), tl.histogram(label, BINS))
+    bin = tl.arange(0, BINS)
+    past = tl.maximum(tl.program_id(0) * CHUNK + CHUNK - n, 0)  # counted in the last bin
+    tl.store(row + bin, tl.histogram(label, BINS) - tl.where(bin == BINS - 1, past, 0))
 
 
 @triton.jit

@@ -193,7 +193,8 @@ class TokenOrderBase(ABC):
     def by_cluster(self, labels: Array) -> Permutation:
         """The order that sorts video tokens by their labels int32 `[B, H, video]`.
 
-        Tokens of a label follow each other along `curve`, or as they come where there is none.
+        Labels are those of this order's clusters, at least 0 and below their number. Tokens of a
+        label follow each other along `curve`, or as they come where there is none.
         """
 
     @abstractmethod

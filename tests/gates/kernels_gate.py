@@ -139,8 +139,8 @@ def nearest(head_dim=128, dtype=torch.bfloat16):
     columns = kmeans.Columns(
         tensor(1, 24, 1024, width, dtype=torch.float16), tensor(1, 24, 1024, dtype=torch.float32)
     )
-    scale = tensor(1, 24, dtype=torch.float32)
-    return lambda: kmeans.nearest(tokens(head_dim, dtype), columns, scale)
+    scale, centre = (tensor(1, 24, *x, dtype=torch.float32) for x in ((), (head_dim,)))
+    return lambda: kmeans.nearest(tokens(head_dim, dtype), columns, scale, centre)
 
 
 def cluster_means(head_dim=128, dtype=torch.bfloat16):

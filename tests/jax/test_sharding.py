@@ -67,6 +67,30 @@ if sys.argv[1] == "shared keys":  # every shard of the heads has all key heads
         np.testing.assert_allclose(jax.device_get(x), y, rtol=1e-5, atol=1e-5)
     sys.exit()
 
+if sys.argv[1] == "video":  # memory and all follow the sharding of q
+    from psa_jax.video import PSAVideoAttention
+
+    ordered = PSAConfig(rearrange_method="Clusters", grid=(3, 8, 8), block_m=64, block_n=32)
+    layer = PSAVideoAttention(ordered, warmup_steps=1, refresh_every=2)
+    step = jax.jit(lambda state, n, *x: layer.apply(state, *x, step=n, mutable=["psa"]))
+    inputs = [[x[:, :4, :192] for x in rng.standard_normal((3, 2, 4, 300, 8), np.float32)]
+              for _ in range(3)]
+
+    def outputs(place):
+        state, found = {}, []
+        for n, arrays in enumerate(inputs):
+            out, state = step(state, n, *map(place, arrays))
+            found.append(jax.device_get(out))
+        return found
+
+    want = outputs(jax.numpy.asarray)
+    mesh, _ = sharded(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        got = outputs(lambda x: jax.device_put(x, NamedSharding(mesh, spec)))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    sys.exit()
+
 if sys.argv[1] == "sequence":
     axes = "data", "heads", "tokens"
     mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Explicit,) * 3)
@@ -142,6 +166,10 @@ def test_nothing_but_scalars_moves():
 def test_a_sequence_moves_to_heads_and_back_and_nothing_else_moves():
     """q, k, v and out; then also lse (its gradient is none here), dout, dq, dk and dv."""
     assert run("sequence") == ["4", "9", "all-to-all"] * 3
+
+
+def test_a_video_layer_and_its_memory_are_sharded():
+    run("video")
 
 
 def test_the_check_can_fail():

@@ -47,7 +47,7 @@ def test_moves_are_gathers(rng, heads_of_orders, length, head_dim, dtype):
 
 
 @pytest.mark.parametrize("with_curve", [False, True])
-@pytest.mark.parametrize(("n", "count"), [(1, 1), (700, 9), (1030, 300)])
+@pytest.mark.parametrize(("n", "count"), [(1, 1), (700, 128), (1030, 300)])
 def test_sorts_by_label_as_the_specification_does(rng, n, count, with_curve):
     labels = rng.integers(0, count, size=(2, 2, n)).astype(np.int32)
     curve = permutations(rng, n) if with_curve else None
@@ -142,6 +142,13 @@ def test_the_last_assignment_is_to_the_centroids_that_are_returned(rng):
     assert np.mean(np.abs(to_numpy(centroids) - expected) < 1e-4) > 0.9
     repeated = kmeans.kmeans(tokens.clone(), start.clone(), 1)
     assert torch.equal(repeated[0], labels) and torch.equal(repeated[1], centroids)
+
+
+def test_distances_of_zero_take_the_lower_centroid():
+    tokens = torch.zeros(1, 1, 3, 16, device=DEVICE, dtype=torch.bfloat16)
+    centroids = torch.ones(1, 1, 70, 16, device=DEVICE)
+    centroids[:, :, [3, 40, 66]] = 0
+    assert kmeans.kmeans(tokens, centroids, 0)[0].tolist() == [[[3] * 3]]
 
 
 @pytest.mark.parametrize("far", [1e30, 3e38])

@@ -75,11 +75,23 @@ def test_permute_takes_first_and_second_derivatives(rng):
     x = torch.from_numpy(rng.normal(size=(1, 2, 6, 3))).requires_grad_()
     shared = torch.from_numpy(rng.permutation(6).astype(np.int32))
     per_head = torch.from_numpy(np.stack([rng.permutation(6) for _ in range(2)])[None]).int()
-    for order in (shared, per_head):
+    for order in (shared, per_head, per_head[:, :1]):  # the last: one for a group of heads
         arguments = (x, order, order.argsort(-1).int())
         assert torch.autograd.gradcheck(permute, arguments)
         assert torch.autograd.gradgradcheck(permute, arguments)
         torch.library.opcheck(order_module._permute, arguments)
+
+
+def test_moving_three_is_moving_each(rng):
+    q, k, v = (torch.from_numpy(rng.normal(size=(1, h, 6, 2))).requires_grad_() for h in (4, 2, 2))
+    q_order = torch.from_numpy(rng.permutation(6).astype(np.int32))
+    kv_order = torch.from_numpy(np.stack([rng.permutation(6) for _ in range(2)])[None]).int()
+    orders = (q_order, q_order.argsort().int(), kv_order, kv_order.argsort(-1).int())
+    torch.library.opcheck(order_module._move, (q, k, v, *orders))
+    assert torch.autograd.gradcheck(lambda *x: order_module._move(*x, *orders), (q, k, v))
+    found = order_module._move(q, k, v, *orders)
+    for x, y, order in zip((q, k, v), found, (q_order, kv_order, kv_order), strict=True):
+        assert torch.equal(y, permute(x, order, order.argsort(-1).int()))
 
 
 def test_the_other_operators_pass_opcheck(rng):
@@ -88,6 +100,9 @@ def test_the_other_operators_pass_opcheck(rng):
     order = torch.from_numpy(rng.permutation(60).astype(np.int32))
     for centroids in (None, start):
         torch.library.opcheck(order_module._kmeans, (tokens, 4, centroids, order))
+    labels = torch.from_numpy(rng.integers(0, 5, (1, 2, 50)).astype(np.int32))
+    for curve in (None, torch.from_numpy(rng.permutation(50).astype(np.int32))):
+        torch.library.opcheck(order_module._cluster_order, (labels, curve, 5, 3, 60))
     arguments = (tokens, "STA", 60, [3, 4, 5], [2, 2, 2], 0, "end")
     torch.library.opcheck(order_module._fixed_order, arguments)
 

@@ -215,7 +215,8 @@ def test_records_stay_on_the_device_until_read():
     # A tensor without data: whatever reads a value fails.
     levels = torch.empty(2, 3, 5, 9, dtype=torch.int32, device="meta")
     log = VideoState().records
-    log.append("a", 0, video._mean_cost(levels, 45))
+    density = video._head_density._init_fn(levels, 5 * 128, 9 * 64, PSAConfig().to_json())
+    log.append("a", 0, density)
     assert len(log) == 1
     with pytest.raises(NotImplementedError, match="meta"):
         log.read()

@@ -1,10 +1,12 @@
 """PSAVideoAttention that keeps its order and levels for some steps."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from psa_torch import PSAVideoAttention, VideoState, sparse_attention
-from psa_torch.functional import choose_levels
+from psa_torch import PSAVideoAttention, VideoState, psa_attention, sparse_attention
+from psa_torch.choice import choose_levels
 from psa_torch.order import TokenOrder
 from shared_specs import PSAConfig
 
@@ -65,6 +67,20 @@ def test_kept_steps_use_the_order_and_levels_of_the_step_that_chose(rng, method)
         assert layer.centroids_step == 7
 
 
+@pytest.mark.parametrize("method", ["Gilbert", "Clusters", "Hybrid"])
+def test_orders_and_levels_are_handed_on_without_the_module(rng, method):
+    config = config_of(method)
+    layer = PSAVideoAttention(config, refresh_every=2)
+    first, second = make_qkv(rng), make_qkv(rng)
+    order = TokenOrder.from_config(config, LENGTH, LENGTH)
+    plain = dataclasses.replace(config, rearrange_method=None)
+    state = order.choose(*first[:2])
+    out, levels = psa_attention(*order.move(*first, state), config=plain, return_levels=True)
+    assert torch.equal(order.undo(out, state), layer(*first, step=0))
+    out = psa_attention(*order.move(*second, state), config=plain, levels=levels)
+    torch.testing.assert_close(order.undo(out, state), layer(*second, step=1))
+
+
 @pytest.mark.parametrize("method", ["Gilbert", "Clusters"])
 def test_steps_that_are_skipped_count(rng, method):
     config = config_of(method)
@@ -109,7 +125,7 @@ def test_a_missing_step_and_a_bad_period_are_refused(rng):
     with pytest.raises(ValueError, match="refresh_every must be at least 1, got 0"):
         PSAVideoAttention(refresh_every=0)
     for bad in (True, 2.0, None):
-        with pytest.raises(TypeError, match="refresh_every must be a Python integer"):
+        with pytest.raises(TypeError, match="refresh_every must be an integer"):
             PSAVideoAttention(refresh_every=bad)
 
 
