@@ -5,15 +5,12 @@ a case of their own to PyTorch, and programs would begin at 129 tokens. So no te
 blocks leaves the operator; its backward pass chooses the levels once more, which gives the same.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
 from psa_torch._config import parse_config
 from psa_torch._vmap import register_batch_rule
-from psa_torch.attention import attend
-from psa_torch.attention.ops import attention_backward
+from psa_torch.attention.ops import attention_backward, attention_forward
 from psa_torch.choice import choose_levels
 from shared_specs.config import resolve_scale
 
@@ -24,19 +21,18 @@ def chosen_attention(
 ) -> tuple[Tensor, Tensor]:
     """out and lse at the levels that the configuration, given as JSON text, chooses."""
     settings = parse_config(config)
-    attended = attend(
+    return attention_forward(
         q,
         k,
         v,
         choose_levels(q, k, settings).levels,
-        block_m=settings.block_m,
-        block_n=settings.block_n,
-        scale=settings.scale,
-        is_causal=settings.causal,
-        rest=settings.rest,
-        implementation=implementation,
+        implementation,
+        settings.block_m,
+        settings.block_n,
+        resolve_scale(settings.scale, q.shape[-1]),
+        settings.causal,
+        settings.rest,
     )
-    return cast(tuple[Tensor, Tensor], attended)  # a call that is not asked to keeps the lse
 
 
 @chosen_attention.register_fake
