@@ -269,6 +269,7 @@ class VideoCall(NamedTuple):
         """out, lse if asked for, densities `[B, H]`, and the memory with what was chosen."""
         order, sides = self.order, list(self.centroids())
         start, last, kept = ((), (), {}) if memory is None else memory[3:]
+        kept = {name: kept[name] for name in self.kept() if name in kept}  # JAX sorts dictionaries
 
         def of_shard(q, k, v, *flat):
             if memory is not None:
