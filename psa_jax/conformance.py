@@ -46,9 +46,10 @@ class JaxAdapter(Adapter):
             return IMPLEMENTATIONS[self.implementation].unsupported(probe, probe, probe, 128, 64)
 
     def capabilities(self) -> Mapping[str, Any]:
+        without = {"lengths": {False}}
         if self.implementation == "mosaic":
-            return {"dtype": {"float16", "bfloat16"}}
-        return {}
+            return {"dtype": {"float16", "bfloat16"}, **without}
+        return without
 
     def scores(self, q: np.ndarray, k: np.ndarray, config: PSAConfig) -> np.ndarray:
         """float32 scores of float32 inputs."""

@@ -101,7 +101,8 @@ def psa_attention(
 
     Args:
         q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.
-        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`; head h reads key/value head `h // (H // Hk)`.
+        k, v: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`, `H % Hk == 0`, Dv like D; head h reads
+            key/value head `h // (H // Hk)`.
         config: a `PSAConfig`; None means the default one. With a `rearrange_method` the tokens
             are reordered for attention (k-means starts cold in every call) and the output, lse
             included, is put back.
@@ -118,7 +119,7 @@ def psa_attention(
             0-d or `[H]`: it is multiplied into q and gets a gradient.
 
     Returns:
-        out `[B, H, Lq, D]` in the dtype of q, then lse, then levels, each if asked for.
+        out `[B, H, Lq, Dv]` in the dtype of q, then lse, then levels, each if asked for.
 
     Raises:
         TypeError: an argument has a type or dtype that is not accepted, or is unknown.

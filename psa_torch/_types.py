@@ -20,6 +20,8 @@ class CallArguments(Overrides, total=False):
     config: PSAConfig | None
     levels: Tensor | None
     implementation: str | None
+    q_lens: Tensor | None
+    kv_lens: Tensor | None
     attn_mask: Tensor | None
     dropout_p: float
     is_causal: bool
@@ -34,6 +36,8 @@ class SparseArguments(TypedDict, total=False):
     is_causal: bool
     rest: str
     implementation: str | None
+    q_lens: Tensor | None
+    kv_lens: Tensor | None
 
 
 class ModuleArguments(TypedDict, total=False):
@@ -41,6 +45,8 @@ class ModuleArguments(TypedDict, total=False):
 
     levels: Tensor | None
     implementation: str | None
+    q_lens: Tensor | None
+    kv_lens: Tensor | None
 
 
 class VideoArguments(TypedDict, total=False):

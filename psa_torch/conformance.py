@@ -59,24 +59,27 @@ class TorchAdapter(Adapter):
     def forward(self, q, k, v, levels, *, dtype, **call):
         q, k, v = (self._tensor(x, dtype) for x in (q, k, v))
         self._refuse(q, k, v, call)
-        out, lse = sparse_attention(
-            q, k, v, self._tensor(levels), implementation=self.implementation, return_lse=True,
-            **call,
-        )  # fmt: skip
+        out, lse = self._attend(q, k, v, levels, call)
         return out.double().cpu().numpy(), lse.double().cpu().numpy()
 
     def backward(self, q, k, v, levels, dout, dlse, *, dtype, **call):
         q, k, v = (self._tensor(x, dtype).requires_grad_() for x in (q, k, v))
         self._refuse(q, k, v, call)
-        out, lse = sparse_attention(
-            q, k, v, self._tensor(levels), implementation=self.implementation, return_lse=True,
-            **call,
-        )  # fmt: skip
+        out, lse = self._attend(q, k, v, levels, call)
         heads, grads = [out], [self._tensor(dout, dtype)]
         if dlse is not None:
             heads, grads = [out, lse], [*grads, self._tensor(dlse).to(lse.dtype)]
         found = torch.autograd.grad(heads, (q, k, v), grads)
         return tuple(x.double().cpu().numpy() for x in found)
+
+    def _attend(self, q, k, v, levels, call) -> tuple[torch.Tensor, torch.Tensor]:
+        call = {
+            name: self._tensor(x) if isinstance(x, np.ndarray) else x for name, x in call.items()
+        }
+        return sparse_attention(
+            q, k, v, self._tensor(levels), implementation=self.implementation, return_lse=True,
+            **call,
+        )  # fmt: skip
 
     def order(self, method, grid: Any, tile: Any):
         made = order.gilbert_order(grid) if method == "Gilbert" else order.sta_order(grid, tile)

@@ -1,25 +1,22 @@
 """Pyramid sparse attention as a function: from q, k and v to the output."""
 
-from typing import Literal, NamedTuple, Unpack, overload
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from psa_torch._checks import absorb_scale, checked_inputs, levels_form, require_tensor
 from psa_torch._config import settings_of
+from psa_torch._exported import chosen_attention
 from psa_torch._types import CallArguments, Overrides
 from psa_torch.attention import IMPLEMENTATIONS, attend, choose
+from psa_torch.attention.sequences import check_lengths
 from psa_torch.attention.whole import choose_and_attend
-from psa_torch.importance import block_scores
-from psa_torch.masks import from_segments, to_segments
+from psa_torch.choice import Chosen, choose_levels, levels_of_sequences, serial_levels
+from psa_torch.masks import from_segments
 from psa_torch.order import TokenOrder
-from psa_torch.selection import select_levels
-from psa_torch.similarity import similarity_cap
 from shared_specs import checks
-from shared_specs.budget import check_costs
 from shared_specs.config import PSAConfig
-from shared_specs.config_types import CallConfig
-from shared_specs.geometry import cdiv
 
 
 @overload
@@ -82,6 +79,8 @@ def psa_attention(
     return_lse: bool = False,
     return_levels: bool = False,
     implementation: str | None = None,
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0,  # a float would be a symbol, and analysed twice, under dynamic shapes
     is_causal: bool = False,
@@ -95,7 +94,8 @@ def psa_attention(
 
     Args:
         q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.
-        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`; head h reads key/value head `h // (H // Hk)`.
+        k, v: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`, `H % Hk == 0`, Dv like D; head h reads
+            key/value head `h // (H // Hk)`.
         config: a `PSAConfig`; None means the default one. With a `rearrange_method` the tokens
             are reordered for attention (k-means starts cold in every call) and the output, lse
             included, is put back.
@@ -106,18 +106,24 @@ def psa_attention(
         return_levels: also return the levels, in the serial form that `config.attn_impl` names:
             segments for 'new_mask_type', dense for 'old_mask_type'.
         implementation: a key of `psa_torch.attention.IMPLEMENTATIONS`, or None for the best one.
+        q_lens, kv_lens: tokens of each sequence, integers `[B]` on the device of q from 0 to Lq
+            and Lk; None means all of them. Levels and results are those of each sequence alone:
+            what lies past its end is not read, its out is 0, its lse -inf, its gradients 0 and its
+            levels 0. The host waits for the lengths. There is no token order then, and no
+            `cu_seqlens`: sequences packed end to end are not accepted.
         attn_mask, dropout_p, is_causal: what callers of `scaled_dot_product_attention` pass
             along; only None, 0 and False, which change nothing, are accepted.
         **overrides: fields of `PSAConfig` that replace those of `config`. `scale` may be a tensor,
             0-d or `[H]`: it is multiplied into q and gets a gradient.
 
     Returns:
-        out `[B, H, Lq, D]` in the dtype of q (of autocast inside it), then lse, then levels,
+        out `[B, H, Lq, Dv]` in the dtype of q (of autocast inside it), then lse, then levels,
         each if asked for.
 
     Raises:
         TypeError: an argument has a type or dtype that is not accepted, or is unknown.
         ValueError: a value, a shape or a combination is not accepted; the message says what is.
+        NotImplementedError: lengths inside a `torch.func` transform.
     """
     _refuse_dense_arguments(attn_mask, dropout_p, is_causal)
     scale = overrides.get("scale")
@@ -136,39 +142,54 @@ def psa_attention(
         form = levels_form(levels, inputs, **blocks)
     if implementation is not None and not torch.compiler.is_compiling():
         choose(implementation, q, k, v, **blocks)  # refuses before any work
+    lens = q_lens, kv_lens
+    has_lens = check_lengths(q, *lens)
+    if has_lens and settings.rearrange_method is not None:
+        raise ValueError(
+            "rearrange_method must be None where q_lens or kv_lens are given: a token order is of "
+            f"whole sequences, got {settings.rearrange_method!r}"
+        )
     order = TokenOrder.from_config(settings, q.shape[2], k.shape[2])
     q, k, v, state = order.apply(q, k, v)
-    if levels is None:
-        out, lse, listed, scores = choose_and_attend(
-            choose_levels,
-            q,
-            k,
-            v,
-            settings,
-            implementation,
-            keep_lse=return_lse,
-            keep_choice=return_levels,
-        )
-        chosen = Chosen(listed, scores)
+    if levels is None and not has_lens:
+        if torch.compiler.is_exporting() and not return_levels:
+            out, lse = chosen_attention(q, k, v, settings.to_json(), implementation)
+            chosen = None
+        else:
+            out, lse, listed, scores = choose_and_attend(
+                choose_levels,
+                q,
+                k,
+                v,
+                settings,
+                implementation,
+                keep_lse=return_lse,
+                keep_choice=return_levels,
+            )
+            chosen = None if listed is None else Chosen(listed, scores)
     else:
-        dense = from_segments(levels) if form == "segments" else levels.detach()
-        chosen = Chosen(dense, None)
+        if levels is None:
+            chosen = Chosen(*levels_of_sequences(q, k, *lens, settings.to_json()))
+        else:
+            dense = from_segments(levels) if form == "segments" else levels.detach()
+            chosen = Chosen(dense, None)
         out, lse = attend(
             q,
             k,
             v,
-            dense,
+            chosen.levels,
             **blocks,
             scale=settings.scale,
             is_causal=settings.causal,
             rest=settings.rest,
             implementation=implementation,
+            lens=lens,
             keep_lse=return_lse,
         )
     results = [order.undo(out, state)]
     if return_lse:
         results.append(order.undo(lse, state))
-    if return_levels:
+    if chosen is not None and return_levels:
         results.append(serial_levels(chosen, settings))
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -192,40 +213,3 @@ def _refuse_dense_arguments(attn_mask, dropout_p, is_causal) -> None:
             "is_causal must be False, got True: causal attention is the field causal of the "
             "configuration (causal=True)"
         )
-
-
-class Chosen(NamedTuple):
-    """Levels and, where they were chosen here, the scores they were chosen by.
-
-    Attributes:
-        levels: int `[B, H, Nq, Nk]`.
-        scores: float32 `[B, H, Nq, Nk]` (defects at rest where a budget chose) or None.
-    """
-
-    levels: Tensor
-    scores: Tensor | None
-
-
-def choose_levels(q: Tensor, k: Tensor, config: CallConfig) -> Chosen:
-    """Scores and levels of q and k as they stand, in whatever order their tokens are.
-
-    Every room detaches what it gets, so no gradient flows through the choice.
-    """
-    rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
-    is_budget = config.mask_mode == "budget"
-    if is_budget:
-        check_costs(rows, columns, config.block_n)  # refuses before any work
-    if not q.shape[0]:  # an empty batch: no room has to know
-        scores = q.new_empty(0, q.shape[1], rows, columns, dtype=torch.float32)
-        return Chosen(scores.int(), scores)
-    scores = block_scores(q, k, config)
-    cap = similarity_cap(k, config) if config.use_sim_mask else None
-    levels = select_levels(scores, config, q_len=q.shape[2], kv_len=k.shape[2], cap=cap)
-    return Chosen(levels, scores[..., 3] if is_budget else scores)
-
-
-def serial_levels(chosen: Chosen, config: CallConfig) -> Tensor:
-    """Levels in the form that `config.attn_impl` names, int32."""
-    if config.attn_impl == "old_mask_type":
-        return chosen.levels.int()
-    return to_segments(chosen.levels, chosen.scores)

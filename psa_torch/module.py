@@ -42,6 +42,8 @@ class PSAAttention(nn.Module):
         return_lse: bool = False,
         return_levels: bool = False,
         implementation: str | None = None,
+        q_lens: Tensor | None = None,
+        kv_lens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """`psa_torch.psa_attention` with this module's configuration; arguments as there."""
         return psa_attention(
@@ -53,6 +55,8 @@ class PSAAttention(nn.Module):
             return_lse=return_lse,
             return_levels=return_levels,
             implementation=implementation,
+            q_lens=q_lens,
+            kv_lens=kv_lens,
         )
 
     def extra_repr(self) -> str:

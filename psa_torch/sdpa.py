@@ -27,7 +27,7 @@ def scaled_dot_product_attention(
 
     Args:
         query: `[B, H, Lq, D]`, as q of `psa_attention`.
-        key, value: `[B, Hk, Lk, D]`.
+        key, value: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`.
         attn_mask: None; a mask is refused.
         dropout_p: 0.
         is_causal: `causal` of the configuration; True only for as many queries as keys, for
@@ -37,7 +37,7 @@ def scaled_dot_product_attention(
         config: the configuration; None means the default one.
 
     Returns:
-        `[B, H, Lq, D]` in the dtype of query.
+        `[B, H, Lq, Dv]` in the dtype of query.
 
     Raises:
         TypeError, ValueError: as `psa_attention`, or an argument asks for what is not there.

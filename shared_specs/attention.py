@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,29 +26,47 @@ def sparse_attention(
     scale: float | None = None,
     is_causal: bool = False,
     rest: str = "skip",
+    q_lens: np.ndarray | None = None,
+    kv_lens: np.ndarray | None = None,
     return_lse: bool = False,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Attention of every query over the pooled tokens that its block's levels select.
 
     Args:
         q: `[B, H, Lq, D]`, any float dtype.
-        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`.
+        k, v: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`, `H % Hk == 0`.
         levels: `[B, H, Nq, Nk]`, or segments `[B, H, Nq, Nk + 5]`.
         block_m, block_n: queries and keys per block.
         scale: factor on q.k; None means `D ** -0.5`.
         is_causal: a pooled token is visible iff its last covered key is at or before
             `row + Lk - Lq`.
         rest: 'skip', or 'mean': a block of level 0 is one token, the mean of all its keys.
+        q_lens, kv_lens: tokens of each sequence, integers `[B]`; None means all. What lies past
+            is not there: each sequence is computed alone.
         return_lse: also return the natural log of the sum of exponentials.
 
     Returns:
-        out `[B, H, Lq, D]` and, if asked, lse `[B, H, Lq]`, float64 (long double for long double
+        out `[B, H, Lq, Dv]` and, if asked, lse `[B, H, Lq]`, float64 (long double for long double
         inputs). A row that sees nothing has out 0 and lse -inf.
     """
     q, k, v = (_wide(x) for x in (q, k, v))
-    out = np.zeros_like(q)
+    out = np.zeros((*q.shape[:3], v.shape[3]), q.dtype)
     lse = np.full(q.shape[:3], -np.inf, q.dtype)
-    for at in _visits(q, k, v, levels, block_m, block_n, scale, is_causal, rest):
+    settings = {
+        "block_m": block_m,
+        "block_n": block_n,
+        "scale": scale,
+        "is_causal": is_causal,
+        "rest": rest,
+    }
+    if q_lens is not None or kv_lens is not None:
+        for at in _sequences(q, k, levels, q_lens, kv_lens, block_m, block_n):
+            arrays = q[at.queries], k[at.keys], v[at.keys], at.levels
+            out[at.queries], lse[at.queries] = sparse_attention(
+                *arrays, **settings, return_lse=True
+            )
+        return (out, lse) if return_lse else out
+    for at in _visits(q, k, v, levels, **settings):
         out[at.head][at.rows] = at.weights @ at.values
         lse[at.head][at.rows] = at.lse
     return (out, lse) if return_lse else out
@@ -65,23 +84,45 @@ def sparse_attention_grad(
     scale: float | None = None,
     is_causal: bool = False,
     rest: str = "skip",
+    q_lens: np.ndarray | None = None,
+    kv_lens: np.ndarray | None = None,
     dlse: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients of `sum(out * dout) + sum(lse * dlse)` with the levels held fixed.
 
     Args:
-        dout: `[B, H, Lq, D]`.
-        rest: as in `sparse_attention`.
+        dout: `[B, H, Lq, Dv]`.
+        rest, q_lens, kv_lens: as in `sparse_attention`; past a length gradients are 0.
         dlse: `[B, H, Lq]` or None for 0; ignored on rows that see nothing.
 
     Returns:
-        dq `[B, H, Lq, D]`, dk and dv `[B, Hk, Lk, D]`, float64.
+        dq `[B, H, Lq, D]`, dk `[B, Hk, Lk, D]` and dv `[B, Hk, Lk, Dv]`, float64.
     """
     q, k, v, dout = (_wide(x) for x in (q, k, v, dout))
+    settings = {
+        "block_m": block_m,
+        "block_n": block_n,
+        "scale": scale,
+        "is_causal": is_causal,
+        "rest": rest,
+    }
+    if q_lens is not None or kv_lens is not None:
+        dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
+        for at in _sequences(q, k, levels, q_lens, kv_lens, block_m, block_n):
+            dq[at.queries], dk[at.keys], dv[at.keys] = sparse_attention_grad(
+                q[at.queries],
+                k[at.keys],
+                v[at.keys],
+                at.levels,
+                dout[at.queries],
+                dlse=None if dlse is None else dlse[at.queries],
+                **settings,
+            )
+        return dq, dk, dv
     factor = resolve_scale(scale, q.shape[-1])
     dq = np.zeros_like(q)
     dk_rows, dv_rows = (np.zeros_like(x) for x in _rows(k, v, block_n))
-    for at in _visits(q, k, v, levels, block_m, block_n, scale, is_causal, rest):
+    for at in _visits(q, k, v, levels, **settings):
         grad = dout[at.head][at.rows]
         d_weights = grad @ at.values.T
         d_logits = at.weights * (d_weights - (at.weights * d_weights).sum(-1, keepdims=True))
@@ -91,6 +132,33 @@ def sparse_attention_grad(
         dk_rows[at.kv_head][at.tokens] += factor * d_logits.T @ q[at.head][at.rows]
         dv_rows[at.kv_head][at.tokens] += at.weights.T @ grad
     return dq, _unpool(dk_rows, k.shape[2], block_n), _unpool(dv_rows, k.shape[2], block_n)
+
+
+class _Sequence(NamedTuple):
+    """Where one sequence of a batch is: indices of `[B, H, L, ...]` arrays, and its levels."""
+
+    queries: tuple[slice, ...]
+    keys: tuple[slice, ...]
+    levels: np.ndarray
+
+
+def _sequences(q, k, levels, q_lens, kv_lens, block_m, block_n) -> Iterator[_Sequence]:
+    """The sequences that have queries and keys."""
+    if levels.shape[-1] == cdiv(k.shape[2], block_n) + 5:
+        levels = from_segments(levels)
+    lengths = []
+    for name, lens, x in (("q_lens", q_lens, q), ("kv_lens", kv_lens, k)):
+        lens = np.full(len(x), x.shape[2]) if lens is None else np.asarray(lens)
+        if lens.shape != x.shape[:1] or lens.dtype.kind not in "iu":
+            raise ValueError(f"{name} must be {len(x)} integers, got {lens}")
+        if (lens < 0).any() or (lens > x.shape[2]).any():
+            raise ValueError(f"{name} must be from 0 to {x.shape[2]}, got {lens}")
+        lengths.append(lens.tolist())
+    for b, (q_len, kv_len) in enumerate(zip(*lengths, strict=True)):
+        if q_len and kv_len:
+            batch, every = slice(b, b + 1), slice(None)
+            own = levels[b : b + 1, :, : cdiv(q_len, block_m), : cdiv(kv_len, block_n)]
+            yield _Sequence((batch, every, slice(q_len)), (batch, every, slice(kv_len)), own)
 
 
 class _Visit:

@@ -46,14 +46,19 @@ class Described(NamedTuple):
 def check_qkv(
     q: Described, k: Described, v: Described, *, dtypes: Collection[str] = MATMUL_DTYPES
 ) -> None:
-    """Ranks, heads, lengths, head dimension, dtypes and devices of q, k and v.
+    """Ranks, heads, lengths, head dimensions, dtypes and devices of q, k and v.
+
+    Values may have another head dimension than queries and keys.
 
     Raises:
         TypeError: a dtype is not accepted, or the three differ.
         ValueError: a shape or a device does not fit.
     """
-    for name, x, layout in (("q", q, "[B, H, Lq, D]"), ("k", k, "[B, Hk, Lk, D]"), ("v", v, "")):
-        layout = layout or "[B, Hk, Lk, D]"
+    for name, x, layout in (
+        ("q", q, "[B, H, Lq, D]"),
+        ("k", k, "[B, Hk, Lk, D]"),
+        ("v", v, "[B, Hk, Lk, Dv]"),
+    ):
         if len(x.shape) != 4:
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
         if x.dtype not in dtypes:
@@ -66,14 +71,11 @@ def check_qkv(
         raise ValueError(
             f"q, k and v must be on one device, got q {q.device}, k {k.device}, v {v.device}"
         )
-    if tuple(k.shape[:3]) == tuple(v.shape[:3]) and k.shape[3] != v.shape[3]:
+    if tuple(k.shape[:3]) != tuple(v.shape[:3]):
         raise ValueError(
-            f"v must have the head dimension of k, {k.shape[3]}, got {v.shape[3]}: values of "
-            "another dimension than keys are not supported; pad the smaller one with zeros "
-            "(and give scale=)"
+            f"v must have the shape of k but for the head dimension, {tuple(k.shape[:3])} and any, "
+            f"got {tuple(v.shape)}"
         )
-    if tuple(k.shape) != tuple(v.shape):
-        raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
     for axis, what in ((0, "batch"), (3, "head dimension")):
         if q.shape[axis] != k.shape[axis]:
             raise ValueError(
@@ -88,10 +90,12 @@ def check_qkv(
         raise ValueError(
             f"heads of q must be a multiple of heads of k, got {q.shape[1]} and {k.shape[1]}"
         )
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM or q.shape[3] % 8:
-        raise ValueError(
-            f"head dimension must be a multiple of 8 in 8..{MAX_HEAD_DIM}, got {q.shape[3]}"
-        )
+    for name, x in (("", q), (" of v", v)):
+        if not 1 <= x.shape[3] <= MAX_HEAD_DIM or x.shape[3] % 8:
+            raise ValueError(
+                f"head dimension{name} must be a multiple of 8 in 8..{MAX_HEAD_DIM}, "
+                f"got {x.shape[3]}"
+            )
 
 
 def is_array(value: Any) -> bool:
@@ -146,6 +150,25 @@ def check_integer(name: str, value: Any, least: int = 0) -> int:
     return int(value)
 
 
+def check_number(name: str, value: Any) -> float:
+    """A finite number, as a Python float.
+
+    Raises:
+        TypeError: it is none, or an array.
+        ValueError: it is not finite.
+    """
+    text = isinstance(value, (bool, str, bytes))
+    if text or is_array(value) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, not an array, got {value!r}")
+    try:
+        value = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be finite, got {value!r}") from error
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
+
+
 def check_triple(name: str, value: Sequence[int], meaning: str) -> tuple[int, int, int]:
     """`value` as three ints of at least 1; ValueError naming the argument otherwise."""
     accepted = f"{name} must be {meaning}, three integers of at least 1; got {value!r}"
@@ -162,6 +185,21 @@ def check_rest(rest: Any) -> None:
     """`rest` is 'skip' or 'mean'."""
     if not isinstance(rest, str) or rest not in RESTS:
         raise ValueError(f"rest must be one of {', '.join(map(repr, RESTS))}, got {rest!r}")
+
+
+def check_lens(name: str, lens: Described, batch: int, device: str) -> None:
+    """Lengths of the sequences of a batch: integers `[B]` on the device of q.
+
+    Raises:
+        TypeError: other numbers.
+        ValueError: another shape or device.
+    """
+    if lens.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name} must hold integers, got {lens.dtype}")
+    if tuple(lens.shape) != (batch,):
+        raise ValueError(f"{name} must be [B] = ({batch},), got shape {tuple(lens.shape)}")
+    if lens.device != device:
+        raise ValueError(f"{name} must be on the device of q, {device}, got {lens.device}")
 
 
 def check_levels_shape(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from shared_specs.budget import check_budget
 from shared_specs.checks import (
     check_flag,
     check_integer,
+    check_number,
     check_rest,
     check_scale,
     check_triple,
-    is_array,
 )
-from shared_specs.constants import BLOCK_M, BLOCK_N, LEVELS, MASK_LEVELS
+from shared_specs.constants import BLOCK_M, BLOCK_N, LEVELS
+from shared_specs.mask_ratios import DEFAULT_MASK_RATIOS, check_ratios, taken_order
 from shared_specs.sampling import SamplePlan
 
 MASK_MODES = ("topk", "thresholdbound", "budget")
@@ -30,38 +31,6 @@ IMPORTANCE_ESTIMATORS = ("pooled", "sampled", "antidiagonal", "defect")
 BUDGET_SCOPES = ("head", "row")
 IMPORTANCE_POOLS = (2, 4, 8)
 TEXT_POSITIONS = ("start", "end")
-
-
-class MaskRatios(Mapping[int, tuple[float, float]]):
-    """Immutable, hashable mapping from a level to its (start, end) share of a row."""
-
-    __slots__ = ("_items",)
-
-    def __init__(self, ratios: Mapping[int, tuple[float, float]]):
-        self._items = tuple((level, ratios[level]) for level in MASK_LEVELS if level in ratios)
-
-    def __getitem__(self, level: int) -> tuple[float, float]:
-        for key, value in self._items:
-            if key == level:
-                return value
-        raise KeyError(level)
-
-    def __iter__(self) -> Iterator[int]:
-        return (key for key, _ in self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(self._items)
-
-    def __repr__(self) -> str:
-        return repr(dict(self._items))
-
-
-DEFAULT_MASK_RATIOS = MaskRatios(
-    {1: (0.0, 0.1), 2: (0.1, 0.15), 4: (0.15, 0.15), 8: (0.15, 0.35), 0: (0.35, 1.0)}
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,12 +117,12 @@ class PSAConfig:
             if getattr(self, name) is not None:
                 self._set(name, check_integer(name, getattr(self, name), 1))
         for name in ("sim_2x_threshold", "sim_4x_threshold", "sim_8x_threshold"):
-            self._set(name, _number(name, getattr(self, name)))
+            self._set(name, check_number(name, getattr(self, name)))
         for name in ("min_full_ratio", "budget"):
-            self._set(name, _number(name, getattr(self, name)))
+            self._set(name, check_number(name, getattr(self, name)))
         self._set("budget_levels", _levels("budget_levels", self.budget_levels))
         if self.scale is not None:
-            self._set("scale", _number("scale", self.scale))
+            self._set("scale", check_number("scale", self.scale))
             check_scale(self.scale)
         for name in ("use_sim_mask", "causal"):
             check_flag(name, getattr(self, name))
@@ -171,7 +140,7 @@ class PSAConfig:
         _choice("text_position", self.text_position, TEXT_POSITIONS)
         _choice("block_m", self.block_m, BLOCK_M)
         _choice("block_n", self.block_n, BLOCK_N)
-        self._set("mask_ratios", _mask_ratios(self.mask_ratios))
+        self._set("mask_ratios", check_ratios(self.mask_ratios))
         self._check_together()
         # Kept so that compilers and operators, which take no objects, can take the text.
         self._set("_json", json.dumps(self.to_dict(), indent=2))
@@ -232,7 +201,7 @@ class PSAConfig:
     @property
     def ratio_ends(self) -> tuple[tuple[int, float], ...]:
         """(level, end) in the order in which selection takes them (section 6)."""
-        return _taken_order(self.mask_ratios)
+        return taken_order(self.mask_ratios)
 
     @property
     def resolved_sample_m(self) -> int:
@@ -374,19 +343,6 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else float(scale)
 
 
-def _number(name: str, value: Any) -> float:
-    text = isinstance(value, (bool, str, bytes))
-    if text or is_array(value) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, not an array, got {value!r}")
-    try:
-        value = float(value)
-    except OverflowError as error:
-        raise ValueError(f"{name} must be finite, got {value!r}") from error
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return value
-
-
 def _levels(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
         raise TypeError(f"{name} must be levels such as {LEVELS}, got {value!r}")
@@ -399,38 +355,6 @@ def _levels(name: str, value: Any) -> tuple[int, ...]:
 def _choice(name: str, value: Any, accepted: tuple) -> None:
     if not any(value is choice or value == choice for choice in accepted):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
-
-
-def _mask_ratios(ratios: Any) -> MaskRatios:
-    if not isinstance(ratios, Mapping) or not ratios:
-        raise TypeError(f"mask_ratios must map levels to (start, end), got {ratios!r}")
-    clean: dict[int, tuple[float, float]] = {}
-    for key, bounds in ratios.items():
-        level = int(key) if isinstance(key, str) and key in map(str, MASK_LEVELS) else key
-        if isinstance(level, bool) or level not in MASK_LEVELS:
-            raise ValueError(f"mask_ratios has level {key!r}; accepted: 0, 1, 2, 4, 8")
-        if level in clean:
-            raise ValueError(f"mask_ratios names level {level} twice")
-        if isinstance(bounds, (str, bytes)) or not hasattr(bounds, "__len__") or len(bounds) != 2:
-            raise TypeError(f"mask_ratios[{level}] must be (start, end), got {bounds!r}")
-        start, end = (_number(f"mask_ratios[{level}]", bound) for bound in bounds)
-        clean[level] = start, end
-    last = 0.0
-    for level, end in _taken_order(clean):
-        start = clean[level][0]
-        if start != last or not start <= end <= 1.0:
-            raise ValueError(
-                f"mask_ratios[{level}] = ({start}, {end}) is out of order: taken by increasing "
-                f"end, each range starts where the last one ended ({last}), does not decrease, "
-                "and ends at 1 or below"
-            )
-        last = end
-    return MaskRatios(clean)
-
-
-def _taken_order(ratios: Mapping[int, tuple[float, float]]) -> tuple[tuple[int, float], ...]:
-    ends = ((level, ratios[level][1]) for level in MASK_LEVELS if level in ratios)
-    return tuple(sorted(ends, key=lambda item: item[1]))  # stable: ties keep 1, 2, 4, 8, 0
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

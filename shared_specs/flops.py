@@ -50,14 +50,17 @@ def attention_flops(
     block_m: int,
     block_n: int,
     *,
+    value_dim: int | None = None,
     rest: str = "skip",
     candidates: np.ndarray | None = None,
 ) -> int:
     """Multiplications and additions of the two products of the forward pass.
 
-    4 * head_dim for each (query, visited pooled token) pair; causal hiding inside a visited
-    block is not subtracted. `rest` and `candidates` as in `visited_tokens`.
+    2 * (head_dim + value_dim) for each (query, visited pooled token) pair; causal hiding inside a
+    visited block is not subtracted. `value_dim` None means `head_dim`; `rest` and `candidates` as
+    in `visited_tokens`.
     """
     rows = np.minimum(q_len - np.arange(levels.shape[-2]) * block_m, block_m)
     visited = visited_tokens(levels, kv_len, block_n, rest=rest, candidates=candidates)
-    return int(4 * head_dim * (visited * rows).sum())
+    value_dim = head_dim if value_dim is None else value_dim
+    return int(2 * (head_dim + value_dim) * (visited * rows).sum())

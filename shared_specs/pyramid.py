@@ -11,7 +11,8 @@ from shared_specs.geometry import cdiv, level_start, padded_length, pyramid_rows
 
 
 class Pyramid(NamedTuple):
-    """Keys and values at every level, `[B, Hk, P, D]` each, `P = pyramid_rows(Lk, block_n)`."""
+    """Keys and values at every level, `[B, Hk, P, D]` and `[B, Hk, P, Dv]`,
+    `P = pyramid_rows(Lk, block_n)`."""
 
     k: np.ndarray
     v: np.ndarray
@@ -49,7 +50,7 @@ def build_pyramid(k: np.ndarray, v: np.ndarray, block_n: int) -> Pyramid:
     """Keys and values pooled by 1, 2, 4 and 8.
 
     Args:
-        k, v: `[B, Hk, Lk, D]`.
+        k, v: `[B, Hk, Lk, D]`, each with a D of its own.
         block_n: keys per block.
 
     Returns:

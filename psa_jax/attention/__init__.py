@@ -75,7 +75,8 @@ def sparse_attention(
 
     Args:
         q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.
-        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`; head h reads key/value head `h // (H // Hk)`.
+        k, v: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`, `H % Hk == 0`, Dv like D; head h reads
+            key/value head `h // (H // Hk)`.
         levels: integers, `[B, H, Nq, Nk]` with values in {0, 1, 2, 4, 8}, or segments
             `[B, H, Nq, Nk + 5]`. Values are checked where they are known: concrete arrays on the
             CPU. Elsewhere a block with a value outside the set is skipped.
@@ -92,7 +93,7 @@ def sparse_attention(
         return_lse: also return the natural log of the sum of exponentials.
 
     Returns:
-        out `[B, H, Lq, D]` in the dtype of q; and, if asked, lse `[B, H, Lq]`, float32 (float64
+        out `[B, H, Lq, Dv]` in the dtype of q; and, if asked, lse `[B, H, Lq]`, float32 (float64
         for float64). A row that sees nothing has out 0, lse -inf and passes no gradient.
 
     Raises:

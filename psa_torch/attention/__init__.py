@@ -13,6 +13,7 @@ from psa_torch.attention import (
 )
 from psa_torch.attention.functorch import attention
 from psa_torch.attention.implementations import IMPLEMENTATIONS, choose
+from psa_torch.attention.sequences import check_lengths, sequences_forward
 from psa_torch.masks import from_segments
 from shared_specs import checks
 from shared_specs.config import resolve_scale
@@ -62,6 +63,8 @@ def sparse_attention(
     is_causal: bool = False,
     rest: str = "skip",
     implementation: str | None = None,
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every query over the pooled keys that its block's levels select.
@@ -73,7 +76,8 @@ def sparse_attention(
 
     Args:
         q: `[B, H, Lq, D]`; float16, bfloat16, float32 or float64; D a multiple of 8 up to 256.
-        k, v: `[B, Hk, Lk, D]`, `H % Hk == 0`; head h reads key/value head `h // (H // Hk)`.
+        k, v: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`, `H % Hk == 0`, Dv like D; head h reads
+            key/value head `h // (H // Hk)`.
         levels: integers, `[B, H, Nq, Nk]` with values in {0, 1, 2, 4, 8}, or segments
             `[B, H, Nq, Nk + 5]`. Values are checked on the CPU; on a GPU that would make the
             host wait, and a block with a value outside the set is undefined.
@@ -87,16 +91,21 @@ def sparse_attention(
             mean of its keys and values.
         implementation: a key of `IMPLEMENTATIONS`, or None for the best one that supports the
             input (logged once through the logger `psa_torch`).
+        q_lens, kv_lens: tokens of each sequence, integers `[B]` on the device of q from 0 to Lq
+            and Lk; None means all of them. Results are those of each sequence alone: what lies
+            past its end is not read, its out is 0, its lse -inf and its gradients 0, and under
+            `is_causal` its last query sees its last key. The host waits for the lengths.
         return_lse: also return the natural log of the sum of exponentials.
 
     Returns:
-        out `[B, H, Lq, D]` in the dtype of q; and, if asked, lse `[B, H, Lq]`, float32 (float64
+        out `[B, H, Lq, Dv]` in the dtype of q; and, if asked, lse `[B, H, Lq]`, float32 (float64
         for float64). A row that sees nothing has out 0, lse -inf and passes no gradient.
 
     Raises:
         TypeError: an argument has a type or dtype that is not accepted.
-        ValueError: a shape, a device, a block size, a scale or a level does not fit, or the
-            implementation asked for cannot run on this input.
+        ValueError: a shape, a device, a block size, a scale, a level or a length does not fit, or
+            the implementation asked for cannot run on this input.
+        NotImplementedError: lengths inside a `torch.func` transform.
     """
     checks.check_blocks(block_m, block_n)
     if not isinstance(scale, Tensor):
@@ -122,9 +131,10 @@ def sparse_attention(
         is_causal=is_causal,
         rest=rest,
         implementation=implementation,
+        lens=(q_lens, kv_lens),
         keep_lse=return_lse,
     )
-    return (out, lse) if return_lse else out
+    return out if lse is None or not return_lse else (out, lse)
 
 
 def attend(
@@ -139,6 +149,7 @@ def attend(
     is_causal: bool,
     rest: str,
     implementation: str | None,
+    lens: tuple[Tensor | None, Tensor | None] = (None, None),
     keep_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """out and lse of `sparse_attention`, for arguments that passed its checks.
@@ -146,9 +157,12 @@ def attend(
     Args:
         q, k, v: as autocast has them.
         levels: dense, without a graph.
+        lens: q_lens and kv_lens.
         keep_lse: whether the caller uses lse, which may be None otherwise.
     """
     settings = implementation, block_m, block_n, resolve_scale(scale, q.shape[-1]), is_causal, rest
+    if check_lengths(q, *lens):
+        return sequences_forward(q, k, v, levels, *lens, *settings)
     if not keep_lse and is_eager(q, k, v, levels) and not wants_gradient(q, k, v):
         return ops.forward_alone(q, k, v, levels, *settings), None
     return attention(q, k, v, levels, *settings)

@@ -1,6 +1,7 @@
 """The implementations of attention by name, and which of them runs."""
 
 import importlib.util
+import logging
 from typing import Protocol
 
 from torch import Tensor
@@ -83,6 +84,11 @@ class _Triton:
         return triton.backward(*args, **kwargs)
 
 
+COST_ON_A_GPU = (
+    "It is slower there: it copies the rows it reads for every query block, makes the host wait "
+    "for the device in every call, and cannot be captured in a CUDA graph"
+)
+
 IMPLEMENTATIONS: dict[str, Implementation] = {"triton": _Triton(), "gather": gather}
 """Best first: what runs by itself is the first that can."""
 
@@ -100,14 +106,15 @@ def choose(
     Args:
         implementation: a key of `IMPLEMENTATIONS`, used or refused; or None: `triton` for CUDA
             tensors that it supports, else `gather`. That choice is logged once with its reason
-            (logger `psa_torch`, level info).
+            (logger `psa_torch`, level info; `gather` on a GPU at level warning, with the cost).
 
     Raises:
         ValueError: the name is unknown, or what was chosen cannot run on this input.
     """
     if not (type(q) is Tensor and q.is_cuda and is_eager(q, k, v)):
         return _choose(implementation, q, k, v, block_m, block_n)
-    key = implementation, q.shape, k.shape, q.dtype, q.get_device(), block_m, block_n
+    shapes = q.shape, k.shape, v.shape
+    key = implementation, shapes, q.dtype, q.get_device(), block_m, block_n
     name = _chosen.get(key)
     if name is None:
         if len(_chosen) >= MAX_CHOSEN:
@@ -127,6 +134,9 @@ def _choose(
         return IMPLEMENTATIONS[name].unsupported(q, k, v, block_m, block_n)
 
     chosen, passed_over = dispatch.choose(implementation, IMPLEMENTATIONS, reason_against)
-    if implementation is None:
+    if implementation is None and passed_over and q.is_cuda:
+        why = f"{passed_over}. {COST_ON_A_GPU}"
+        announce("attention runs as %r: %s", chosen, why, level=logging.WARNING)
+    elif implementation is None:
         announce("attention runs as %r: %s", chosen, passed_over or f"q is on {where}")
     return chosen

@@ -44,7 +44,7 @@ def attention_forward(
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     check_level_values(levels)
     if not q.shape[0]:  # an empty batch: no implementation has to know
-        return _like_forward(q)
+        return _like_forward(q, v)
     levels = levels.int()
     settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
@@ -55,8 +55,8 @@ def attention_forward(
 
 
 @attention_forward.register_fake
-def _(q, *_):
-    return _like_forward(q)
+def _(q, k, v, *_):
+    return _like_forward(q, v)
 
 
 def _settings(block_m: int, block_n: int, scale: float, is_causal: bool) -> dict:
@@ -64,9 +64,9 @@ def _settings(block_m: int, block_n: int, scale: float, is_causal: bool) -> dict
     return {"block_m": block_m, "block_n": block_n, "scale": scale, "is_causal": is_causal}
 
 
-def _like_forward(q: Tensor) -> tuple[Tensor, Tensor]:
+def _like_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.custom_op("psa::attention_backward", mutates_args=())
@@ -137,7 +137,7 @@ def attention_tangent(
             "jacrev) runs on every one"
         )
     if not q.shape[0]:
-        return _like_forward(q)
+        return _like_forward(q, v)
     arrays = tq, tk, tv, q, k, v, levels.int(), out, lse
     settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
@@ -148,8 +148,8 @@ def attention_tangent(
 
 
 @attention_tangent.register_fake
-def _(tq, tk, tv, q, *_):
-    return _like_forward(q)
+def _(tq, tk, tv, q, k, v, *_):
+    return _like_forward(q, v)
 
 
 def setup_context(ctx, inputs, output):

@@ -25,13 +25,14 @@ class Memory:
         self._state = VideoState(records=_Unread())
         self._forwards = 0
         self._ordered: bool | None = None
+        self._videos: list[PSAVideoAttention] = []
         for layer in layers:
-            layer.video = PSAVideoAttention(
+            layer.video = video = PSAVideoAttention(
                 refresh_every=refresh_every, layer=layer.name, state=self._state
             )
-        self._layers = layers
+            self._videos.append(video)
 
-    def begin(self, step: int, config: PSAConfig, records: DensityLog | None) -> None:
+    def begin(self, step: int, config: PSAConfig | None, records: DensityLog | None) -> None:
         """A forward of `step` starts.
 
         Args:
@@ -40,8 +41,11 @@ class Memory:
             records: where densities are noted, if they are.
 
         Raises:
-            RuntimeError: it is one forward of this step too many.
+            RuntimeError: it is one forward of this step too many, or only its calls tell how much
+                text they attend over.
         """
+        if config is None:
+            raise RuntimeError("refresh_every needs the number of text tokens before the calls")
         ordered = config.rearrange_method is None
         if ordered != self._ordered:
             self.forget()  # blocks are of tokens in another order
@@ -55,14 +59,14 @@ class Memory:
         self._state.step = step
         self._state.branch = str(self._forwards - 1)
         self._state.records = _Unread() if records is None else records
-        for layer in self._layers:
-            layer.video.config = config
+        for video in self._videos:
+            video.config = config
 
     def forget(self) -> None:
         """Before another video, and in dense steps."""
         self._forwards = 0
-        for layer in self._layers:
-            layer.video.reset()
+        for video in self._videos:
+            video.reset()
 
 
 class _Unread(DensityLog):

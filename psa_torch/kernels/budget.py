@@ -117,7 +117,6 @@ def _limit(q_len: int, kv_len: int, config: PSAConfig) -> int:
 
 
 @triton.jit
-@triton.jit
 def _octave_bin(lam):
     """Bin of a lambda in 1 … 2^25 - 1, 128 an octave: its exponent and leading bits as a float."""
     # Exact as float32: from 2^24 on without its last bit, which no bin sees.

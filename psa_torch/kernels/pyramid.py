@@ -28,7 +28,7 @@ def build_pyramid(
     """Keys and values pooled by 1, 2, 4 and 8, finest first, end to end.
 
     Args:
-        k, v: `[B, Hk, Lk, D]`, any strides; float16, bfloat16 or float32.
+        k, v: `[B, Hk, Lk, D]`, each with a D of its own, any strides; float16, bfloat16 or float32.
         block_n: keys per block, a multiple of 8.
         with_level_1: whether the rows begin with the keys and values themselves.
 
@@ -43,11 +43,12 @@ def build_pyramid(
     for name, x in (("k", k), ("v", v)):
         require_dtype(name, x, (torch.float16, torch.bfloat16, torch.float32))
     batch, heads, kv_len, head_dim = k.shape
+    value_dim = v.shape[3]
     padded = padded_length(kv_len, block_n)
     rows = pyramid_rows(kv_len, block_n) - (0 if with_level_1 else padded)
-    k_rows, v_rows = (x.new_empty(batch, heads, rows, head_dim) for x in (k, v))
-    block_d = next_power_of_2(head_dim)
-    groups = max(1, _TILE // block_d)
+    k_rows, v_rows = (x.new_empty(batch, heads, rows, x.shape[3]) for x in (k, v))
+    block_d, block_dv = next_power_of_2(head_dim), next_power_of_2(value_dim)
+    groups = max(1, _TILE // max(block_d, block_dv))
     tiles = cdiv(padded // 8, groups)
     with on_device_of(k):
         launch_kernel(
@@ -66,7 +67,9 @@ def build_pyramid(
             tiles,
             WITH_LEVEL_1=with_level_1,
             HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
             BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
             GROUPS=groups,
             num_warps=4,
         )
@@ -94,7 +97,9 @@ def _pyramid_kernel(
     tiles,
     WITH_LEVEL_1: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """Grid: (tiles of GROUPS groups of eight tokens) * batch * heads."""
@@ -104,17 +109,18 @@ def _pyramid_kernel(
     b = batch_head // heads
     h = batch_head % heads
     d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
     k_pointer += b * k_stride_b + h * k_stride_h
     v_pointer += b * v_stride_b + h * v_stride_h
     # Rows keep the numbers that they have in the whole pyramid.
-    out = (batch_head * rows - (0 if WITH_LEVEL_1 else padded)) * HEAD_DIM
-    k_rows += out
-    v_rows += out
+    out = batch_head * rows - (0 if WITH_LEVEL_1 else padded)
+    k_rows += out * HEAD_DIM
+    v_rows += out * VALUE_DIM
     _pool_groups(
         k_pointer, k_rows, k_stride_l, k_stride_d, group, d, kv_len, padded, WITH_LEVEL_1, HEAD_DIM
     )
     _pool_groups(
-        v_pointer, v_rows, v_stride_l, v_stride_d, group, d, kv_len, padded, WITH_LEVEL_1, HEAD_DIM
+        v_pointer, v_rows, v_stride_l, v_stride_d, group, e, kv_len, padded, WITH_LEVEL_1, VALUE_DIM
     )
 
 

@@ -33,8 +33,10 @@ class Adapter:
         """What is supported, by the keys a case may require; a key left out has no limit.
 
         Keys: 'dtype' (names), 'mask_form' ('dense', 'segments'), 'head_dim', 'block_m',
-        'block_n', 'levels' (of a mask, 0 included), and the features 'is_causal', 'grouped',
-        'unequal_lengths', 'ragged', 'empty_rows', 'lse' and 'dlse' ({True, False} or {False}).
+        'block_n', 'levels' (of a mask, 0 included), 'value_dim' (where it is not that of keys), and
+        the features 'is_causal', 'grouped', 'unequal_lengths', 'ragged', 'empty_rows', 'lse',
+        'dlse' and 'lengths' ({True, False} or {False}). A method without an argument `q_lens` is
+        never asked for 'lengths'.
         """
         return {}
 
@@ -66,8 +68,13 @@ class Adapter:
         scale: float | None,
         is_causal: bool,
         dtype: str,
+        q_lens: np.ndarray | None = None,
+        kv_lens: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """(out, lse) (section 4); lse may be None with capability 'lse': {False}."""
+        """(out, lse) (section 4); lse may be None with capability 'lse': {False}.
+
+        q_lens, kv_lens: int32 `[B]`, in cases that require 'lengths'; what lies past is NaN.
+        """
         raise NotImplementedError
 
     def backward(
@@ -84,6 +91,8 @@ class Adapter:
         scale: float | None,
         is_causal: bool,
         dtype: str,
+        q_lens: np.ndarray | None = None,
+        kv_lens: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(dq, dk, dv) of `sum(out * dout) + sum(lse * dlse)` (section 4)."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The cases of suite version 1, as drafts that the generator fills with numbers."""
+"""The cases of each suite version, as drafts that the generator fills with numbers."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class Draft:
         q_range, k_range: largest magnitude of q and k.
         scores: 'unit', 'skewed', 'tied', 'zeros', 'one_hot' or 'nan'.
         cap_heads: key heads of a similarity cap; 0 for none.
+        value_dim: head dimension of values; None means that of keys.
+        lens: (q_lens, kv_lens) of the sequences of the batch, or none.
     """
 
     id: str
@@ -46,6 +48,8 @@ class Draft:
     scores: str = "skewed"
     heads: tuple[int, int] = (1, 1)
     cap_heads: int = 0
+    value_dim: int | None = None
+    lens: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
     def requires(self) -> dict[str, list[Any]]:
@@ -61,6 +65,8 @@ class Draft:
             "block_n": [block_n],
             "levels": sorted(self.levels),
         }
+        if self.value_dim:
+            needs["value_dim"] = [self.value_dim]
         features = {
             "is_causal": self.parameters["is_causal"],
             "grouped": h != kv_heads,
@@ -68,6 +74,7 @@ class Draft:
             "ragged": bool(q_len % block_m or kv_len % block_n),
             "empty_rows": self.level_of is empty_first or q_len > kv_len,
             "dlse": self.tier == "backward" and self.with_dlse,
+            "lengths": self.lens is not None,
         }
         return needs | {name: [True] for name, needed in features.items() if needed}
 
@@ -368,4 +375,29 @@ def _order_cases() -> list[Draft]:
     return cases
 
 
-CASES = [*_select_cases(), *_table_cases(), *_attention_cases(), *_order_cases()]
+def _cases_of_version_2() -> list[Draft]:
+    """Values of another head dimension, dimensions that are no power of two, and lengths."""
+    lens = (70, 33, 0, 1), (100, 41, 64, 0)
+    causal_lens = (70, 33, 64, 5), (70, 100, 9, 64)
+    batch = (4, 2, 1, 70, 100, 16)
+    return [
+        _forward("value-dim", "1", (1, 2, 1, 40, 70, 32), value_dim=16),
+        _forward("value-dim-causal", "1", (1, 1, 1, 40, 70, 16), value_dim=40, causal=True),
+        _backward("value-dim", "1", (1, 2, 1, 40, 70, 24), value_dim=40),
+        _backward("value-dim-causal", "1", (1, 2, 2, 40, 50, 32), value_dim=8, causal=True),
+        _forward("dim-72", "1", (1, 1, 1, 30, 50, 72)),
+        _backward("dim-72-causal", "1", (1, 2, 1, 30, 50, 72), causal=True),
+        _forward("lengths", "1", batch, lens=lens),
+        _forward("lengths-causal", "1", batch, lens=causal_lens, causal=True),
+        _forward("lengths-segments", "1", batch, lens=lens, segments=True),
+        _forward("lengths-value-dim", "1", batch, lens=causal_lens, value_dim=24, block_n=64),
+        _backward("lengths", "1", batch, lens=lens),
+        _backward("lengths-causal", "1", batch, lens=causal_lens, causal=True),
+    ]
+
+
+CASES = {
+    "v1": [*_select_cases(), *_table_cases(), *_attention_cases(), *_order_cases()],
+    "v2": _cases_of_version_2(),
+}
+"""By version; one contains those before it."""

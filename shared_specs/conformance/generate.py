@@ -32,20 +32,26 @@ from shared_specs.conformance.runner import FAILED, OUTPUTS, run_case
 from shared_specs.conformance.suite import DATA, SCHEMA, Case, load_suite
 from shared_specs.geometry import cdiv
 
-SUITE_VERSION = "1.0.0"
+VERSIONS = {"v1": "1.0.0", "v2": "2.0.0"}
 CLEAR = 8.0
 UNIT = 64
 """Inputs are multiples of 1/UNIT."""
 UNIT_ROUNDOFF = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
-def main(folder: Path) -> None:
-    """Write every case and the index to `folder`, removing what was there."""
+def main(parent: Path) -> None:
+    """Write the cases and the index of every version to its folder, removing what was there."""
+    for name in VERSIONS:
+        _write(parent / name, CASES[name])
+    load_suite(parent / DATA.name)
+
+
+def _write(folder: Path, drafts: list[Draft]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("*.npz"), folder / "index.json"]:
         old.unlink(missing_ok=True)
     entries = []
-    for draft in CASES:
+    for draft in drafts:
         stored, tolerance = _arrays(draft)
         data = _npz(stored)
         (folder / f"{draft.id}.npz").write_bytes(data)
@@ -62,17 +68,24 @@ def main(folder: Path) -> None:
         }
         entry["flags"] = _measured_flags(Case(**entry, folder=folder))
         entries.append(entry)
-    index = {"schema": SCHEMA, "suite": SUITE_VERSION, "cases": entries}
+    index = {"schema": SCHEMA, "suite": VERSIONS[folder.name]}
+    before = [name for name in VERSIONS if name < folder.name]
+    index |= {"contains": before} if before else {}
+    index |= {"cases": entries}
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    load_suite(folder)
 
 
-def differences(folder: Path = DATA) -> list[str]:
-    """Names of files that a fresh run would write differently."""
+def differences(parent: Path = DATA.parent) -> list[str]:
+    """Files that a fresh run would write differently."""
+
+    def files(parent: Path) -> dict[str, bytes]:
+        paths = [path for name in VERSIONS for path in (parent / name).iterdir() if path.is_file()]
+        return {str(path.relative_to(parent)): path.read_bytes() for path in paths}
+
     with tempfile.TemporaryDirectory() as scratch:
         main(Path(scratch))
-        fresh = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
-    kept = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        fresh = files(Path(scratch))
+    kept = files(parent)
     return sorted(name for name in {*fresh, *kept} if fresh.get(name) != kept.get(name))
 
 
@@ -146,16 +159,19 @@ def _attention_arrays(draft: Draft, stream: _Stream):
     stored = {
         "q": stream.multiples(draft.q_range, (b, h, q_len, dim)),
         "k": stream.multiples(draft.k_range, (b, kv_heads, kv_len, dim)),
-        "v": stream.multiples(4, (b, kv_heads, kv_len, dim)),
+        "v": stream.multiples(4, (b, kv_heads, kv_len, draft.value_dim or dim)),
         "levels": levels,
     }
     if draft.tier == "backward":
-        stored["dout"] = stream.multiples(1, (b, h, q_len, dim))
+        stored["dout"] = stream.multiples(1, (b, h, q_len, draft.value_dim or dim))
         if draft.with_dlse:
             stored["dlse"] = stream.multiples(1, (b, h, q_len))
     inputs = {
         name: x.astype(np.longdouble) / UNIT for name, x in stored.items() if x.dtype == np.int16
     }
+    if draft.lens:
+        names = ("q_lens", "kv_lens")
+        stored |= {n: np.array(x, np.int32) for n, x in zip(names, draft.lens, strict=True)}
     exact = _answer(draft, inputs, levels)
     stored |= {f"expected_{name}": x.astype(np.float64) for name, x in exact.items()}
     tolerance = {
@@ -168,6 +184,8 @@ def _answer(draft: Draft, inputs: dict, levels: np.ndarray) -> dict[str, np.ndar
     call = {name: inputs[name] for name in ("q", "k", "v")} | {"levels": levels}
     if draft.tier == "backward":
         call |= {"dout": inputs["dout"], "dlse": inputs.get("dlse")}
+    if draft.lens:
+        call |= dict(zip(("q_lens", "kv_lens"), map(np.array, draft.lens), strict=True))
     answer = getattr(NumpyAdapter(), draft.tier)(**call, **draft.parameters, dtype="float64")
     return dict(zip(OUTPUTS[draft.tier], answer, strict=True))
 
@@ -212,4 +230,4 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else DATA)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else DATA.parent)

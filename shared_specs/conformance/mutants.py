@@ -136,6 +136,24 @@ def _scale_twice(tier: str, arguments: Call) -> Call:
     return {**arguments, "scale": scale * scale}
 
 
+def _value_scale(tier: str, arguments: Call) -> Call:
+    if tier not in ("forward", "backward") or arguments["scale"] is not None:
+        return arguments
+    return {**arguments, "scale": arguments["v"].shape[3] ** -0.5}
+
+
+def _without_lengths(tier: str, arguments: Call) -> Call:
+    return {name: x for name, x in arguments.items() if name not in ("q_lens", "kv_lens")}
+
+
+def _longer_lengths(tier: str, arguments: Call) -> Call:
+    changed = dict(arguments)
+    for name, of in (("q_lens", "q"), ("kv_lens", "k")):
+        if arguments.get(name) is not None:
+            changed[name] = np.minimum(arguments[name] + 1, arguments[of].shape[2])
+    return changed
+
+
 def _lse_base_2(tier: str, arguments: Call, answer: Any) -> Any:
     return (answer[0], answer[1] / np.log(2)) if tier == "forward" else answer
 
@@ -307,6 +325,9 @@ MUTANTS = {
         ),
         Mutant("scale_twice", before=_scale_twice),
         Mutant("lse_base_2", after=_lse_base_2),
+        Mutant("value_scale", before=_value_scale),
+        Mutant("lengths_ignored", before=_without_lengths),
+        Mutant("length_read_past", before=_longer_lengths),
         Mutant("empty_rows", after=_mean_on_empty_rows),
         Mutant("grad_sum_pooling", patches=_always((attention, "_unpool", _sum_unpool))),
         Mutant(

@@ -20,7 +20,10 @@ class NumpyAdapter(Adapter):
     def table(self, levels, *, transposed):
         return build_table(levels, transposed=transposed)
 
-    def forward(self, q, k, v, levels, *, block_m, block_n, scale, is_causal, dtype):
+    def forward(
+        self, q, k, v, levels, *, block_m, block_n, scale, is_causal, dtype, q_lens=None,
+        kv_lens=None,
+    ):  # fmt: skip
         return attention.sparse_attention(
             q,
             k,
@@ -30,10 +33,15 @@ class NumpyAdapter(Adapter):
             block_n=block_n,
             scale=scale,
             is_causal=is_causal,
+            q_lens=q_lens,
+            kv_lens=kv_lens,
             return_lse=True,
         )
 
-    def backward(self, q, k, v, levels, dout, dlse, *, block_m, block_n, scale, is_causal, dtype):
+    def backward(
+        self, q, k, v, levels, dout, dlse, *, block_m, block_n, scale, is_causal, dtype,
+        q_lens=None, kv_lens=None,
+    ):  # fmt: skip
         return attention.sparse_attention_grad(
             q,
             k,
@@ -44,6 +52,8 @@ class NumpyAdapter(Adapter):
             block_n=block_n,
             scale=scale,
             is_causal=is_causal,
+            q_lens=q_lens,
+            kv_lens=kv_lens,
             dlse=dlse,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 
@@ -100,6 +101,8 @@ def _why_not(adapter: Adapter, case: Case, dtype: str) -> str:
     method = getattr(type(adapter), case.tier, None) or getattr(adapter, case.tier, None)
     if method is None or method is getattr(Adapter, case.tier):
         return f"adapter has no {case.tier}"
+    if "lengths" in case.requires and not _takes_lengths(method):
+        return f"needs lengths True; adapter has no q_lens in {case.tier}"
     offered = adapter.capabilities() if hasattr(adapter, "capabilities") else {}
     needs = dict(case.requires)
     if case.tolerance:
@@ -112,6 +115,23 @@ def _why_not(adapter: Adapter, case: Case, dtype: str) -> str:
     return ""
 
 
+def _takes_lengths(method: Callable) -> bool:
+    parameters = inspect.signature(method).parameters.values()
+    return any(p.name == "q_lens" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _poisoned(arrays: dict) -> dict:
+    """The arrays with NaN past the lengths of their sequences, where they have any."""
+    arrays = dict(arrays)
+    for lens, names in (("q_lens", ("q", "dout", "dlse")), ("kv_lens", ("k", "v"))):
+        for name in names:
+            if lens in arrays and name in arrays:
+                arrays[name] = arrays[name].copy()
+                for b, length in enumerate(arrays[lens]):
+                    arrays[name][b, :, length:] = np.nan
+    return arrays
+
+
 def _ask(adapter: Adapter, case: Case, arrays: dict, dtype: str) -> tuple:
     parameters = dict(case.parameters)
     if case.tier == "select":
@@ -122,6 +142,8 @@ def _ask(adapter: Adapter, case: Case, arrays: dict, dtype: str) -> tuple:
     if case.tier == "order":
         grid, tile = parameters["grid"], parameters["tile"]
         return (adapter.order(parameters["method"], tuple(grid), tile and tuple(tile)),)
+    arrays = _poisoned(arrays)
+    parameters |= {name: arrays[name] for name in ("q_lens", "kv_lens") if name in arrays}
     wide = np.float64 if dtype == "float64" else np.float32
     q, k, v = (arrays[name].astype(wide) for name in "qkv")
     if case.tier == "forward":

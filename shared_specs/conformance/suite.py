@@ -17,7 +17,7 @@ from shared_specs.conformance.adapter import TIERS
 from shared_specs.conformance.flags import FLAGS
 
 SCHEMA = 1
-DATA = Path(__file__).parent / "v1"
+DATA = Path(__file__).parent / "v2"
 FIELDS = (
     "id",
     "file",
@@ -86,13 +86,14 @@ def _decoded(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def load_suite(folder: str | Path = DATA) -> list[Case]:
-    """Every case of an index, in its order.
+    """Every case of an index, after those of the suites beside it that it contains.
 
     Args:
         folder: a directory with `index.json` and the files it names.
 
     Raises:
-        ValueError: the index is malformed, of another schema, or names a file outside `folder`.
+        ValueError: the index is malformed, of another schema, names a file outside `folder`, or
+            contains what is no other suite beside it.
     """
     folder = Path(folder)
     try:
@@ -104,7 +105,12 @@ def load_suite(folder: str | Path = DATA) -> list[Case]:
         raise ValueError(f"index schema must be {SCHEMA}, got {found!r}")
     if not isinstance(index.get("cases"), list):
         raise ValueError("index must have a list 'cases'")
-    cases = [_case(entry, folder) for entry in index["cases"]]
+    contained = index.get("contains", [])
+    names = [x for x in contained if isinstance(x, str)] if isinstance(contained, list) else None
+    if names != contained or any(Path(x).name != x or x == folder.name for x in names):
+        raise ValueError(f"contains must list folders beside the index, got {contained!r}")
+    cases = [case for name in names for case in load_suite(folder.parent / name)]
+    cases += [_case(entry, folder) for entry in index["cases"]]
     ids = [case.id for case in cases]
     if len(set(ids)) != len(ids):
         raise ValueError(f"index repeats ids: {sorted({i for i in ids if ids.count(i) > 1})}")

@@ -35,6 +35,25 @@ def test_torch_triton_sample(start):
     )
 
 
+NEW = [case for case in SUITE if {"value_dim", "lengths"} & set(case.requires)]
+
+
+def test_torch_triton_on_lengths_and_values_of_another_dimension():
+    adapter = torch_adapters.TorchAdapter("triton", torch_adapters.triton.device.type)
+    assert_conforms(adapter, NEW, ["float32"], len(NEW))
+
+
+@pytest.mark.parametrize("adapter", [torch_adapters.gather, jax_adapters.gather], ids=str)
+def test_gather_on_lengths_and_values_of_another_dimension(adapter):
+    of_jax = adapter is jax_adapters.gather
+    cases = [case for case in NEW if not of_jax or "lengths" not in case.requires]
+    assert_conforms(adapter, cases, ["float32"], len(cases))
+    with_lengths = [case for case in NEW if "lengths" in case.requires]
+    if of_jax:  # it has no lengths yet, and says so
+        results = run_suite(adapter, with_lengths, ["float32"])
+        assert {result.status for result in results} == {SKIPPED}
+
+
 @pytest.mark.slow
 def test_torch_triton_passes_the_whole_suite():
     assert_conforms(torch_adapters.TorchAdapter("triton"), SMOOTH, at_least=250)

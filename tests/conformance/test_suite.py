@@ -26,7 +26,22 @@ def test_the_suite_is_as_large_as_it_claims():
     assert {case.tier for case in SUITE} == {"select", "table", "forward", "backward", "order"}
     caught = {flag for case in SUITE for flag in case.flags}
     assert caught == set(FLAGS) == set(MUTANTS)
-    assert sum(path.stat().st_size for path in DATA.iterdir()) < 8e6
+    assert sum(path.stat().st_size for path in DATA.parent.glob("v*/*")) < 8e6
+
+
+def test_a_version_contains_those_before_it():
+    first = [case.id for case in load_suite(DATA.parent / "v1")]
+    assert [case.id for case in SUITE[: len(first)]] == first and len(SUITE) > len(first)
+
+
+def test_an_adapter_that_knows_no_lengths_is_not_asked_for_them():
+    class Older(NumpyAdapter):
+        def forward(self, q, k, v, levels, *, block_m, block_n, scale, is_causal, dtype):
+            raise AssertionError
+
+    cases = [case for case in SUITE if case.id == "forward-lengths"]
+    (result,) = run_suite(Older(), cases, ["float32"])
+    assert result.status == SKIPPED and "adapter has no q_lens" in result.message
 
 
 def test_regenerating_gives_the_same_bytes():
@@ -147,7 +162,7 @@ def test_adapters_that_cannot_be_loaded(target, error):
 def _copy(folder: Path) -> Path:
     (folder / "suite").mkdir()
     index = json.loads((DATA / "index.json").read_text())
-    index["cases"] = index["cases"][:1]
+    index |= {"cases": index["cases"][:1], "contains": []}
     shutil.copy(DATA / index["cases"][0]["file"], folder / "suite")
     (folder / "suite" / "index.json").write_text(json.dumps(index))
     return folder / "suite"
@@ -160,6 +175,10 @@ def _copy(folder: Path) -> Path:
         {"cases": 3},
         {"cases": [{"id": "x"}]},
         {"cases": ["x"]},
+        {"contains": "v1"},
+        {"contains": [1]},
+        {"contains": ["../v1"]},
+        {"contains": ["suite"]},
     ],
 )
 def test_malformed_indexes_are_refused(tmp_path, change):

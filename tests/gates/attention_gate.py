@@ -122,6 +122,7 @@ class Case:
 
     direction: str
     head_dim: int = 128
+    value_dim: int | None = None  # None: head_dim
     dtype: torch.dtype = torch.bfloat16
     block_m: int = 128
     block_n: int = 64
@@ -131,8 +132,9 @@ class Case:
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
+        of_values = f"Dv={self.value_dim} " if self.value_dim else ""
         return (
-            f"sm_{self.arch} {self.direction} D={self.head_dim} {dtype} "
+            f"sm_{self.arch} {self.direction} D={self.head_dim} {of_values}{dtype} "
             f"{self.block_m}x{self.block_n}{' causal' if self.is_causal else ''}"
             f"{' ' + type(self.config).__name__ if self.config else ''}"
         )
@@ -172,7 +174,13 @@ def launches(case: Case) -> list[Launch]:
     geometry = Geometry(LENGTH, LENGTH, case.block_m, case.block_n, case.is_causal)
     q_blocks, k_blocks = geometry.q_blocks, geometry.k_blocks
     q = tensor(1, heads, LENGTH, case.head_dim)
-    rows = tensor(1, kv_heads, geometry.pyramid_rows, case.head_dim)
+    pyramid = Pyramid(
+        *(
+            tensor(1, kv_heads, geometry.pyramid_rows, head_dim)
+            for head_dim in (case.head_dim, case.value_dim or case.head_dim)
+        )
+    )
+    out = tensor(1, heads, LENGTH, case.value_dim or case.head_dim)
 
     def plan(rows, columns):
         count = tensor(1, heads, rows, 4, dtype=torch.int32)
@@ -189,16 +197,15 @@ def launches(case: Case) -> list[Launch]:
             arch = divmod(case.arch, 10)
             stack.enter_context(mock.patch.object(module, "capability", lambda _, arch=arch: arch))
         if case.direction == "forward":
-            pyramid = Pyramid(rows, rows)
             forward_pass.forward_planned(
                 q, pyramid, by_query, geometry, scale=0.1, config=case.config
             )
         else:
             levels = tensor(1, heads, q_blocks, k_blocks, dtype=torch.int32)
-            kept = rows_of_pyramid(Pyramid(rows, rows))
-            rest = (kept, levels, by_query, plan(k_blocks, q_blocks), q, lse)
-            config = case.config or configs.backward_config(q, case.block_m, case.block_n)
-            backward_pass.backward_planned(q, lse, q, *rest, geometry, scale=0.1, config=config)
+            kept = rows_of_pyramid(pyramid)
+            rest = (kept, levels, by_query, plan(k_blocks, q_blocks), out, lse)
+            config = case.config or configs.backward_config(q, out, case.block_m, case.block_n)
+            backward_pass.backward_planned(out, lse, q, *rest, geometry, scale=0.1, config=config)
     return found
 
 
@@ -216,8 +223,12 @@ def breaches(case: Case, launch: Launch, code: MachineCode) -> list[str]:
     spills = SPILLS.get(launch.name, 0)
     if code.spill_bytes > spills:
         found.append(f"{code.spill_bytes} B spilled, allowed {spills}")
-    if case.arch == 90 and case.head_dim in (64, 128):
+    if case.arch == 90 and case.head_dim in (64, 128) and case.value_dim is None:
         found += _loop_breaches(case, launch, code)
+    if case.arch == 90 and launch.name in ("attention_forward", "query_gradient"):
+        # Columns that are masked stay in pieces of 16 bytes.
+        if not any(x.opcodes["LDGSTS.128"] for x in code.tensor_loops()):
+            found.append("no loop with 16-byte copies")
     return found
 
 
@@ -293,12 +304,16 @@ def every_case():
                                 yield Case(
                                     direction,
                                     head_dim,
+                                    None,
                                     dtype,
                                     block_m,
                                     block_n,
                                     is_causal,
                                     arch,
                                 )
+        for head_dim, value_dim in BETWEEN:
+            for direction in ("forward", "backward"):
+                yield Case(direction, head_dim, value_dim, arch=arch)
     for case in HOPPER:
         yield case
         yield replace(case, dtype=torch.float16)
@@ -310,6 +325,9 @@ HOPPER = [
     Case("forward", head_dim=head_dim, config=config)
     for head_dim, config in configs.HOPPER_FORWARD.items()
 ]
+
+BETWEEN = [(8, None), (72, None), (80, None), (96, None), (160, None), (192, 128), (64, 128)]
+"""Head dimensions of keys and values that no kernel has for its width."""
 
 SAMPLE = [
     HOPPER[1],

@@ -9,7 +9,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from models import SPARSE, WAN, build, perturbed, times, video  # noqa: E402
 
-from psa_torch.integrations.diffusers import apply  # noqa: E402
+from psa_torch.integrations.diffusers import FAMILIES, apply  # noqa: E402
 
 CLUSTERS = dataclasses.replace(SPARSE, rearrange_method="Clusters")
 
@@ -108,3 +108,8 @@ def test_what_does_not_go_together_is_refused():
                 run(model, arguments, keywords)
     with pytest.raises(ValueError, match="refresh_every must be 1 for HunyuanVideoTransformer"):
         apply(build("hunyuanvideo")[0], config=SPARSE, refresh_every=2)
+    untold = dataclasses.replace(FAMILIES["wan"], text=lambda model, arguments: None)
+    with apply(model, config=SPARSE, refresh_every=2, family=untold) as psa:
+        psa.step = 0
+        with pytest.raises(RuntimeError, match="needs the number of text tokens"):
+            run(model, arguments, keywords)

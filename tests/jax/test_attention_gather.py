@@ -33,6 +33,17 @@ CASES = {case["name"]: case for case in json.loads((GOLDEN / "index.json").read_
 class TestGather(AttentionContract):
     implementation = "gather"
 
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(head_dim=48, value_dim=16, heads=4),
+            Case(head_dim=16, value_dim=40, is_causal=True, block_n=32, level="empty"),
+        ],
+        ids=str,
+    )
+    def test_values_of_another_head_dimension(self, case, rng):
+        self.test_forward_and_backward(case, rng)
+
 
 @pytest.fixture
 def float64():

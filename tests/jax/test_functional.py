@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,8 +125,7 @@ def test_token_orders_leave_dense_attention_alone(method, rng):
     run = functools.partial(psa_attention, **everything, **place)
     want = run(q, k, v)
     got = run(q, k, v, rearrange_method=method)
-    for x, y in zip(got, want, strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)
+    chex.assert_trees_all_close(got, want, rtol=0, atol=2e-6)
     moved = psa_attention(q, k, v, rearrange_method=method, **place, **BLOCKS)
     plain = psa_attention(q, k, v, **place, **BLOCKS)
     assert not np.allclose(moved, plain, atol=1e-3), "the order changed nothing"
@@ -147,8 +147,7 @@ def loss(q, k, v, config=SMALL):
 gradients = jax.grad(loss, (0, 1, 2))
 
 
-def assert_trees_close(got, want, tolerance=3e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance), got, want)
+assert_trees_close = functools.partial(chex.assert_trees_all_close, rtol=0, atol=3e-6)
 
 
 def test_vmap_is_a_longer_batch(rng):
@@ -202,8 +201,7 @@ def test_no_gradient_through_the_choice_of_levels(rng):
         return (psa_attention(q, k, v, config=SMALL, levels=levels) * jnp.cos(v)).sum()
 
     got, want = jax.jit(gradients)(q, k, v), jax.jit(jax.grad(fixed, (0, 1, 2)))(q, k, v)
-    for x, y in zip(got, want, strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(got, want)
 
     def through_scores(q, k):
         scores = block_scores(q, k, SMALL)

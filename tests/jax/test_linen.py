@@ -1,5 +1,6 @@
 """The Flax module, and the function for Flax's own attention layer."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,7 @@ def test_module_is_the_function(rng):
     options = {"return_lse": True, "return_levels": True}
     got = jax.jit(lambda *x: module.apply({}, *x, **options))(q, k, v)
     want = jax.jit(lambda *x: psa_attention(*x, config=SMALL, **options))(q, k, v)
-    for x, y in zip(got, want, strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(got, want)
     given = module.apply({}, q, k, v, levels=got[2], implementation="gather")
     np.testing.assert_allclose(given, got[0], rtol=0, atol=1e-6)
     assert hash(module) == hash(PSAAttention(SMALL)) and PSAAttention().config is None

@@ -265,3 +265,25 @@ def test_pooled_rows_are_those_of_the_pyramid(block_n, rng):
 def test_query_blocks_are_rounded_up_to_query_tiles():
     geometry = TiledGeometry(129, 64, 64, 64, False, 64)
     assert geometry.padded_q_blocks * 64 == geometry.padded_queries == 2 * QUERY_TILE
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        np.ones((1, 2, 3, 4), np.int32),  # a query block too many
+        np.ones((1, 2, 2, 5), np.int32),
+        np.ones((2, 2, 4), np.int32),
+        np.ones((1, 2, 2, 4), np.int8),
+    ],
+    ids=lambda x: f"{x.dtype}{list(x.shape)}",
+)
+def test_levels_of_another_call_stop_at_the_door(levels):
+    geometry = TiledGeometry(200, 250, 128, 64, False, 64)
+    tiles = KeyTiles(geometry, (0, 1, 2, 3))
+    query_plan(np.ones((1, 2, 2, 4), np.int32), geometry)
+    for plan in (
+        lambda: query_plan(levels, geometry),
+        lambda: key_plan(levels, 2, tiles),
+    ):
+        with pytest.raises(AssertionError, match="assert_(shape|type)"):
+            plan()

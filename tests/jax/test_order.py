@@ -1,5 +1,6 @@
 """psa_jax.order against the NumPy specification; gradients, jit, vmap, determinism, memory."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,8 +44,7 @@ def test_moves_equal_the_specification(rng, method, position):
     *moved, state = jax.jit(order.apply)(*qkv)
     reference = spec.TokenOrder.from_config(config, LENGTH, LENGTH)
     *expected, _ = reference.apply(*qkv)
-    for ours, theirs in zip(moved, expected, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(moved, expected)
     np.testing.assert_array_equal(order.undo(moved[0], state), qkv[0])
     np.testing.assert_array_equal(order.undo(moved[0][..., 0], state), qkv[0][..., 0])
 

@@ -37,6 +37,7 @@ def test_good_inputs_pass():
             ["q must be [B, H, Lq, D]", "(2, 4, 64)"],
         ),
         ({"v": K._replace(shape=(2, 2, 131, 64))}, ValueError, ["v", "130", "131"]),
+        ({"v": K._replace(shape=(2, 2, 130, 36))}, ValueError, ["dimension of v", "8", "36"]),
         ({"q": Q._replace(shape=(3, 4, 100, 64))}, ValueError, ["batch", "3", "2"]),
         ({"q": Q._replace(shape=(2, 4, 100, 32))}, ValueError, ["head dimension", "32", "64"]),
         ({"q": Q._replace(shape=(2, 3, 100, 64))}, ValueError, ["multiple", "3", "2"]),

@@ -42,6 +42,7 @@ class Case:
     q_len: int = 200
     kv_len: int = 200
     head_dim: int = 32
+    value_dim: int | None = None  # None: head_dim
     batch: int = 2
     heads: int = 2
     kv_heads: int = 2
@@ -64,8 +65,9 @@ class Case:
     def draw(self, rng: np.random.Generator) -> Inputs:
         """Normal float64 inputs and levels, in NumPy."""
         q_shape = (self.batch, self.heads, self.q_len, self.head_dim)
-        kv_shape = (self.batch, self.kv_heads, self.kv_len, self.head_dim)
-        shapes = (q_shape, kv_shape, kv_shape, q_shape, q_shape[:3])
+        k_shape = (self.batch, self.kv_heads, self.kv_len, self.head_dim)
+        width = self.value_dim or self.head_dim
+        shapes = (q_shape, k_shape, (*k_shape[:3], width), (*q_shape[:3], width), q_shape[:3])
         q, k, v, dout, dlse = (rng.standard_normal(shape) for shape in shapes)
         return Inputs(q, k, v, self.draw_levels(rng), dout, dlse)
 

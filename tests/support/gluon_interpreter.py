@@ -201,8 +201,8 @@ class Run:
         scope["range"] = lambda *ends: map(array, range(*map(int, ends)))
         return types.FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__)
 
-    def _copy_async(self, target, pointer):
-        self.copies.__dict__.setdefault("waiting", []).append((target, pointer))
+    def _copy_async(self, target, pointer, mask=None):
+        self.copies.__dict__.setdefault("waiting", []).append((target, pointer, mask))
 
     @staticmethod
     def _load_async(box, corner, barrier, target):
@@ -213,7 +213,7 @@ class Run:
 
         def land():
             target.data[...] = 0  # what lies outside the matrix
-            target.data[: len(inside)] = inside
+            target.data[: inside.shape[0], : inside.shape[1]] = inside
             # The kernels count two bytes a number, whatever numbers are made of here.
             barrier.land(rows * columns * 2)
 
@@ -225,8 +225,8 @@ class Run:
         copies, self.copies.waiting = self.copies.waiting, []
 
         def land():
-            for target, pointer in copies:
-                target.data[...] = pointer.load()
+            for target, pointer, mask in copies:
+                target.data[...] = pointer.load(mask)  # zeros where nothing is to be copied
             barrier.arrive(threads)
 
         _after(barrier.lag, land)

@@ -60,7 +60,7 @@ def run(inputs: Inputs, implementation: str | None, **settings) -> Results:
         *leaves, inputs.levels, implementation=implementation, return_lse=True, **settings
     )
     grads = torch.autograd.grad((out, lse), leaves, (inputs.dout, inputs.dlse))
-    assert out.shape == inputs.q.shape and out.dtype == inputs.q.dtype
+    assert out.shape == inputs.dout.shape and out.dtype == inputs.q.dtype
     assert lse.shape == inputs.q.shape[:3] and lse.dtype == lse_dtype(inputs.q.dtype)
     for grad, x in zip(grads, leaves, strict=True):
         assert grad.shape == x.shape and grad.dtype == x.dtype
@@ -115,6 +115,10 @@ OTHERS = [
     Case(scale=-1.5, is_causal=True),
     Case(head_dim=64),
     Case(head_dim=128),
+    Case(head_dim=8),
+    Case(head_dim=72, is_causal=True, heads=4),
+    Case(head_dim=48, value_dim=32),
+    Case(head_dim=16, value_dim=72, is_causal=True, block_n=32),
 ]
 
 

@@ -31,6 +31,10 @@ ATTENTION = [
     ((9, 0), 128, BRAIN, 128, 64, *HOPPER, HOPPER_KEY, HOPPER_KEY, KEY, POOLED),
     ((9, 0), 128, HALF, 128, 128, *HOPPER, HOPPER_KEY, HOPPER_KEY, KEY, POOLED),
     ((9, 0), 128, BRAIN, 128, 32, *HOPPER, HOPPER_KEY, KEY, POOLED, POOLED),
+    ((9, 0), 72, BRAIN, 128, 64, *HOPPER, HOPPER_KEY, HOPPER_KEY, KEY, POOLED),
+    ((9, 0), 40, HALF, 128, 64, *HOPPER, HOPPER_KEY, KEY, KEY, POOLED),
+    ((9, 0), 24, BRAIN, 128, 64, *PLAIN, KEY, KEY, KEY, POOLED),
+    ((9, 0), 192, BRAIN, 128, 64, *PLAIN, KEY, KEY, KEY, POOLED),
     ((9, 0), 128, BRAIN, 64, 64, *PLAIN, KEY, KEY, KEY, POOLED),
     ((9, 0), 128, SINGLE, 128, 64, *PLAIN, KEY, KEY, KEY, POOLED),
     ((9, 0), 32, BRAIN, 128, 64, *PLAIN, KEY, KEY, KEY, POOLED),
@@ -57,16 +61,16 @@ def test_of_attention(row, monkeypatch):
     capability, head_dim, dtype, block_m, block_n, *want = row
     monkeypatch.setattr(configs, "capability", lambda _: capability)
     q = OnGPU((1, 2, 4096, head_dim), dtype)
-    backward = configs.backward_config(q, block_m, block_n)
-    chosen = (configs.forward_config(q, block_m, block_n), backward.query, *backward.key)
+    backward = configs.backward_config(q, q, block_m, block_n)
+    chosen = (configs.forward_config(q, q, block_m, block_n), backward.query, *backward.key)
     assert [type(config) for config in chosen] == want
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_interpreter_gets_kernels_that_it_can_run(head_dim):
     q = torch.empty(1, 2, 256, head_dim, dtype=BRAIN)
-    backward = configs.backward_config(q, 128, 64)
-    chosen = (configs.forward_config(q, 128, 64), backward.query, *backward.key)
+    backward = configs.backward_config(q, q, 128, 64)
+    chosen = (configs.forward_config(q, q, 128, 64), backward.query, *backward.key)
     assert [type(config) for config in chosen] == [*PLAIN, KEY, KEY, KEY, POOLED]
 
 

@@ -25,6 +25,13 @@ def test_equals_the_specification(rng, length, block_n, head_dim):
     assert all((to_numpy(x)[:, :, empty] == 0).all() for x in got)
 
 
+def test_values_of_another_head_dimension(rng):
+    k, v = (rng.standard_normal((2, 3, 45, d)).astype(np.float32) for d in (72, 16))
+    got = build_pyramid(to_device(k), to_device(v), 32)
+    for x, want in zip(got, spec.build_pyramid(k, v, 32), strict=True):
+        np.testing.assert_allclose(to_numpy(x), want, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("length", "block_n", "head_dim"), [(7, 64, 24), (300, 128, 64)])
 def test_without_level_1_are_the_other_levels(rng, length, block_n, head_dim):
     k, v = (to_device(x) for x in rng.standard_normal((2, 2, 3, length, head_dim), np.float32))

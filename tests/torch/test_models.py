@@ -151,14 +151,59 @@ class TestCompile:
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict):
     model = model_of(PSAConfig(causal=True)).eval()
-    # As with any size of one, a single block is a case of its own.
-    shapes = ({1: torch.export.Dim("length", min=129, max=4096)},)
+    shapes = ({1: torch.export.Dim("length", min=2, max=4096)},)
     program = torch.export.export(model, (tokens(300),), dynamic_shapes=shapes, strict=strict)
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    rooms = {"psa.block_scores.default", "psa.select_levels.default"}
-    assert rooms | {"psa.attention_forward.default"} <= names
-    for length in (300, 177, 600):
+    assert "psa.chosen_attention.default" in names
+    for length in (300, 177, 600, 129, 128, 65, 64, 2):
         torch.testing.assert_close(program.module()(tokens(length)), model(tokens(length)))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, q, k, v):
+        return psa_attention(q, k, v, return_lse=True, **self.settings)
+
+
+def exported(layer, rng):
+    shapes = {x: {2: torch.export.Dim("length", min=2, max=1000)} for x in "qkv"}
+    return torch.export.export(layer, heads_of(300, rng), dynamic_shapes=shapes)
+
+
+def heads_of(length, rng):
+    return tuple(torch.from_numpy(rng.normal(size=(1, 2, length, 16))).float() for _ in range(3))
+
+
+def test_gradients_of_an_exported_program(rng):
+    layer = Layer(causal=True, importance="sampled")
+    program = exported(layer, rng).module()
+    for length in (40, 300):
+        leaves = [x.requires_grad_() for x in heads_of(length, rng)]
+        for use in ((0,), (1,), (0, 1)):
+            grads = [
+                torch.autograd.grad(
+                    sum(f(*leaves)[i].square().sum() for i in use), leaves, allow_unused=True
+                )
+                for f in (program, layer)
+            ]
+            for x, y in zip(*grads, strict=True):
+                assert (x is None and y is None) or torch.equal(x, y)
+
+
+@pytest.mark.slow
+def test_ahead_of_time_compilation_with_a_dynamic_length(rng, tmp_path):
+    layer = Layer()
+    package = torch._inductor.aoti_compile_and_package(
+        exported(layer, rng), package_path=str(tmp_path / "layer.pt2")
+    )
+    loaded = torch._inductor.aoti_load_package(package)
+    for length in (2, 64, 129, 300, 999):
+        x = heads_of(length, rng)
+        for got, want in zip(loaded(*x), layer(*x), strict=True):
+            torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("importance", ["pooled", "sampled"])

@@ -37,6 +37,7 @@ CASES = [
     Case(level="empty", q_len=77, kv_len=300, heads=4, kv_heads=2, is_causal=True, block_n=32),
     Case(level=0, q_len=300, kv_len=77, is_causal=True, batch=1),
     Case(level=0, q_len=130, kv_len=1, head_dim=24),
+    Case(q_len=130, head_dim=24, value_dim=40, heads=4, is_causal=True),
     Case(block_m=128, block_n=128, q_len=333, kv_len=257, heads=3, kv_heads=1, scale=-1.5),
     Case(level="empty", is_causal=True, q_len=200, kv_len=201, scale=0.37, head_dim=64),
 ]

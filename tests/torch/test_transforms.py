@@ -41,8 +41,8 @@ def assert_dual(f, inputs, tangents, rng):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_tangents_at_given_levels(rng, is_causal):
     case = Case(
-        q_len=200, kv_len=150, head_dim=8, heads=4, is_causal=is_causal, level="empty",
-        block_n=32, dtype=torch.float64,
+        q_len=200, kv_len=150, head_dim=8, value_dim=16, heads=4, is_causal=is_causal,
+        level="empty", block_n=32, dtype=torch.float64,
     )  # fmt: skip
     inputs = case.inputs(rng)
     tangents = tuple(normal(rng, *x.shape) for x in inputs[:3])

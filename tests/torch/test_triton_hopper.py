@@ -28,6 +28,8 @@ CASES = [
     dataclasses.replace(BASE, q_len=300, kv_len=150, is_causal=True),
     dataclasses.replace(BASE, heads=1, q_len=1, kv_len=1, level=8),
     dataclasses.replace(BASE, level="empty"),
+    dataclasses.replace(BASE, heads=1, head_dim=40, block_n=128),
+    dataclasses.replace(BASE, head_dim=72, is_causal=True),
     dataclasses.replace(BASE, heads=1, kv_len=1500, level=1),
 ]
 

@@ -163,7 +163,8 @@ def test_no_batch(rng):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"head_dim": 40}, "head dimension must be one of"),
+        ({"head_dim": 36}, "head dimension must be a multiple of 8 in 8..256, got 36"),
+        ({"value_dim": 264}, "head dimension must be a multiple of 8 in 8..256, got 264"),
         ({"dtype": torch.float64}, "dtype must be one of float32, float16, bfloat16"),
         ({"block_n": 16}, "block_n one of"),
     ],

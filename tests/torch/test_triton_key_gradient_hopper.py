@@ -46,6 +46,7 @@ CASES = [
     dataclasses.replace(BASE, heads=1, level=1),
     dataclasses.replace(BASE, heads=1, level=2, block_n=32),
     dataclasses.replace(BASE, heads=1, level=4),
+    dataclasses.replace(BASE, heads=1, head_dim=72, is_causal=True, q_len=200, kv_len=150),
 ]
 CONFIGS = [
     HopperKeyGradConfig(rows=64, stages=1),

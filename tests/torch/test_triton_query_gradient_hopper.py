@@ -32,6 +32,7 @@ CASES = [
     dataclasses.replace(BASE, heads=1, kv_len=1500, level=1),
     dataclasses.replace(BASE, heads=1, kv_len=1536, q_len=128, level=1),
     dataclasses.replace(BASE, heads=1, kv_len=2050, level=8),
+    dataclasses.replace(BASE, heads=1, head_dim=72, is_causal=True),
 ]
 CONFIGS = [
     HopperQueryGradConfig(tile=64, stages=1),

@@ -31,7 +31,7 @@ def backward(
     """dq, dk, dv in the dtypes and shapes of q, k, v.
 
     Args:
-        dout: `[B, H, Lq, D]`, gradient of out.
+        dout: `[B, H, Lq, Dv]`, gradient of out.
         dlse: `[B, H, Lq]`, gradient of lse, or None for 0.
         q, k, v, levels: the inputs of `forward`.
         out, lse: its results.
@@ -97,10 +97,10 @@ def _heads(
         dq, *d_runs = lax.fori_loop(0, tiles.used, tile_gradients, (zero, *carry))
         return tuple(d_runs), (dq * shape.scale).astype(q.dtype)
 
-    zeros = filled_like(keys, 0, dtype)
+    zeros = tuple(filled_like(x, 0, dtype) for x in (keys, values))
     (dk_runs, dv_runs), dq = lax.scan(
         chunk,
-        (zeros, zeros),
+        zeros,
         (
             *(shape.split_rows(x) for x in (q, dout, lse, delta)),
             shape.split_blocks(table.entries),
@@ -109,7 +109,7 @@ def _heads(
         ),
     )
     dk, dv = (
-        unpool(runs.reshape(*pyramid.k.shape), shape.kv_len, shape.block_n)
-        for runs in (dk_runs * shape.scale, dv_runs)
+        unpool(runs.reshape(*rows.shape), shape.kv_len, shape.block_n)
+        for runs, rows in zip((dk_runs * shape.scale, dv_runs), pyramid, strict=True)
     )
     return shape.join_rows(dq), dk.astype(k.dtype), dv.astype(v.dtype)

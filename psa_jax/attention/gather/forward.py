@@ -27,11 +27,11 @@ def forward(
     scale: float,
     is_causal: bool,
 ) -> tuple[Array, Array]:
-    """out `[B, H, Lq, D]` in the dtype of q and lse `[B, H, Lq]`, float32 (float64 for float64).
+    """out `[B, H, Lq, Dv]` in the dtype of q and lse `[B, H, Lq]`, float32 (float64 for float64).
 
     Args:
         q: `[B, H, Lq, D]`.
-        k, v: `[B, Hk, Lk, D]`.
+        k, v: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`.
         levels: int32 `[B, H, Nq, Nk]`.
     """
     shape = Shape.of(q, k, block_m=block_m, block_n=block_n, scale=scale, is_causal=is_causal)
@@ -41,7 +41,7 @@ def forward(
         out, lse = map_heads(functools.partial(_heads, shape=one), shape, arrays)
     else:
         out, lse = _heads(*arrays, shape=shape)
-    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+    return out.reshape(*q.shape[:3], v.shape[3]), lse.reshape(q.shape[:3])
 
 
 def _heads(q: Array, k: Array, v: Array, levels: Array, shape: Shape) -> tuple[Array, Array]:
@@ -88,7 +88,7 @@ def _heads(q: Array, k: Array, v: Array, levels: Array, shape: Shape) -> tuple[A
                 return acc, new_top, total * old + tile_total * new
 
             empty = (
-                filled_like(query, 0, dtype),
+                jnp.zeros(v.shape[3], dtype) + filled_like(query[..., :1], 0, dtype),
                 filled_like(query[..., 0], hidden(dtype), dtype),
                 filled_like(query[..., 0], 0, dtype),
             )

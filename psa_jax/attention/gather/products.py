@@ -42,7 +42,7 @@ def product(pattern: str, a: Array, b: Array) -> Array:
 
 def as_runs(rows: Array, shape: Shape) -> Array:
     """Pyramid rows `[B, Hk, P, D]` as runs `[B, Hk, P // run, run * D]`."""
-    return rows.reshape(*rows.shape[:2], shape.runs, shape.run * shape.head_dim)
+    return rows.reshape(*rows.shape[:2], shape.runs, shape.run * rows.shape[3])
 
 
 def take_tile(runs: Array, tile: Tile, shape: Shape) -> Array:
@@ -52,7 +52,7 @@ def take_tile(runs: Array, tile: Tile, shape: Shape) -> Array:
         return of_head.at[index].get(mode="promise_in_bounds")
 
     taken = jax.vmap(jax.vmap(take))(runs, _flat_runs(tile))
-    return taken.reshape(*tile.bias.shape, shape.head_dim)
+    return taken.reshape(*tile.bias.shape, runs.shape[3] // shape.run)
 
 
 def add_tile(runs: Array, tile: Tile, rows: Array) -> Array:

@@ -25,6 +25,8 @@ def unsupported(q: Array, k: Array, v: Array, block_m: int, block_n: int) -> str
         return f"takes float16 and bfloat16, got {q.dtype}"
     if q.shape[-1] > max(HEAD_DIMS):
         return f"takes head dimensions up to {max(HEAD_DIMS)}, got {q.shape[-1]}"
+    if v.shape[-1] != q.shape[-1]:
+        return f"takes values of the head dimension of keys, {q.shape[-1]}, got {v.shape[-1]}"
     if block_m not in BLOCK_M or block_n not in BLOCK_N:
         return f"takes block_m of {BLOCK_M} and block_n of {BLOCK_N}, got {block_m} and {block_n}"
     return device_reason(q)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +69,13 @@ def unpack_covers(packed):
 
 
 def pad_query_blocks(levels: jax.Array, geometry: TiledGeometry) -> jax.Array:
-    """Levels with rows of level 0 up to a whole number of query tiles."""
+    """Levels with rows of level 0 up to a whole number of query tiles: the door of every plan.
+
+    Args:
+        levels: int32 `[B, H, Nq, Nk]` of this geometry.
+    """
+    chex.assert_shape(levels, (None, None, geometry.q_blocks, geometry.k_blocks))
+    chex.assert_type(levels, jnp.int32)
     missing = geometry.padded_q_blocks - levels.shape[2]
     return jnp.pad(levels, [(0, 0), (0, 0), (0, missing), (0, 0)])
 

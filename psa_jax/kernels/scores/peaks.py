@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -62,6 +63,7 @@ def peaks_kernel(inputs: dict[str, Any], walk: Walk, *, interpret) -> tuple[jax.
         columns are all hidden -inf or, in tiles that no row of the row tile sees, undefined;
         tops float32 `[heads, row_tiles * row_tile]`, each row's largest peak.
     """
+    _check(inputs, walk)
     config, q, k = walk.config, inputs["q"], inputs["k"]
     head_dim, dtype, columns = q.shape[-1], q.dtype, config.columns
     stages = config.query_stages * config.consumers
@@ -97,6 +99,25 @@ def peaks_kernel(inputs: dict[str, Any], walk: Walk, *, interpret) -> tuple[jax.
         warpgroups=config.consumers + 1,
         interpret=interpret,
     )
+
+
+def _check(inputs: dict[str, Any], walk: Walk) -> None:
+    """That the inputs are what `peaks_kernel` says: at trace time, so it costs nothing later."""
+    rows, blocks = walk.row_tiles * walk.row_tile, walk.column_tiles * walk.config.columns
+    kv_heads, head_dim = inputs["factors"].shape[0], inputs["q"].shape[-1]
+    shapes = {
+        "q": (walk.heads, rows, head_dim),
+        "k": (kv_heads * walk.places, blocks, head_dim),
+        "factors": (kv_heads, blocks),
+        "first_head": (1,),
+        "spans": (walk.row_tiles, 2),
+        "limits": (rows,),
+        "offsets": (walk.places,),
+    }
+    types = {"q": inputs["q"].dtype, "k": inputs["q"].dtype, "factors": jnp.float32}
+    for name, x in inputs.items():
+        chex.assert_shape(x, shapes[name])
+        chex.assert_type(x, types.get(name, jnp.int32))
 
 
 def _warpgroup(sources, peaks_ref, tops_ref, memory, *, walk: Walk):

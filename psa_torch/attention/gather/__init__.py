@@ -25,8 +25,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> 
     dtype = str(q.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         return f"dtype must be one of {', '.join(DTYPES)}, got {dtype}"
-    if q.shape[3] % 8 or not 8 <= q.shape[3] <= MAX_HEAD_DIM:
-        return f"head dimension must be a multiple of 8 in 8..{MAX_HEAD_DIM}, got {q.shape[3]}"
+    for head_dim in (q.shape[3], v.shape[3]):
+        if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+            return f"head dimension must be a multiple of 8 in 8..{MAX_HEAD_DIM}, got {head_dim}"
     if block_m not in BLOCK_M or block_n not in BLOCK_N:
         return (
             f"block_m must be one of {BLOCK_M} and block_n one of {BLOCK_N}, "

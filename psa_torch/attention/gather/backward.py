@@ -28,7 +28,7 @@ def backward(
     """Gradients of `sum(out * dout) + sum(lse * dlse)` with the levels held fixed.
 
     Args:
-        dout: `[B, H, Lq, D]`.
+        dout: `[B, H, Lq, Dv]`.
         dlse: `[B, H, Lq]`, or None for 0.
         out, lse: what `forward` returned for the other arguments.
 
@@ -62,7 +62,7 @@ def backward(
         if batch.hidden is not None:
             weights[..., -batch.hidden.shape[-1] :].masked_fill_(batch.hidden, -torch.inf)
         weights.exp2_()
-        share = buffers.take("share", n, width, p.head_dim)
+        share = buffers.take("share", n, width, v.shape[3])
         _add_runs(d_values, batch.runs, torch.bmm(weights.mT, dout_batch, out=share))
 
         # dS = P * (dP - delta + dlse), scale left to the end.
@@ -71,6 +71,7 @@ def backward(
         torch.baddbmm(shift_rows[batch.blocks, :, None], dout_batch, values_batch.mT, out=d_logits)
         d_logits.mul_(weights)
         dq_rows[batch.blocks] = torch.bmm(d_logits, keys_batch)
+        share = buffers.take("share", n, width, p.head_dim)
         _add_runs(d_keys, batch.runs, torch.bmm(d_logits.mT, q_batch, out=share))
 
     dq = dq_rows.mul_(scale).view(p.batch, p.heads, -1, p.head_dim)[:, :, : p.q_len]

@@ -24,7 +24,7 @@ class Buffers:
     def gather(self, name: str, pyramid: Tensor, runs: Tensor) -> Tensor:
         """Rows of `[B, Hk, P, D]` that `runs` `[n, r]` names, `[n, r * rows of a run, D]`."""
         n, r = runs.shape
-        rows, d = self._p.run_rows, self._p.head_dim
+        rows, d = self._p.run_rows, pyramid.shape[-1]
         out = self.take(name, n * r, rows * d)
         torch.index_select(pyramid.view(-1, rows * d), 0, runs.reshape(-1), out=out)
         return out.view(n, r * rows, d)

@@ -31,12 +31,12 @@ def forward(
 
     Args:
         q: `[B, H, Lq, D]`.
-        k, v: `[B, Hk, Lk, D]`.
+        k, v: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`.
         levels: int32 `[B, H, Nq, Nk]`.
         block_m, block_n, scale, is_causal: as in `psa_torch.sparse_attention`.
 
     Returns:
-        out `[B, H, Lq, D]` in the dtype of q, and lse `[B, H, Lq]`, float32 (float64 for
+        out `[B, H, Lq, Dv]` in the dtype of q, and lse `[B, H, Lq]`, float32 (float64 for
         float64).
     """
     whole = Problem.of(q, k, block_m=block_m, block_n=block_n, scale=scale, is_causal=is_causal)
@@ -44,7 +44,7 @@ def forward(
     # One entry for each key head, so that any number of them can be taken together.
     arrays = [x.reshape(units, -1, *x.shape[2:]) for x in (q, k, v, levels)]
     rows = (units, group * whole.q_blocks, block_m)
-    out = torch.zeros(*rows, whole.head_dim, dtype=whole.dtype, device=whole.device)
+    out = torch.zeros(*rows, v.shape[3], dtype=whole.dtype, device=whole.device)
     lse = torch.empty(rows, dtype=whole.dtype, device=whole.device)
     buffers = Buffers(whole)
     step = _units_at_once(whole)
@@ -54,7 +54,7 @@ def forward(
         qs, ks, vs, listed = (x[some] for x in arrays)
         lse[some] = _some_heads(p, buffers, qs, ks, vs, listed, out[some].flatten(0, 1))
     shape = (whole.batch, whole.heads, -1)
-    out = out.view(*shape, whole.head_dim)[:, :, : whole.q_len].to(q.dtype)
+    out = out.view(*shape, v.shape[3])[:, :, : whole.q_len].to(q.dtype)
     return out.contiguous(), lse.view(shape)[:, :, : whole.q_len].contiguous()
 
 
@@ -68,7 +68,7 @@ def _units_at_once(p: Problem) -> int:
 def _some_heads(
     p: Problem, buffers: Buffers, q: Tensor, k: Tensor, v: Tensor, levels: Tensor, out: Tensor
 ) -> Tensor:
-    """Write the query blocks `[n, block_m, D]` of `out`, zeros before, and return their lse."""
+    """Write the query blocks `[n, block_m, Dv]` of `out`, zeros before, and return their lse."""
     keys, values = build_pyramid(k.to(p.dtype), v.to(p.dtype), p.block_n)
     q_rows = query_blocks(p, q)
     top, total = torch.zeros_like(q_rows[..., :1]), torch.zeros_like(q_rows[..., :1])

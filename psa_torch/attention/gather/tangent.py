@@ -43,7 +43,8 @@ def tangent(
     blind = lse == -torch.inf
     lse_rows = query_blocks(p, lse.masked_fill(blind, torch.inf) * LOG2E, value=torch.inf)
 
-    t_out, t_lse = torch.zeros_like(q_rows), torch.zeros_like(lse_rows)
+    t_out = q_rows.new_zeros(*q_rows.shape[:2], v.shape[3])
+    t_lse = torch.zeros_like(lse_rows)
     buffers = Buffers(p)
     for batch in batches(p, levels):
         at, shape = batch.blocks, (len(batch.runs), block_m, batch.bias.shape[-1])
@@ -65,5 +66,5 @@ def tangent(
         t_out[at] = part.baddbmm_(weights, buffers.gather("rows", t_values, batch.runs))
 
     heads = (p.batch, p.heads, -1)
-    t_out = t_out.view(*heads, p.head_dim)[:, :, : p.q_len].to(out.dtype).contiguous()
+    t_out = t_out.view(*heads, v.shape[3])[:, :, : p.q_len].to(out.dtype).contiguous()
     return t_out, t_lse.view(heads)[:, :, : p.q_len].contiguous()

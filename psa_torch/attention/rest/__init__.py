@@ -31,9 +31,9 @@ def add_means(
     """out and lse of the list, joined by the means of the blocks at level 0; they are overwritten.
 
     Args:
-        q: `[B, H, Lq, D]`; k, v: `[B, Hk, Lk, D]`.
+        q: `[B, H, Lq, D]`; k: `[B, Hk, Lk, D]`; v: `[B, Hk, Lk, Dv]`.
         levels: dense int32 `[B, H, Nq, Nk]`.
-        out, lse: `[B, H, Lq, D]` and `[B, H, Lq]`, of what `levels` lists.
+        out, lse: `[B, H, Lq, Dv]` and `[B, H, Lq]`, of what `levels` lists.
     """
     g = Call(q.shape[2], k.shape[2], block_m, block_n, is_causal, scale)
     passes = _passes(q)

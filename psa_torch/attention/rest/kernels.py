@@ -55,7 +55,9 @@ def rest_forward(
     q_blocks,
     blocks,
     D: tl.constexpr,
+    DV: tl.constexpr,
     WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -72,24 +74,24 @@ def rest_forward(
     batch, head = batch_head // heads, batch_head % heads
     kv_head = batch * (heads // group) + head // group
     k_pointer += kv_head * blocks * D
-    v_pointer += kv_head * blocks * D
-    out_pointer += batch_head * q_len * D
+    v_pointer += kv_head * blocks * DV
+    out_pointer += batch_head * q_len * DV
     levels_pointer += (batch_head * q_blocks + first // BLOCK_M) * blocks
 
     m = first + tl.arange(0, ROWS)
     real = m < q_len
     at_head = batch * q_stride_b + head * q_stride_h
     q = load_rows(q_pointer + at_head, first, q_len, q_stride_m, WIDTH, D, ROWS)
-    acc = load_rows(out_pointer, first, q_len, D, WIDTH, D, ROWS).to(tl.float32)
+    acc = load_rows(out_pointer, first, q_len, DV, V_WIDTH, DV, ROWS).to(tl.float32)
     top = tl.load(lse_pointer + batch_head * q_len + m, mask=real, other=float("-inf")) * LOG2E
-    total = tl.where(top > float("-inf"), 1.0, 0.0)
+    total = tl.where(top != float("-inf"), 1.0, 0.0)
     end = blocks
     if IS_CAUSAL:
         end = _visible_end(first, blocks, kv_len - q_len, BLOCK_N, ROWS)
     for n in tl.range(0, end, MEANS):
         bias, last = _bias(n, levels_pointer, blocks, kv_len, BLOCK_N, MEANS)
         k = load_rows(k_pointer, n, blocks, D, WIDTH, D, MEANS)
-        v = load_rows(v_pointer, n, blocks, D, WIDTH, D, MEANS)
+        v = load_rows(v_pointer, n, blocks, DV, V_WIDTH, DV, MEANS)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
         if IS_CAUSAL:
             s = tl.where(last[None, :] <= (m + (kv_len - q_len))[:, None], s, float("-inf"))
@@ -104,7 +106,7 @@ def rest_forward(
     blind = total == 0
     total = tl.where(blind, 1.0, total)
     acc = acc / total[:, None]
-    at, inside = places(out_pointer, first, q_len, D, WIDTH, D, ROWS)
+    at, inside = places(out_pointer, first, q_len, DV, V_WIDTH, DV, ROWS)
     tl.store(at, acc.to(out_pointer.dtype.element_ty), mask=inside)
     lse = tl.where(blind, float("-inf"), (top + tl.log2(total)) * LN2)
     tl.store(lse_pointer + batch_head * q_len + m, lse, mask=real)
@@ -137,7 +139,9 @@ def rest_query_gradient(
     q_blocks,
     blocks,
     D: tl.constexpr,
+    DV: tl.constexpr,
     WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -152,7 +156,7 @@ def rest_query_gradient(
     batch, head = batch_head // heads, batch_head % heads
     kv_head = batch * (heads // group) + head // group
     k_pointer += kv_head * blocks * D
-    v_pointer += kv_head * blocks * D
+    v_pointer += kv_head * blocks * DV
     dq_pointer += batch_head * q_len * D
     levels_pointer += (batch_head * q_blocks + first // BLOCK_M) * blocks
 
@@ -161,15 +165,16 @@ def rest_query_gradient(
     at_head = batch * q_stride_b + head * q_stride_h
     q = load_rows(q_pointer + at_head, first, q_len, q_stride_m, WIDTH, D, ROWS)
     at_head = batch * dout_stride_b + head * dout_stride_h
-    dout = load_rows(dout_pointer + at_head, first, q_len, dout_stride_m, WIDTH, D, ROWS)
-    out = load_rows(out_pointer + batch_head * q_len * D, first, q_len, D, WIDTH, D, ROWS)
+    dout = load_rows(dout_pointer + at_head, first, q_len, dout_stride_m, V_WIDTH, DV, ROWS)
+    out_pointer += batch_head * q_len * DV
+    out = load_rows(out_pointer, first, q_len, DV, V_WIDTH, DV, ROWS)
     row = batch_head * q_len + m
     lse = tl.load(lse_pointer + row, mask=real, other=float("-inf"))
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_pointer + row, mask=real, other=0.0)
     # With lse = inf all weights of a row that sees nothing are exactly 0.
-    seen = lse > float("-inf")
+    seen = lse != float("-inf")
     lse2 = tl.where(seen, lse * LOG2E, float("inf"))
     delta = tl.where(seen, delta, 0.0)
     tl.store(lse2_pointer + row, lse2, mask=real)
@@ -182,7 +187,7 @@ def rest_query_gradient(
     for n in tl.range(0, end, MEANS):
         bias, last = _bias(n, levels_pointer, blocks, kv_len, BLOCK_N, MEANS)
         k = load_rows(k_pointer, n, blocks, D, WIDTH, D, MEANS)
-        v = load_rows(v_pointer, n, blocks, D, WIDTH, D, MEANS)
+        v = load_rows(v_pointer, n, blocks, DV, V_WIDTH, DV, MEANS)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + bias[None, :]
         if IS_CAUSAL:
             s = tl.where(last[None, :] <= (m + (kv_len - q_len))[:, None], s, float("-inf"))
@@ -220,7 +225,9 @@ def rest_key_gradient(
     q_blocks,
     blocks,
     D: tl.constexpr,
+    DV: tl.constexpr,
     WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -238,9 +245,9 @@ def rest_key_gradient(
     kv_heads = heads // group
     batch = kv_head // kv_heads
     k = load_rows(k_pointer + kv_head * blocks * D, n, blocks, D, WIDTH, D, MEANS)
-    v = load_rows(v_pointer + kv_head * blocks * D, n, blocks, D, WIDTH, D, MEANS)
+    v = load_rows(v_pointer + kv_head * blocks * DV, n, blocks, DV, V_WIDTH, DV, MEANS)
     dk = tl.zeros([MEANS, WIDTH], tl.float32)
-    dv = tl.zeros([MEANS, WIDTH], tl.float32)
+    dv = tl.zeros([MEANS, V_WIDTH], tl.float32)
 
     rows = q_blocks * (BLOCK_M // ROWS)
     share = (rows + tl.num_programs(1) - 1) // tl.num_programs(1)
@@ -258,7 +265,7 @@ def rest_key_gradient(
             levels = levels_pointer + (batch_head * q_blocks + first // BLOCK_M) * blocks
             bias, last = _bias(n, levels, blocks, kv_len, BLOCK_N, MEANS)
             q = load_rows(q_base, first, q_len, q_stride_m, WIDTH, D, ROWS)
-            dout = load_rows(dout_base, first, q_len, dout_stride_m, WIDTH, D, ROWS)
+            dout = load_rows(dout_base, first, q_len, dout_stride_m, V_WIDTH, DV, ROWS)
             m = first + tl.arange(0, ROWS)
             row = batch_head * q_len + m
             lse2 = tl.load(lse2_pointer + row, mask=m < q_len, other=float("inf"))
@@ -273,17 +280,20 @@ def rest_key_gradient(
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     part = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // tiles) + kv_head
     d = tl.arange(0, WIDTH)
-    at = (part * blocks + n + tl.arange(0, MEANS))[:, None] * D + d[None, :]
-    inside = (n + tl.arange(0, MEANS) < blocks)[:, None] & (d < D)[None, :]
-    tl.store(dk_pointer + at, dk * scale, mask=inside)
-    tl.store(dv_pointer + at, dv, mask=inside)
+    e = tl.arange(0, V_WIDTH)
+    mean = (part * blocks + n + tl.arange(0, MEANS))[:, None]
+    inside = (n + tl.arange(0, MEANS) < blocks)[:, None]
+    at = mean * D + d[None, :]
+    tl.store(dk_pointer + at, dk * scale, mask=inside & (d < D)[None, :])
+    at = mean * DV + e[None, :]
+    tl.store(dv_pointer + at, dv, mask=inside & (e < DV)[None, :])
 
 
 @torch.no_grad()
 def add_means(q, k_means, v_means, levels, out, lse, g: Call) -> None:
     """As `psa_torch.attention.rest.plain.add_means`; float16, bfloat16 or float32."""
     q, levels = dense_rows(q), levels.contiguous()
-    constants = _constants(q, g)
+    constants = _constants(q, v_means, g)
     tiles = levels.shape[2] * (g.block_m // constants["ROWS"])
     with on_device_of(q):
         launch_kernel(
@@ -316,15 +326,14 @@ def _parts_of_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Adds to `dq`; gradients of the means in parts to be added, `[parts, B, Hk, Nk, D]`."""
     q, dout, levels = dense_rows(q), dense_rows(dout), levels.contiguous()
-    constants, sizes = _constants(q, g), _sizes(q, k_means, levels, g)
+    constants, sizes = _constants(q, v_means, g), _sizes(q, k_means, levels, g)
     rows = constants["ROWS"]
     tiles = levels.shape[2] * (g.block_m // rows)
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     strides = *q.stride()[:3], *dout.stride()[:3]
     key_tiles = cdiv(k_means.shape[2], constants["MEANS"]) * k_means.shape[0] * k_means.shape[1]
     parts = max(1, min(tiles, resident_programs(q, 4) // key_tiles))
-    dk = lse.new_empty(parts, *k_means.shape)
-    dv = torch.empty_like(dk)
+    dk, dv = (lse.new_empty(parts, *x.shape) for x in (k_means, v_means))
     with on_device_of(q):
         launch_kernel(
             rest_query_gradient,
@@ -370,13 +379,15 @@ def _sizes(q: Tensor, k_means: Tensor, levels: Tensor, g: Call) -> tuple[int, ..
     return q.shape[1], q.shape[1] // k_means.shape[1], g.q_len, g.kv_len, *levels.shape[2:]
 
 
-def _constants(q: Tensor, g: Call) -> dict:
+def _constants(q: Tensor, v_means: Tensor, g: Call) -> dict:
     """Tiles that fit registers and shared memory; wide heads and float32 get half as many rows."""
-    width = padded_head_dim(q.shape[3])
-    wide = width * q.element_size() > 256
+    width, v_width = padded_head_dim(q.shape[3]), padded_head_dim(v_means.shape[3])
+    wide = max(width, v_width) * q.element_size() > 256
     return {
         "D": q.shape[3],
+        "DV": v_means.shape[3],
         "WIDTH": width,
+        "V_WIDTH": v_width,
         "BLOCK_M": g.block_m,
         "BLOCK_N": g.block_n,
         "ROWS": min(64, g.block_m) if wide else g.block_m,

@@ -50,7 +50,9 @@ def mean_of_block(
     kv_len,
     blocks,
     D: tl.constexpr,
+    DV: tl.constexpr,
     WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Mean of the keys of one block, or along axis 1 of its values."""
@@ -61,25 +63,29 @@ def mean_of_block(
     if tl.program_id(1) == 0:
         rows = k_pointer + batch * k_stride_b + head * k_stride_h
         x = load_rows(rows, first, kv_len, k_stride_n, WIDTH, D, BLOCK_N)
+        _store_mean(k_means, x, pid, kv_len - first, D, WIDTH, BLOCK_N)
     else:
         rows = v_pointer + batch * v_stride_b + head * v_stride_h
-        x = load_rows(rows, first, kv_len, v_stride_n, WIDTH, D, BLOCK_N)
-    count = tl.minimum(kv_len - first, BLOCK_N).to(tl.float32)
-    mean = (tl.sum(x.to(tl.float32), 0) / count).to(x.dtype)
+        x = load_rows(rows, first, kv_len, v_stride_n, V_WIDTH, DV, BLOCK_N)
+        _store_mean(v_means, x, pid, kv_len - first, DV, V_WIDTH, BLOCK_N)
+
+
+@triton.jit
+def _store_mean(means, x, row, left, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Row `row` of `means`: the mean of the rows of x, of which at most `left` are real."""
+    count = tl.minimum(left, BLOCK_N).to(tl.float32)
     d = tl.arange(0, WIDTH)
-    at = pid.to(tl.int64) * D + d
-    if tl.program_id(1) == 0:
-        tl.store(k_means + at, mean, mask=d < D)
-    else:
-        tl.store(v_means + at, mean, mask=d < D)
+    mean = (tl.sum(x.to(tl.float32), 0) / count).to(x.dtype)
+    tl.store(means + row.to(tl.int64) * D + d, mean, mask=d < D)
 
 
 @torch.no_grad()
 def means_of_blocks(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
     """As `psa_torch.attention.rest.plain.means_of_blocks`; float16, bfloat16 or float32."""
     k, v = dense_rows(k), dense_rows(v)
-    (batch, heads, kv_len, head_dim), blocks = k.shape, cdiv(k.shape[2], block_n)
-    means = tuple(x.new_empty(batch, heads, blocks, head_dim) for x in (k, v))
+    (batch, heads, kv_len, head_dim), value_dim = k.shape, v.shape[3]
+    blocks = cdiv(kv_len, block_n)
+    means = tuple(x.new_empty(batch, heads, blocks, x.shape[3]) for x in (k, v))
     with on_device_of(k):
         launch_kernel(
             mean_of_block,
@@ -93,7 +99,9 @@ def means_of_blocks(k: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor]
             kv_len,
             blocks,
             D=head_dim,
+            DV=value_dim,
             WIDTH=padded_head_dim(head_dim),
+            V_WIDTH=padded_head_dim(value_dim),
             BLOCK_N=block_n,
             num_warps=4,
         )

@@ -33,10 +33,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> 
     """Why these kernels cannot run on this input, or None if they can.
 
     Args:
-        q: `[B, H, Lq, D]`; k, v: `[B, Hk, Lk, D]`.
+        q: `[B, H, Lq, D]`; k: `[B, Hk, Lk, D]`; v: `[B, Hk, Lk, Dv]`.
         block_m, block_n: queries and keys per block.
     """
-    return _unsupported_device(q) or _unsupported_shape(q, k, block_m, block_n)
+    return _unsupported_device(q) or _unsupported_shape(q, k, v, block_m, block_n)
 
 
 def _unsupported_device(q: Tensor) -> str | None:
@@ -55,14 +55,15 @@ def _unsupported_device(q: Tensor) -> str | None:
     return None
 
 
-def _unsupported_shape(q: Tensor, k: Tensor, block_m: int, block_n: int) -> str | None:
-    batch, heads, _, head_dim = q.shape
+def _unsupported_shape(q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> str | None:
+    batch, heads = q.shape[:2]
     if q.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return f"dtype must be one of {names}, got {str(q.dtype).removeprefix('torch.')}"
-    accepted = head_dims(capability(q))
-    if head_dim not in accepted:
-        return f"head dimension must be one of {accepted}, got {head_dim}"
+    most = head_dims(capability(q))[-1]
+    for head_dim in (q.shape[3], v.shape[3]):
+        if head_dim % 8 or not 8 <= head_dim <= most:
+            return f"head dimension must be a multiple of 8 in 8..{most}, got {head_dim}"
     if block_m not in BLOCK_M or block_n not in BLOCK_N:
         return (
             f"block_m must be one of {BLOCK_M} and block_n one of {BLOCK_N}, "
@@ -71,7 +72,7 @@ def _unsupported_shape(q: Tensor, k: Tensor, block_m: int, block_n: int) -> str 
     if batch * heads > MAX_PROGRAMS:
         return f"batch times heads must be at most {MAX_PROGRAMS}, got {batch * heads}"
     # Offsets inside one head are 32-bit, those of heads and batches 64-bit.
-    elements = pyramid_rows(k.shape[2], block_n) * head_dim
+    elements = pyramid_rows(k.shape[2], block_n) * max(q.shape[3], v.shape[3])
     if elements >= 2**31:
         return f"the pyramid of one head must hold fewer than 2**31 numbers, got {elements}"
     return None

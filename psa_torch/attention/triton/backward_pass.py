@@ -51,9 +51,10 @@ def backward(
     """Gradients of q, k and v at the given levels, the same bit for bit from run to run.
 
     Args:
-        dout: `[B, H, Lq, D]`, gradient of `out`.
+        dout: `[B, H, Lq, Dv]`, gradient of `out`.
         dlse: float32 `[B, H, Lq]`, gradient of `lse`, or None for 0.
-        q: `[B, H, Lq, D]`; k, v: `[B, Hk, Lk, D]`, float32, float16 or bfloat16.
+        q: `[B, H, Lq, D]`; k: `[B, Hk, Lk, D]`; v: `[B, Hk, Lk, Dv]`; float32, float16 or
+            bfloat16.
         levels: int32 `[B, H, Nq, Nk]`.
         out, lse: what the forward returned.
         block_m, block_n: queries and keys per block.
@@ -65,7 +66,7 @@ def backward(
         dq, dk, dv in the shapes and dtypes of q, k and v. Contiguous.
     """
     geometry = Geometry(q.shape[2], k.shape[2], block_m, block_n, is_causal)
-    config = config or configs.backward_config(q, block_m, block_n)
+    config = config or configs.backward_config(q, v, block_m, block_n)
     if isinstance(config.query, HopperQueryGradConfig):
         rows = rows_in_place(k, v, block_n)
     else:
@@ -130,11 +131,11 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dk and dv of `backward_planned`, level by level."""
     batch, kv_heads, _, head_dim = rows.k.shape
-    pooled = rows.k.new_empty(
-        2, batch, kv_heads, geometry.pooled_rows, head_dim, dtype=torch.float32
-    )
+    value_dim = rows.v.shape[3]
+    sizes = (2, batch, kv_heads, geometry.pooled_rows, max(head_dim, value_dim))
+    pooled = rows.k.new_empty(sizes, dtype=torch.float32)
     dk = rows.k.new_empty(batch, kv_heads, geometry.kv_len, head_dim)
-    dv = torch.empty_like(dk)
+    dv = rows.v.new_empty(batch, kv_heads, geometry.kv_len, value_dim)
     if any(isinstance(level, HopperKeyGradConfig) for level in config):
         q, dout = aligned_rows(q), aligned_rows(dout)
     shared = (q, rows, dout, statistics)

@@ -14,6 +14,7 @@ from psa_torch.attention.triton import hopper
 from psa_torch.kernels._launch import capability
 
 HEAD_DIMS = (32, 64, 128, 256)
+"""Columns that kernels multiply; a head dimension in between takes the next (see `columns`)."""
 SMALL_HEAD_DIMS = (32, 64, 128)
 """What fits the 99 KiB of shared memory of compute capabilities 8.6, 8.9 and 12."""
 
@@ -173,17 +174,43 @@ HOPPER_KEY_ROWS = 32
 """Fewest rows of a block at a level for which it is used: 64 and 32 were measured."""
 
 
-def forward_config(q: Tensor, block_m: int, block_n: int) -> ForwardConfig | HopperForwardConfig:
-    """The forward's tile sizes for `q` `[B, H, Lq, D]`."""
+def forward_config(
+    q: Tensor, v: Tensor, block_m: int, block_n: int
+) -> ForwardConfig | HopperForwardConfig:
+    """The forward's tile sizes for `q` `[B, H, Lq, D]` and `v` `[..., Dv]`."""
+    choose = choose_plain_forward if _needs_plain(q, v) else choose_forward
+    return choose(capability(q), _widest(q, v), _register_dtype(q), block_m, block_n)
+
+
+def backward_config(q: Tensor, v: Tensor, block_m: int, block_n: int) -> BackwardConfig:
+    """The backward's tile sizes for `q` `[B, H, Lq, D]` and `v` `[..., Dv]`."""
+    choose = choose_plain_backward if _needs_plain(q, v) else choose_backward
+    return choose(capability(q), _widest(q, v), _register_dtype(q), block_m, block_n)
+
+
+def _needs_plain(q: Tensor, v: Tensor) -> bool:
+    """Whether no warp-specialised kernel can run, whatever the GPU."""
     # On the CPU the interpreter plays an H100, but cannot run its warp-specialised kernels.
-    choose = choose_plain_forward if q.device.type == "cpu" else choose_forward
-    return choose(capability(q), q.shape[-1], _register_dtype(q), block_m, block_n)
+    return q.device.type == "cpu" or q.shape[-1] != v.shape[-1]
 
 
-def backward_config(q: Tensor, block_m: int, block_n: int) -> BackwardConfig:
-    """The backward's tile sizes for `q` `[B, H, Lq, D]`."""
-    choose = choose_plain_backward if q.device.type == "cpu" else choose_backward
-    return choose(capability(q), q.shape[-1], _register_dtype(q), block_m, block_n)
+def width_of(head_dim: int) -> int:
+    """Columns that a kernel multiplies for a head dimension up to 256."""
+    return next(width for width in HEAD_DIMS if head_dim <= width)
+
+
+def widths(head_dim: int, value_dim: int) -> dict[str, int]:
+    """The constants of a kernel that name its head dimensions and its columns."""
+    return {
+        "D": head_dim,
+        "DV": value_dim,
+        "WIDTH": width_of(head_dim),
+        "V_WIDTH": width_of(value_dim),
+    }
+
+
+def _widest(q: Tensor, v: Tensor) -> int:
+    return width_of(max(q.shape[-1], v.shape[-1]))
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

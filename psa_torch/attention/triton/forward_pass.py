@@ -8,6 +8,7 @@ from torch import Tensor
 from psa_torch._triton.constants import LN2, LOG2E, LOWEST
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.attention.triton import configs
+from psa_torch.attention.triton.columns import in_columns, load_columns
 from psa_torch.attention.triton.configs import ForwardConfig, HopperForwardConfig
 from psa_torch.attention.triton.plan import Plan, query_plan
 from psa_torch.attention.triton.rows import (
@@ -81,6 +82,9 @@ def attention_forward(
     q_blocks,
     k_blocks,
     D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     LOG_BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -93,8 +97,8 @@ def attention_forward(
 ):
     """`ROWS` query rows of one head. `scale` is `|scale| * log2(e)`; NEGATE: scale was negative.
 
-    q `[B,H,Lq,D]` strided; k, v pyramids `[B,Hk,P,D]`, out `[B,H,Lq,D]`, lse `[B,H,Lq]`,
-    tables, all contiguous.
+    q `[B,H,Lq,D]` strided; k, v pyramids `[B,Hk,P,D]`, `[B,Hk,P,DV]`, out `[B,H,Lq,DV]`, lse
+    `[B,H,Lq]`, tables, all contiguous. WIDTH, V_WIDTH: columns multiplied (see `columns`).
     """
     # Late query blocks have the most to do under a causal mask: they start first.
     part = tl.num_programs(0) - 1 - tl.program_id(0) if IS_CAUSAL else tl.program_id(0)
@@ -102,16 +106,17 @@ def attention_forward(
     batch = batch_head // heads
     head = batch_head % heads
     kv_head = batch.to(tl.int64) * (heads // group) + head // group
-    pyramid = kv_head * (2 * padded_len - padded_len // 8) * D
-    k_pointer += pyramid
-    v_pointer += pyramid
+    pyramid = kv_head * (2 * padded_len - padded_len // 8)
+    k_pointer += pyramid * D
+    v_pointer += pyramid * DV
 
     m = part * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, D)
+    d = tl.arange(0, WIDTH)[None, :]
+    e = tl.arange(0, V_WIDTH)[None, :]
     q_pointer += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
     q = tl.load(
-        q_pointer + m.to(tl.int64)[:, None] * q_stride_m + d[None, :],
-        mask=m[:, None] < q_len,
+        q_pointer + m.to(tl.int64)[:, None] * q_stride_m + d,
+        mask=in_columns(m[:, None] < q_len, d, D, WIDTH),
         other=0.0,
     )
     if NEGATE:
@@ -125,7 +130,7 @@ def attention_forward(
 
     done = in_full_tiles(u, LOG_BLOCK_N, TILE)
     done0, done1, done2, done3 = done
-    acc = tl.zeros([ROWS, D], tl.float32)
+    acc = tl.zeros([ROWS, V_WIDTH], tl.float32)
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
 
@@ -133,9 +138,9 @@ def attention_forward(
         PARTS: tl.constexpr = (1 << LOG_BLOCK_N) // TILE
         for t in tl.range(0, u[0] * PARTS, num_stages=STAGES):
             first = (tl.load(entries + t // PARTS) << LOG_BLOCK_N) + t % PARTS * TILE
-            at = (first + tl.arange(0, TILE))[:, None] * D + d[None, :]
-            k = tl.load(k_pointer + at)
-            v = tl.load(v_pointer + at)
+            at = (first + tl.arange(0, TILE))[:, None]
+            k = load_columns(k_pointer + (at * D + d), d, D, WIDTH)
+            v = load_columns(v_pointer + (at * DV + e), e, DV, V_WIDTH)
             acc, top, total = _add_tile(q, k, v, acc, top, total, scale, 0.0)
         full0 = 0
     else:
@@ -148,9 +153,8 @@ def attention_forward(
         level_entry = select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
         position = (t - select4(g, 0, full0, end1, end2)) * TILE + tl.arange(0, TILE)
         rows = gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N)
-        at = rows[:, None] * D + d[None, :]
-        k = tl.load(k_pointer + at)
-        v = tl.load(v_pointer + at)
+        k = load_columns(k_pointer + (rows[:, None] * D + d), d, D, WIDTH)
+        v = load_columns(v_pointer + (rows[:, None] * DV + e), e, DV, V_WIDTH)
         acc, top, total = _add_tile(q, k, v, acc, top, total, scale, g.to(tl.float32))
 
     # Branch-free: an `if` here makes ptxas serialise the tensor-core products of the loop above.
@@ -160,9 +164,9 @@ def attention_forward(
             entries, first + tl.arange(0, TAIL), n, done, padded_len, kv_len, LOG_BLOCK_N
         )
         real = (bias > float("-inf"))[:, None]
-        at = rows[:, None] * D + d[None, :]
-        k = tl.load(k_pointer + at, mask=real, other=0.0)
-        v = tl.load(v_pointer + at, mask=real, other=0.0)
+        at = rows[:, None]
+        k = tl.load(k_pointer + (at * D + d), mask=in_columns(real, d, D, WIDTH), other=0.0)
+        v = tl.load(v_pointer + (at * DV + e), mask=in_columns(real, e, DV, V_WIDTH), other=0.0)
         position = m + (kv_len - q_len)
         acc, top, total = _add_masked_tile(
             q, k, v, acc, top, total, scale, bias, last, position, IS_CAUSAL
@@ -173,9 +177,9 @@ def attention_forward(
     lse = (top + tl.math.log2(tl.where(seen, total, 1.0))) * LN2
     out_row = batch_head.to(tl.int64) * q_len + m
     tl.store(
-        out_pointer + out_row[:, None] * D + d[None, :],
+        out_pointer + out_row[:, None] * DV + e,
         acc.to(out_pointer.dtype.element_ty),
-        mask=m[:, None] < q_len,
+        mask=in_columns(m[:, None] < q_len, e, DV, V_WIDTH),
     )
     tl.store(lse_pointer + out_row, tl.where(seen, lse, float("-inf")), mask=m < q_len)
 
@@ -195,7 +199,8 @@ def forward(
     """Attention and its log-sum-exp at the given levels.
 
     Args:
-        q: `[B, H, Lq, D]`; k, v: `[B, Hk, Lk, D]`, float32, float16 or bfloat16.
+        q: `[B, H, Lq, D]`; k: `[B, Hk, Lk, D]`; v: `[B, Hk, Lk, Dv]`; float32, float16 or
+            bfloat16.
         levels: int32 `[B, H, Nq, Nk]`.
         block_m, block_n: queries and keys per block.
         scale: factor on q.k, of any sign.
@@ -203,12 +208,12 @@ def forward(
         config: tile sizes; None takes them from `configs`.
 
     Returns:
-        out `[B, H, Lq, D]` in the input dtype and lse float32 `[B, H, Lq]`, natural log,
+        out `[B, H, Lq, Dv]` in the input dtype and lse float32 `[B, H, Lq]`, natural log,
         -inf where a row sees nothing. Contiguous.
     """
     geometry = Geometry(q.shape[2], k.shape[2], block_m, block_n, is_causal)
     plan = query_plan(levels, geometry)
-    config = config or configs.forward_config(q, block_m, block_n)
+    config = config or configs.forward_config(q, v, block_m, block_n)
     pool = rows_in_place if isinstance(config, HopperForwardConfig) else build_pyramid
     return forward_planned(q, pool(k, v, block_n), plan, geometry, scale=scale, config=config)
 
@@ -228,10 +233,10 @@ def forward_planned(
     """
     heads, kv_heads = q.shape[1], pyramid.k.shape[1]
     block_m, block_n = geometry.block_m, geometry.block_n
-    config = config or configs.forward_config(q, block_m, block_n)
+    config = config or configs.forward_config(q, pyramid.v, block_m, block_n)
     for_copies = isinstance(config, HopperForwardConfig)
     q = aligned_rows(q) if for_copies else configs.rows_contiguous(q)
-    out = q.new_empty(q.shape)
+    out = q.new_empty(*q.shape[:3], pyramid.v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
@@ -280,7 +285,7 @@ def _launch(
         q,
         *pyramid,
         *arguments,
-        D=head_dim,
+        **configs.widths(head_dim, pyramid.v.shape[3]),
         BLOCK_M=block_m,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         ROWS=config.rows,

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.attention.triton.configs import KeyGradConfig
+from psa_torch.attention.triton.columns import in_columns, load_columns, store_columns
+from psa_torch.attention.triton.configs import KeyGradConfig, widths
 from psa_torch.attention.triton.plan import Plan
 from psa_torch.attention.triton.products import QueryTile, add_products, load_queries
 from psa_torch.attention.triton.row_statistics import RowStatistics
@@ -50,6 +51,9 @@ def key_gradient(
     Q_STRIDE_M: tl.constexpr,
     DOUT_STRIDE_M: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     LOG_BLOCK_N: tl.constexpr,
     G: tl.constexpr,
@@ -61,9 +65,10 @@ def key_gradient(
     """Gradients of `OWN` pyramid rows of level `2**G < 8`, from all heads of their group.
 
     k_pointer, v_pointer, head_rows, skipped: see `Rows.of_level`.
-    dk_pooled, dv_pooled: float32 `[B, Hk, P - Lk', D]`, what each pooled row owes to every key
-    that it covers (dk before the factor `scale`), coarser levels included.
-    Level 1 writes dk, dv `[B, Hk, Lk, D]` instead.
+    dk_pooled, dv_pooled: float32 `[B, Hk, P - Lk', max(D, DV)]`, what each pooled row owes to every
+    key that it covers (dk before the factor `scale`), coarser levels included.
+    Level 1 writes dk `[B, Hk, Lk, D]` and dv `[B, Hk, Lk, DV]` instead.
+    WIDTH, V_WIDTH: see `forward.attention_forward`.
     The row strides are compile-time constants because the loop has no registers to spare.
     """
     RUN: tl.constexpr = (1 << LOG_BLOCK_N) >> G
@@ -74,29 +79,40 @@ def key_gradient(
     batch = batch_kv_head // kv_heads
     kv_head = batch_kv_head % kv_heads
     run = tl.program_id(0) * OWN + tl.arange(0, OWN)
-    d = tl.arange(0, D)
+    d = tl.arange(0, WIDTH)
+    e = tl.arange(0, V_WIDTH)
     rows = level_start(padded_len, G) + run
-    pyramid = (batch_kv_head.to(tl.int64) * head_rows - skipped) * D
-    at = pyramid + (rows[:, None] * D + d[None, :])
+    pyramid = batch_kv_head.to(tl.int64) * head_rows - skipped
     # Keys that are read where they are end with the last of them.
     there = (rows - skipped < head_rows)[:, None]
-    k = tl.load(k_pointer + at, mask=there, other=0.0)
-    v = tl.load(v_pointer + at, mask=there, other=0.0)
+    k = tl.load(
+        k_pointer + (pyramid * D + (rows[:, None] * D + d[None, :])),
+        mask=in_columns(there, d[None, :], D, WIDTH),
+        other=0.0,
+    )
+    v = tl.load(
+        v_pointer + (pyramid * DV + (rows[:, None] * DV + e[None, :])),
+        mask=in_columns(there, e[None, :], DV, V_WIDTH),
+        other=0.0,
+    )
     last = tl.minimum((run + 1) << G, kv_len) - 1
-    pooled = batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * D
+    ROW: tl.constexpr = D if D > DV else DV
+    pooled = batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * ROW
     dk_pooled += pooled
     dv_pooled += pooled
     if KEYS_FIRST:
         column = d[None, :]
+        v_column = e[None, :]
         run = run[:, None]
     else:
         column = d[:, None]
+        v_column = e[:, None]
         run = run[None, :]
     # Sums are 2**G times what a key is owed (see `add_products`). They start from what the
     # level above owes, before the loop needs registers.
-    above = (level_start(padded_len, G + 1) - padded_len + (run >> 1)) * D + column
-    dk = tl.load(dk_pooled + above) * (1 << G)
-    dv = tl.load(dv_pooled + above) * (1 << G)
+    above = (level_start(padded_len, G + 1) - padded_len + (run >> 1)) * ROW
+    dk = load_columns(dk_pooled + (above + column), column, D, WIDTH) * (1 << G)
+    dv = load_columns(dv_pooled + (above + v_column), v_column, DV, V_WIDTH) * (1 << G)
 
     PARTS: tl.constexpr = BLOCK_M // ROWS
     for member in tl.range(0, group, num_stages=1):
@@ -122,7 +138,17 @@ def key_gradient(
             for t in tl.range(begin * PARTS, end * PARTS, num_stages=STAGES):
                 first = tl.load(listed + t // PARTS) * BLOCK_M + t % PARTS * ROWS
                 q, dout = load_queries(
-                    q_base, dout_base, first, q_len, Q_STRIDE_M, DOUT_STRIDE_M, ROWS, D
+                    q_base,
+                    dout_base,
+                    first,
+                    q_len,
+                    Q_STRIDE_M,
+                    DOUT_STRIDE_M,
+                    ROWS,
+                    D,
+                    DV,
+                    WIDTH,
+                    V_WIDTH,
                 )
                 queries = QueryTile(
                     q, dout, lse2_pointer + statistics, delta_pointer + statistics, first
@@ -132,15 +158,22 @@ def key_gradient(
                 )
 
     if G > 0:
-        here = (level_start(padded_len, G) - padded_len + run) * D + column
-        tl.store(dk_pooled + here, dk * (1.0 / (1 << G)))
-        tl.store(dv_pooled + here, dv * (1.0 / (1 << G)))
+        here = (level_start(padded_len, G) - padded_len + run) * ROW
+        store_columns(dk_pooled + (here + column), dk * (1.0 / (1 << G)), column, D, WIDTH)
+        store_columns(dv_pooled + (here + v_column), dv * (1.0 / (1 << G)), v_column, DV, V_WIDTH)
     else:
-        keys = batch_kv_head.to(tl.int64) * kv_len * D
-        here = run * D + column
+        keys = batch_kv_head.to(tl.int64) * kv_len
         live = run < kv_len
-        tl.store(dk_pointer + keys + here, (dk * scale).to(dk_pointer.dtype.element_ty), mask=live)
-        tl.store(dv_pointer + keys + here, dv.to(dv_pointer.dtype.element_ty), mask=live)
+        tl.store(
+            dk_pointer + keys * D + (run * D + column),
+            (dk * scale).to(dk_pointer.dtype.element_ty),
+            mask=in_columns(live, column, D, WIDTH),
+        )
+        tl.store(
+            dv_pointer + keys * DV + (run * DV + v_column),
+            dv.to(dv_pointer.dtype.element_ty),
+            mask=in_columns(live, v_column, DV, V_WIDTH),
+        )
 
 
 def launch_key_gradient(
@@ -162,8 +195,9 @@ def launch_key_gradient(
 
     Args:
         plan: the key plan of the level mask.
-        pooled: float32 `[2, B, Hk, P - Lk', D]`, whose rows of the level above are complete.
-        dk, dv: `[B, Hk, Lk, D]`.
+        pooled: float32 `[2, B, Hk, P - Lk', max(D, Dv)]`, whose rows of the level above are
+            complete.
+        dk, dv: `[B, Hk, Lk, D]` and `[B, Hk, Lk, Dv]`.
     """
     heads, head_dim = q.shape[1], q.shape[3]
     k, v, head_rows, skipped = rows.of_level(g)
@@ -196,7 +230,7 @@ def launch_key_gradient(
         plan.entries.shape[2],
         Q_STRIDE_M=q.stride(2),
         DOUT_STRIDE_M=dout.stride(2),
-        D=head_dim,
+        **widths(head_dim, v.shape[3]),
         BLOCK_M=geometry.block_m,
         LOG_BLOCK_N=geometry.block_n.bit_length() - 1,
         G=g,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from psa_torch._triton.constants import LOG2E
+from psa_torch.attention.triton.columns import in_columns
 
 
 class QueryTile(NamedTuple):
@@ -34,18 +35,25 @@ def load_queries(
     DOUT_STRIDE_M: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
 ):
-    """`ROWS` rows of q and dout of one head from row `first` on, zero past the last query."""
+    """`ROWS` rows of q and dout of one head from row `first` on, zero past the last query and past
+    the head dimensions D and DV."""
     m = tl.arange(0, ROWS)
-    d = tl.arange(0, D)
+    d = tl.arange(0, WIDTH)[None, :]
+    e = tl.arange(0, V_WIDTH)[None, :]
     real = (first + m < q_len)[:, None]
     first64 = tl.cast(first, tl.int64)
     q = tl.load(
-        q_base + first64 * Q_STRIDE_M + (m[:, None] * Q_STRIDE_M + d[None, :]), mask=real, other=0.0
+        q_base + first64 * Q_STRIDE_M + (m[:, None] * Q_STRIDE_M + d),
+        mask=in_columns(real, d, D, WIDTH),
+        other=0.0,
     )
     dout = tl.load(
-        dout_base + first64 * DOUT_STRIDE_M + (m[:, None] * DOUT_STRIDE_M + d[None, :]),
-        mask=real,
+        dout_base + first64 * DOUT_STRIDE_M + (m[:, None] * DOUT_STRIDE_M + e),
+        mask=in_columns(real, e, DV, V_WIDTH),
         other=0.0,
     )
     return q, dout

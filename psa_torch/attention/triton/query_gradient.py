@@ -6,7 +6,8 @@ from torch import Tensor
 
 from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
-from psa_torch.attention.triton.configs import HopperQueryGradConfig, QueryGradConfig
+from psa_torch.attention.triton.columns import in_columns, load_columns
+from psa_torch.attention.triton.configs import HopperQueryGradConfig, QueryGradConfig, widths
 from psa_torch.attention.triton.plan import Plan
 from psa_torch.attention.triton.row_statistics import RowStatistics
 from psa_torch.attention.triton.rows import Rows
@@ -49,6 +50,9 @@ def query_gradient(
     q_blocks,
     k_blocks,
     D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     LOG_BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -57,24 +61,30 @@ def query_gradient(
     STAGES: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
-    """dq of `ROWS` query rows of one head, over the tiles that the forward visited."""
+    """dq of `ROWS` query rows of one head, over the tiles that the forward visited.
+
+    WIDTH, V_WIDTH: see `forward.attention_forward`.
+    """
     part = tl.num_programs(0) - 1 - tl.program_id(0) if IS_CAUSAL else tl.program_id(0)
     batch_head = tl.program_id(1)
     batch = batch_head // heads
     head = batch_head % heads
     kv_head = batch.to(tl.int64) * (heads // group) + head // group
-    pyramid = kv_head * (2 * padded_len - padded_len // 8) * D
-    k_pointer += pyramid
-    v_pointer += pyramid
+    pyramid = kv_head * (2 * padded_len - padded_len // 8)
+    k_pointer += pyramid * D
+    v_pointer += pyramid * DV
 
     m = part * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, D)
+    d = tl.arange(0, WIDTH)[None, :]
+    e = tl.arange(0, V_WIDTH)[None, :]
     m64 = m.to(tl.int64)[:, None]
     real_row = m[:, None] < q_len
     q_pointer += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
     dout_pointer += batch.to(tl.int64) * dout_stride_b + head.to(tl.int64) * dout_stride_h
-    q = tl.load(q_pointer + m64 * q_stride_m + d[None, :], mask=real_row, other=0.0)
-    dout = tl.load(dout_pointer + m64 * dout_stride_m + d[None, :], mask=real_row, other=0.0)
+    real_q = in_columns(real_row, d, D, WIDTH)
+    real_dout = in_columns(real_row, e, DV, V_WIDTH)
+    q = tl.load(q_pointer + m64 * q_stride_m + d, mask=real_q, other=0.0)
+    dout = tl.load(dout_pointer + m64 * dout_stride_m + e, mask=real_dout, other=0.0)
     padded_row = batch_head.to(tl.int64) * (q_blocks * BLOCK_M) + m
     lse2 = tl.load(lse2_pointer + padded_row)
     delta = tl.load(delta_pointer + padded_row)
@@ -84,7 +94,7 @@ def query_gradient(
     u = load4(full_counts, table_row)
     n0, n1, n2, _ = n
     entries += table_row.to(tl.int64) * k_blocks
-    dq = tl.zeros([ROWS, D], tl.float32)
+    dq = tl.zeros([ROWS, WIDTH], tl.float32)
 
     done = in_full_tiles(u, LOG_BLOCK_N, TILE)
     end0, end1, end2, end3 = tile_ends(done, TILE)
@@ -93,9 +103,8 @@ def query_gradient(
         level_entry = select4(g, 0, n0, n0 + n1, n0 + n1 + n2)
         position = (t - select4(g, 0, end0, end1, end2)) * TILE + tl.arange(0, TILE)
         rows = gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N)
-        at = rows[:, None] * D + d[None, :]
-        k = tl.load(k_pointer + at)
-        v = tl.load(v_pointer + at)
+        k = load_columns(k_pointer + (rows[:, None] * D + d), d, D, WIDTH)
+        v = load_columns(v_pointer + (rows[:, None] * DV + e), e, DV, V_WIDTH)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         p = tl.math.exp2(s * (scale * LOG2E) + (g.to(tl.float32) - lse2)[:, None])
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
@@ -108,9 +117,9 @@ def query_gradient(
             entries, first + tl.arange(0, TAIL), n, done, padded_len, kv_len, LOG_BLOCK_N
         )
         real = (bias > float("-inf"))[:, None]
-        at = rows[:, None] * D + d[None, :]
-        k = tl.load(k_pointer + at, mask=real, other=0.0)
-        v = tl.load(v_pointer + at, mask=real, other=0.0)
+        at = rows[:, None]
+        k = tl.load(k_pointer + (at * D + d), mask=in_columns(real, d, D, WIDTH), other=0.0)
+        v = tl.load(v_pointer + (at * DV + e), mask=in_columns(real, e, DV, V_WIDTH), other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + bias[None, :]
         if IS_CAUSAL:
             s = tl.where(last[None, :] <= m[:, None] + (kv_len - q_len), s, float("-inf"))
@@ -121,9 +130,9 @@ def query_gradient(
 
     dq_row = batch_head.to(tl.int64) * q_len + m
     tl.store(
-        dq_pointer + dq_row[:, None] * D + d[None, :],
+        dq_pointer + dq_row[:, None] * D + d,
         (dq * scale).to(dq_pointer.dtype.element_ty),
-        mask=real_row,
+        mask=real_q,
     )
 
 
@@ -192,7 +201,7 @@ def _launch(
         rows.k,
         rows.v,
         *arguments,
-        D=head_dim,
+        **widths(head_dim, rows.v.shape[3]),
         BLOCK_M=block_m,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         ROWS=config.rows,

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
+from psa_torch.attention.triton.columns import in_columns
+from psa_torch.kernels._launch import next_power_of_2
 from shared_specs.geometry import cdiv
 
 
@@ -36,7 +38,8 @@ def row_statistics(
     heads,
     q_len,
     padded_q_len,
-    D: tl.constexpr,
+    DV: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
@@ -48,13 +51,14 @@ def row_statistics(
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, D)
+    e = tl.arange(0, V_WIDTH)[None, :]
     real = m < q_len
     m64 = m.to(tl.int64)[:, None]
     out_pointer += batch * out_stride_b + head * out_stride_h
     dout_pointer += batch * dout_stride_b + head * dout_stride_h
-    out = tl.load(out_pointer + m64 * out_stride_m + d[None, :], mask=real[:, None], other=0.0)
-    dout = tl.load(dout_pointer + m64 * dout_stride_m + d[None, :], mask=real[:, None], other=0.0)
+    here = in_columns(real[:, None], e, DV, V_WIDTH)
+    out = tl.load(out_pointer + m64 * out_stride_m + e, mask=here, other=0.0)
+    dout = tl.load(dout_pointer + m64 * dout_stride_m + e, mask=here, other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     row = batch_head.to(tl.int64) * q_len + m
     lse = tl.load(lse_pointer + row, mask=real, other=float("-inf"))
@@ -70,8 +74,8 @@ def row_statistics(
 def launch_row_statistics(
     out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, block_m: int
 ) -> RowStatistics:
-    """The statistics of `out`, `dout` `[B, H, Lq, D]`, `lse`, `dlse` `[B, H, Lq]`."""
-    batch, heads, q_len, head_dim = out.shape
+    """The statistics of `out`, `dout` `[B, H, Lq, Dv]`, `lse`, `dlse` `[B, H, Lq]`."""
+    batch, heads, q_len, value_dim = out.shape
     rows = cdiv(q_len, block_m) * block_m
     delta = lse.new_empty(batch, heads, rows, dtype=torch.float32)
     lse2 = torch.empty_like(delta)
@@ -90,7 +94,8 @@ def launch_row_statistics(
         heads,
         q_len,
         rows,
-        D=head_dim,
+        DV=value_dim,
+        V_WIDTH=max(16, next_power_of_2(value_dim)),
         ROWS=step,
         HAS_DLSE=dlse is not None,
         num_warps=4,

@@ -69,14 +69,17 @@ def rows_in_place(k: Tensor, v: Tensor, block_n: int) -> Rows:
 
 
 def aligned_rows(x: Tensor) -> Tensor:
-    """`x` `[B, H, L, D]` itself if a copy can start at each of its rows, else a contiguous copy.
+    """`x` `[B, H, L, D]` itself if a copy can start at each of its rows, else such a copy of it.
 
     Strides are asked to be multiples of 16 numbers: that is what a compiled kernel knows of them.
     """
     dense = x.stride(-1) == 1 and not any(step % 16 for step in x.stride()[:3])
     if dense and x.data_ptr() % ALIGNMENT == 0:
         return x
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+    # Rows of 72, say, stand at every 80th number then.
+    apart = -(-x.shape[-1] // 16) * 16
+    rows = torch.empty(*x.shape[:-1], apart, dtype=x.dtype, device=x.device)
+    return rows[..., : x.shape[-1]].copy_(x)
 
 
 def _in_reach(x: Tensor, pooled: Tensor) -> bool:

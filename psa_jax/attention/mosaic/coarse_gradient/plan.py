@@ -16,6 +16,7 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,6 +155,8 @@ def coarse_plan(levels: jax.Array, walk: QueryPlan, rounds: Rounds) -> CoarsePla
     geometry, g = rounds.geometry, rounds.level
     levels = pad_query_blocks(levels, geometry)
     lead = levels.shape[:3]
+    chex.assert_shape(levels, (rounds.batch, rounds.heads, None, None))
+    chex.assert_equal_size([walk.entries, levels])
     seen, whole = needed(levels, geometry, g)
     listed, whole = (x.sum(-1, dtype=jnp.int32) for x in (seen, whole))
     first = walk.spans[:, FIRST][:, g].reshape(lead)

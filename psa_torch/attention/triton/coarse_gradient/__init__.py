@@ -22,7 +22,7 @@ from psa_torch.attention.triton.coarse_gradient.sums import (
     WARP_BYTES,
     coarse_sums,
 )
-from psa_torch.attention.triton.configs import CoarseGradConfig
+from psa_torch.attention.triton.configs import CoarseGradConfig, widths
 from psa_torch.attention.triton.plan import Plan
 from psa_torch.attention.triton.row_statistics import RowStatistics
 from psa_torch.attention.triton.rows import Rows
@@ -51,11 +51,15 @@ def launch_coarse_gradient(
 
     Args:
         by_query, by_key: the plans of the level mask.
-        pooled: float32 `[2, B, Hk, P - Lk', D]`, whose rows of coarser levels are complete.
+        pooled: float32 `[2, B, Hk, P - Lk', max(D, Dv)]`, whose rows of coarser levels are
+            complete.
     """
     batch, heads, q_len, head_dim = q.shape
     k, v, head_rows, skipped = rows.of_level(g)
     kv_heads = k.shape[1]
+    row = max(head_dim, v.shape[3])
+    columns = widths(head_dim, v.shape[3])
+    width = max(columns["WIDTH"], columns["V_WIDTH"])
     group = heads // kv_heads
     padded_len = geometry.padded_len
     q_blocks, k_blocks = by_query.entries.shape[2:]
@@ -64,17 +68,15 @@ def launch_coarse_gradient(
         batch * kv_heads,
         group,
         q_blocks,
-        2 * slot_rows * head_dim * q.element_size(),
+        2 * slot_rows * row * q.element_size(),
         config.workspace,
         resident_programs(q, PROGRAMS_PER_PROCESSOR),
     )
-    slots = q.new_empty(
-        2, rounds.heads_per_round * group, rounds.queries_per_round, slot_rows, head_dim
-    )
+    slots = q.new_empty(2, rounds.heads_per_round * group, rounds.queries_per_round, slot_rows, row)
     # A power of two near `scale`, so that a slot of dk has the size of dk; 1 for scale 0.
     dk_unit = 2.0 ** max(-32, min(32, math.frexp(scale)[1]))
     log_block_n = geometry.block_n.bit_length() - 1
-    slot_bytes = (geometry.block_n >> g) * head_dim * q.element_size()
+    slot_bytes = (geometry.block_n >> g) * width * q.element_size()
     for part in rounds.places():
         place = (part.first_head * group, part.first_query, rounds.queries_per_round)
         launch_kernel(
@@ -105,7 +107,7 @@ def launch_coarse_gradient(
             *place,
             Q_STRIDE_M=q.stride(2),
             DOUT_STRIDE_M=dout.stride(2),
-            D=head_dim,
+            **columns,
             BLOCK_M=geometry.block_m,
             LOG_BLOCK_N=log_block_n,
             G=g,
@@ -132,10 +134,12 @@ def launch_coarse_gradient(
             k_blocks,
             *place,
             D=head_dim,
+            DV=v.shape[3],
+            WIDTH=width,
             LOG_BLOCK_N=log_block_n,
             G=g,
             SLOTS=SLOTS_AT_ONCE,
-            WIDTH=LIST_WIDTH,
+            LIST=LIST_WIDTH,
             FIRST_ROUND=part.first_query == 0,
             num_warps=max(1, min(4, slot_bytes // WARP_BYTES)),
         )

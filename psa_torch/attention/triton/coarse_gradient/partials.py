@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from psa_torch.attention.triton.columns import in_columns, load_columns
 from psa_torch.attention.triton.products import QueryTile, load_queries, weights
 from psa_torch.attention.triton.walk import gather_rows, level_start, load4, select4
 
@@ -41,6 +42,9 @@ def coarse_partials(
     Q_STRIDE_M: tl.constexpr,
     DOUT_STRIDE_M: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     LOG_BLOCK_N: tl.constexpr,
     G: tl.constexpr,
@@ -53,10 +57,10 @@ def coarse_partials(
     sees at level 2**G.
 
     k_pointer, v_pointer, head_rows, skipped: see `Rows.of_level`.
-    dk_slots, dv_slots: `[heads, round_blocks, padded_len >> G, D]` in the dtype of q. A row holds
-    what it owes to each key that it covers, dk before the factor `scale` but times `dk_unit`,
-    which is about as large. Key blocks that are not listed stay as they are. Rows that cover no
-    key are written like others, and end in sums that nothing reads.
+    dk_slots, dv_slots: `[heads, round_blocks, padded_len >> G, max(D, DV)]` in the dtype of q. A
+    row holds what it owes to each key that it covers, dk before the factor `scale` but times
+    `dk_unit`, which is about as large. Key blocks that are not listed stay as they are. Rows that
+    cover no key are written like others, and end in sums that nothing reads.
     """
     # Of a causal round the last blocks have most to do.
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -64,10 +68,11 @@ def coarse_partials(
     batch = (batch_head // heads).to(tl.int64)
     head = batch_head % heads
     kv_head = batch * (heads // group) + head // group
-    pyramid = (kv_head * head_rows - skipped) * D
-    k_pointer += pyramid
-    v_pointer += pyramid
-    slots = (tl.program_id(1).to(tl.int64) * round_blocks + slot) * (padded_len >> G) * D
+    pyramid = kv_head * head_rows - skipped
+    k_pointer += pyramid * D
+    v_pointer += pyramid * DV
+    ROW: tl.constexpr = D if D > DV else DV
+    slots = (tl.program_id(1).to(tl.int64) * round_blocks + slot) * (padded_len >> G) * ROW
     dk_slots += slots
     dv_slots += slots
     q_base = q_pointer + batch * q_stride_b + head.to(tl.int64) * q_stride_h
@@ -87,11 +92,24 @@ def coarse_partials(
     if IS_CAUSAL:
         full = tl.load(full_counts + table_row.to(tl.int64) * 4 + G)
         unmasked = (full << (LOG_BLOCK_N - G)) // TILE
-    d = tl.arange(0, D)
+    d = tl.arange(0, WIDTH)[None, :]
+    e = tl.arange(0, V_WIDTH)[None, :]
     # The query block stays in shared memory where it fits, else its parts come by in turn.
     RESIDENT: tl.constexpr = ROWS == BLOCK_M
     if RESIDENT:
-        q, dout = load_queries(q_base, dout_base, first, q_len, Q_STRIDE_M, DOUT_STRIDE_M, ROWS, D)
+        q, dout = load_queries(
+            q_base,
+            dout_base,
+            first,
+            q_len,
+            Q_STRIDE_M,
+            DOUT_STRIDE_M,
+            ROWS,
+            D,
+            DV,
+            WIDTH,
+            V_WIDTH,
+        )
     for MASKED in tl.static_range(0, 2 if IS_CAUSAL else 1):
         begin = unmasked if MASKED else 0
         end = tiles if MASKED else unmasked
@@ -101,13 +119,12 @@ def coarse_partials(
             # Places past the end repeat the last row, and are not stored.
             position = tl.minimum(position, stream - 1)
             rows = gather_rows(entries, 0, position, G, padded_len, LOG_BLOCK_N)
-            at = rows[:, None] * D + d[None, :]
-            k = tl.load(k_pointer + at)
-            v = tl.load(v_pointer + at)
+            k = load_columns(k_pointer + (rows[:, None] * D + d), d, D, WIDTH)
+            v = load_columns(v_pointer + (rows[:, None] * DV + e), e, DV, V_WIDTH)
             run = rows - level_start(padded_len, G)
             last = tl.minimum((run + 1) << G, kv_len) - 1
-            dk = tl.zeros([TILE, D], tl.float32)
-            dv = tl.zeros([TILE, D], tl.float32)
+            dk = tl.zeros([TILE, WIDTH], tl.float32)
+            dv = tl.zeros([TILE, V_WIDTH], tl.float32)
             if RESIDENT:
                 queries = QueryTile(q, dout, lse2_pointer, delta_pointer, first)
                 p, ds = weights(k, v, queries, scale, last, kv_len - q_len, G, MASKED)
@@ -124,13 +141,24 @@ def coarse_partials(
                         DOUT_STRIDE_M,
                         ROWS,
                         D,
+                        DV,
+                        WIDTH,
+                        V_WIDTH,
                     )
                     queries = QueryTile(q, dout, lse2_pointer, delta_pointer, first + part)
                     p, ds = weights(k, v, queries, scale, last, kv_len - q_len, G, MASKED)
                     dv = tl.dot(p, dout, dv, input_precision="ieee")
                     dk = tl.dot(ds, q, dk, input_precision="ieee")
-            here = run[:, None] * D + d[None, :]
+            here = run[:, None] * ROW
             dk *= dk_unit / (1 << G)
             dv *= 1.0 / (1 << G)
-            tl.store(dk_slots + here, dk.to(dk_slots.dtype.element_ty), mask=live[:, None])
-            tl.store(dv_slots + here, dv.to(dv_slots.dtype.element_ty), mask=live[:, None])
+            tl.store(
+                dk_slots + (here + d),
+                dk.to(dk_slots.dtype.element_ty),
+                mask=in_columns(live[:, None], d, D, WIDTH),
+            )
+            tl.store(
+                dv_slots + (here + e),
+                dv.to(dv_slots.dtype.element_ty),
+                mask=in_columns(live[:, None], e, DV, V_WIDTH),
+            )

@@ -32,10 +32,12 @@ def coarse_sums(
     first_block,
     round_blocks,
     D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
     LOG_BLOCK_N: tl.constexpr,
     G: tl.constexpr,
     SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    LIST: tl.constexpr,
     FIRST_ROUND: tl.constexpr,
 ):
     """Adds the slots of one round to the rows of one key block, `SLOTS` at a time.
@@ -53,12 +55,17 @@ def coarse_sums(
     which = tl.program_id(2)
     slots += which.to(tl.int64) * slots_of_one
     pooled += which.to(tl.int64) * pooled_of_one
-    pooled += batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * D
-    d = tl.arange(0, D)
+    ROW: tl.constexpr = D if D > DV else DV
+    pooled += batch_kv_head.to(tl.int64) * (padded_len - padded_len // 8) * ROW
+    d = tl.arange(0, WIDTH)[None, :]
+    if D == DV:
+        columns = D
+    else:
+        columns = tl.where(which == 0, D, DV)
     run = key_block * RUN + tl.arange(0, RUN)
-    own = run[:, None] * D + d[None, :]
-    slot_numbers = (padded_len >> G).to(tl.int64) * D
-    total = tl.zeros([RUN, D], tl.float32)
+    own = run[:, None] * ROW + d
+    slot_numbers = (padded_len >> G).to(tl.int64) * ROW
+    total = tl.zeros([RUN, WIDTH], tl.float32)
     for member in tl.range(0, group, num_stages=1):
         batch_head = batch_kv_head * group + member
         table_row = batch_head * k_blocks + key_block
@@ -69,8 +76,8 @@ def coarse_sums(
         # Entries ascend, so those of this round are the ones between two counts.
         begin = 0
         end = 0
-        for at in tl.range(0, count, WIDTH, num_stages=1):
-            place = at + tl.arange(0, WIDTH)
+        for at in tl.range(0, count, LIST, num_stages=1):
+            place = at + tl.arange(0, LIST)
             of_round = tl.load(listed + place, mask=place < count, other=2**30) - first_block
             begin += tl.sum((of_round < 0).to(tl.int32), 0)
             end += tl.sum((of_round < round_blocks).to(tl.int32), 0)
@@ -80,15 +87,30 @@ def coarse_sums(
                 live = at + ahead < end
                 slot = base + tl.load(listed + at + ahead, mask=live, other=first_block)
                 live = tl.full([RUN, 1], at + ahead, tl.int32) < end
+                if WIDTH > D or WIDTH > DV:
+                    live = live & (d < columns)
                 here = tl.load(slots + slot * slot_numbers + own, mask=live, other=0.0)
                 total += here.to(tl.float32)
     total *= tl.where(which == 0, 1.0 / dk_unit, 1.0)
 
-    here = (level_start(padded_len, G) - padded_len) * D + own
+    here = (level_start(padded_len, G) - padded_len) * ROW + own
     if FIRST_ROUND:
         if G < 3:
             above = level_start(padded_len, G + 1) - padded_len + (run >> 1)
-            total += tl.load(pooled + (above[:, None] * D + d[None, :]))
+            total += _load_sums(pooled + (above[:, None] * ROW + d), d, columns, D, DV, WIDTH)
     else:
-        total += tl.load(pooled + here)
-    tl.store(pooled + here, total)
+        total += _load_sums(pooled + here, d, columns, D, DV, WIDTH)
+    if WIDTH > D or WIDTH > DV:
+        tl.store(pooled + here, total, mask=d < columns)
+    else:
+        tl.store(pooled + here, total)
+
+
+@triton.jit
+def _load_sums(pointer, d, columns, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr):
+    """The first `columns` columns, D or DV of WIDTH; zeros in the others."""
+    if WIDTH > D or WIDTH > DV:
+        x = tl.load(pointer, mask=d < columns, other=0.0)
+    else:
+        x = tl.load(pointer)
+    return x

@@ -8,6 +8,10 @@ import torch
 
 CAPABILITY = (9, 0)
 HEAD_DIMS = (64, 128)
+"""Columns of the kernels; what lies between takes the next, its missing columns read as zeros."""
+
+LEAST_HEAD_DIM = 40
+"""Below, the narrower kernel of every GPU multiplies half as much."""
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK_M = 128
 
@@ -26,8 +30,9 @@ def unsupported(
         capability: compute capability of the GPU.
         rows: queries that a kernel takes at once, of which `block_m` must be a multiple.
     """
-    if head_dim not in HEAD_DIMS:
-        return f"head dimension must be one of {HEAD_DIMS}, got {head_dim}"
+    if head_dim % 8 or not LEAST_HEAD_DIM <= head_dim <= HEAD_DIMS[-1]:
+        accepted = f"a multiple of 8 in {LEAST_HEAD_DIM}..{HEAD_DIMS[-1]}"
+        return f"head dimension must be {accepted}, got {head_dim}"
     if dtype not in DTYPES:
         names = " or ".join(str(accepted).removeprefix("torch.") for accepted in DTYPES)
         return f"dtype must be {names}, got {str(dtype).removeprefix('torch.')}"

@@ -84,6 +84,18 @@ class Source(NamedTuple):
 
 
 @gluon.jit
+def copy_columns(target, pointer, d, D: gl.constexpr):
+    """`copy_async`, with zeros in columns from `D` on, which are not there.
+
+    d: the column of each number, in a shape that broadcasts to that of `pointer`.
+    """
+    if D == target.shape[1]:
+        copy_async(target, pointer)
+    else:
+        copy_async(target, pointer, mask=d < D)
+
+
+@gluon.jit
 def _head_of(source, first_key, first_pooled, D: gl.constexpr):
     """`source` for one head: pointers to pyramid row 0, and in place of rows of a head, the rows
     of the long and of the half box that are pyramid row 0."""
@@ -100,13 +112,13 @@ def _head_of(source, first_key, first_pooled, D: gl.constexpr):
 
 
 @gluon.jit
-def _copy_rows(pointer, rows, d, t, ring):
+def _copy_rows(pointer, rows, d, t, ring, D: gl.constexpr):
     """Copies rows of memory, counted from `pointer`, into the place of tile `t` once it is free."""
-    D: gl.constexpr = ring.tiles.shape[2]
     stage = stage_of(ring, t)
-    at = gl.expand_dims(rows.to(gl.int64), 1) * D + gl.expand_dims(d, 0)
+    d = gl.expand_dims(d, 0)
+    at = gl.expand_dims(rows.to(gl.int64), 1) * D + d
     wait_empty(ring, t)
-    copy_async(ring.tiles.index(stage), pointer + at)
+    copy_columns(ring.tiles.index(stage), pointer + at, d, D)
     async_copy.mbarrier_arrive(ring.full.index(stage), increment_count=False)
 
 
@@ -145,7 +157,7 @@ def _load_boxes(
 
 
 @gluon.jit
-def _copy_tiles(head, listed, sizes, copied, ring, LOG_BLOCK_N: gl.constexpr):
+def _copy_tiles(head, listed, sizes, copied, ring, D: gl.constexpr, LOG_BLOCK_N: gl.constexpr):
     """The tiles of one table row, of which `copied` others went through the ring before.
 
     Full tiles of levels 1 and 2 are few long runs, which tensor copies bring; other rows are
@@ -158,8 +170,10 @@ def _copy_tiles(head, listed, sizes, copied, ring, LOG_BLOCK_N: gl.constexpr):
         Tiles of this table row.
     """
     TILE: gl.constexpr = ring.tiles.shape[1]
-    D: gl.constexpr = ring.tiles.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [COPY_WARPS, 1], [1, 0])
+    WIDTH: gl.constexpr = ring.tiles.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // WIDTH, WIDTH // 8], [COPY_WARPS, 1], [1, 0]
+    )
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     padded_len = sizes.padded_len
     entries, counts, full_counts = listed
@@ -167,7 +181,7 @@ def _copy_tiles(head, listed, sizes, copied, ring, LOG_BLOCK_N: gl.constexpr):
     n0, n1, n2, n3 = stream.counts
     # One position a thread while rows are looked up; every thread that copies gets them after.
     lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [COPY_WARPS], [0]))
-    d = gl.arange(0, D, gl.SliceLayout(0, layout))
+    d = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     end0, end1, end2, end3 = tile_ends(stream.done, TILE)
     for t in range(end0):
         _load_boxes(
@@ -199,7 +213,7 @@ def _copy_tiles(head, listed, sizes, copied, ring, LOG_BLOCK_N: gl.constexpr):
         position = (t - gl.where(g == 2, end1, end2)) * TILE + lane
         rows = gather_rows(entries, level_entry, position, g, padded_len, LOG_BLOCK_N)
         rows = gl.convert_layout(rows, row_layout)
-        _copy_rows(head.pooled, rows, d, copied + t, ring)
+        _copy_rows(head.pooled, rows, d, copied + t, ring, D)
     tail = tail_tiles(stream, LOG_BLOCK_N, TILE)
     for i in range(tail):
         rows, last, bias = tail_rows(
@@ -215,18 +229,20 @@ def _copy_tiles(head, listed, sizes, copied, ring, LOG_BLOCK_N: gl.constexpr):
         rows = gl.where(bias > float("-inf"), rows, 0)
         rows += gl.where(rows < padded_len, 0, head.apart)
         rows = gl.convert_layout(rows, row_layout)
-        _copy_rows(head.pointer, rows, d, copied + end3 + i, ring)
+        _copy_rows(head.pointer, rows, d, copied + end3 + i, ring, D)
     return end3 + tail
 
 
 @gluon.jit
-def _copy_queries(queries, sizes, block, batch_head, taken):
+def _copy_queries(queries, sizes, block, batch_head, taken, D: gl.constexpr):
     """Copies the `taken`-th query block of the program, half for each multiplying warpgroup."""
     tiles = queries.ring.tiles
     ROWS: gl.constexpr = tiles.shape[1]
-    D: gl.constexpr = tiles.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [COPY_WARPS, 1], [1, 0])
-    d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, layout)), 0)
+    WIDTH: gl.constexpr = tiles.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // WIDTH, WIDTH // 8], [COPY_WARPS, 1], [1, 0]
+    )
+    d = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)), 0)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     head = queries.pointer + (batch_head // sizes.heads).to(gl.int64) * queries.stride_b
     head += (batch_head % sizes.heads).to(gl.int64) * queries.stride_h
@@ -235,7 +251,7 @@ def _copy_queries(queries, sizes, block, batch_head, taken):
         # Past the last query any real one will do: what comes of it is not stored.
         m = gl.minimum(block * (2 * ROWS) + part * ROWS + row, sizes.q_len - 1).to(gl.int64)
         at = gl.expand_dims(m * queries.stride_m, 1) + d
-        copy_async(tiles.index(taken % 2 * 2 + part), head + at)
+        copy_columns(tiles.index(taken % 2 * 2 + part), head + at, d, D)
     async_copy.mbarrier_arrive(
         queries.ring.full.index(stage_of(queries.ring, taken)), increment_count=False
     )
@@ -243,11 +259,17 @@ def _copy_queries(queries, sizes, block, batch_head, taken):
 
 @gluon.jit
 def copy_items(
-    queries, source, lists, sizes, ring, LOG_BLOCK_N: gl.constexpr, IS_CAUSAL: gl.constexpr
+    queries,
+    source,
+    lists,
+    sizes,
+    ring,
+    D: gl.constexpr,
+    LOG_BLOCK_N: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
 ):
     """Those who copy: the keys or the values of each query block, and its queries if they are
-    given (else None)."""
-    D: gl.constexpr = ring.tiles.shape[2]
+    given (else None). D: numbers of a row, of which a tile may have more."""
     copied = 0
     taken = 0
     for item in range(gl.program_id(0), sizes.items, gl.num_programs(0)):
@@ -255,7 +277,7 @@ def copy_items(
             item, sizes.q_blocks, sizes.heads, sizes.group, IS_CAUSAL
         )
         if queries is not None:
-            _copy_queries(queries, sizes, block, batch_head, taken)
+            _copy_queries(queries, sizes, block, batch_head, taken, D)
         taken += 1
         first_key = kv_head * source.key_rows
         first_pooled = kv_head * source.pooled_rows - source.skipped
@@ -266,10 +288,10 @@ def copy_items(
             lists.counts + row * 4,
             lists.full_counts + row * 4,
         )
-        copied += _copy_tiles(head, listed, sizes, copied, ring, LOG_BLOCK_N)
+        copied += _copy_tiles(head, listed, sizes, copied, ring, D, LOG_BLOCK_N)
 
 
-def boxes(rows: Rows, block_n: int, tile: int) -> tuple[TensorDescriptor, ...]:
+def boxes(rows: Rows, block_n: int, tile: int, width: int) -> tuple[TensorDescriptor, ...]:
     """Descriptors (k_long, k_half, v_long, v_half) of the rows of all heads as one matrix.
 
     A long box is the rows of a block of level 1, a half box those of level 2, or a tile if that
@@ -277,8 +299,8 @@ def boxes(rows: Rows, block_n: int, tile: int) -> tuple[TensorDescriptor, ...]:
     """
     long, half = (min(block_n >> g, tile) for g in (0, 1))
     return (
-        row_boxes(rows.k, long),
-        row_boxes(rows.pooled_k, half),
-        row_boxes(rows.v, long),
-        row_boxes(rows.pooled_v, half),
+        row_boxes(rows.k, long, width),
+        row_boxes(rows.pooled_k, half, width),
+        row_boxes(rows.v, long, width),
+        row_boxes(rows.pooled_v, half, width),
     )

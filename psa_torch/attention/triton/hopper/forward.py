@@ -25,7 +25,8 @@ from psa_torch._triton.launch import launch_kernel
 from psa_torch._triton.products import start_product
 from psa_torch._triton.rings import Ring, new_barriers, release, tile_of, wait_full
 from psa_torch.attention.triton import hopper
-from psa_torch.attention.triton.configs import HopperForwardConfig
+from psa_torch.attention.triton.columns import in_columns
+from psa_torch.attention.triton.configs import HopperForwardConfig, width_of
 from psa_torch.attention.triton.hopper.copies import (
     COPY_THREADS,
     COPY_WARPS,
@@ -79,6 +80,7 @@ def _multiply_tiles(
     scale,
     sizes,
     rings,
+    D: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     NEGATE: gl.constexpr,
@@ -88,10 +90,10 @@ def _multiply_tiles(
     q_len = sizes.q_len
     ROWS: gl.constexpr = queries.tiles.shape[1]
     TILE: gl.constexpr = keys.tiles.shape[1]
-    D: gl.constexpr = keys.tiles.shape[2]
+    WIDTH: gl.constexpr = keys.tiles.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    io_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    io_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     dtype: gl.constexpr = results.out.dtype.element_ty
@@ -112,7 +114,7 @@ def _multiply_tiles(
         wait_full(queries, taken)
         turn = taken
         taken += 1
-        acc = gl.zeros([ROWS, D], gl.float32, o_layout)
+        acc = gl.zeros([ROWS, WIDTH], gl.float32, o_layout)
         top = gl.full([ROWS], LOWEST, gl.float32, s_row)
         total = gl.full([ROWS], 0.0, gl.float32, s_row)
         first = block * (2 * ROWS) + part * ROWS
@@ -195,9 +197,10 @@ def _multiply_tiles(
         release(queries, turn)
         out_row = batch_head.to(gl.int64) * q_len
         m = first + gl.arange(0, ROWS, gl.SliceLayout(1, io_layout))
-        d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0)
+        d = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, io_layout)), 0)
         out_at = gl.expand_dims((out_row + m) * D, 1) + d
-        gl.store(results.out + out_at, out, mask=gl.expand_dims(m < q_len, 1))
+        real = in_columns(gl.expand_dims(m < q_len, 1), d, D, WIDTH)
+        gl.store(results.out + out_at, out, mask=real)
         lse = gl.where(seen, lse, float("-inf"))
         gl.store(results.lse + out_row + row, lse, mask=row < q_len)
 
@@ -236,6 +239,7 @@ def attention_forward_hopper(
     v_long,
     v_half,
     D: gl.constexpr,
+    WIDTH: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
@@ -252,14 +256,15 @@ def attention_forward_hopper(
     k_pointer, v_pointer, k_pooled, v_pooled, key_rows, pooled_rows, skipped, k_apart,
     v_apart: see `rows.Rows`.
     k_long, v_long, k_half, v_half: see `copies.boxes`.
+    D, WIDTH: numbers of a row, and columns multiplied.
     """
     dtype: gl.constexpr = q_pointer.dtype.element_ty
-    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], dtype)
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, WIDTH], dtype)
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, WIDTH], dtype)
     # Two query blocks, of which each multiplying warpgroup has half.
-    q_tiles = gl.allocate_shared_memory(dtype, [4, 64, D], q_layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], tile_layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], tile_layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [4, 64, WIDTH], q_layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, WIDTH], tile_layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, WIDTH], tile_layout)
     queries = Ring(q_tiles, new_barriers(2), new_barriers(2))
     keys = Ring(k_tiles, new_barriers(STAGES), new_barriers(STAGES))
     values = Ring(v_tiles, new_barriers(STAGES), new_barriers(STAGES))
@@ -284,14 +289,14 @@ def attention_forward_hopper(
         [
             (
                 _multiply_tiles,
-                (0, lists, results, scale, sizes, rings, LOG_BLOCK_N, IS_CAUSAL, NEGATE),
+                (0, lists, results, scale, sizes, rings, D, LOG_BLOCK_N, IS_CAUSAL, NEGATE),
             ),
             (
                 _multiply_tiles,
-                (1, lists, results, scale, sizes, rings, LOG_BLOCK_N, IS_CAUSAL, NEGATE),
+                (1, lists, results, scale, sizes, rings, D, LOG_BLOCK_N, IS_CAUSAL, NEGATE),
             ),
-            (copy_items, (copied, of_keys, lists, sizes, keys, LOG_BLOCK_N, IS_CAUSAL)),
-            (copy_items, (None, of_values, lists, sizes, values, LOG_BLOCK_N, IS_CAUSAL)),
+            (copy_items, (copied, of_keys, lists, sizes, keys, D, LOG_BLOCK_N, IS_CAUSAL)),
+            (copy_items, (None, of_values, lists, sizes, values, D, LOG_BLOCK_N, IS_CAUSAL)),
         ],
         [4, COPY_WARPS, COPY_WARPS],
         [MULTIPLY_REGISTERS, COPY_REGISTERS, COPY_REGISTERS],
@@ -318,6 +323,7 @@ def launch(
     """
     batch, heads, q_len, head_dim = q.shape
     hopper.require_supported(config, head_dim, q.dtype, block_m, capability(q))
+    width = width_of(head_dim)
     items = (q_len + hopper.BLOCK_M - 1) // hopper.BLOCK_M * batch * heads
     # Shared memory holds one program per multiprocessor. Under causality items differ much in
     # size, and the hardware gives out programs of one item each better than a fixed order does.
@@ -330,8 +336,9 @@ def launch(
         *arguments,
         items,
         *rows.places(),
-        *boxes(rows, block_n, config.tile),
+        *boxes(rows, block_n, config.tile, width),
         D=head_dim,
+        WIDTH=width,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         TILE=config.tile,
         STAGES=config.stages,

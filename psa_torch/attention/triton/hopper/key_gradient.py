@@ -31,8 +31,9 @@ from psa_torch._triton.rings import (
     wait_full,
 )
 from psa_torch.attention.triton import hopper
-from psa_torch.attention.triton.configs import HopperKeyGradConfig
-from psa_torch.attention.triton.hopper.copies import COPY_THREADS, COPY_WARPS
+from psa_torch.attention.triton.columns import in_columns
+from psa_torch.attention.triton.configs import HopperKeyGradConfig, width_of
+from psa_torch.attention.triton.hopper.copies import COPY_THREADS, COPY_WARPS, copy_columns
 from psa_torch.attention.triton.hopper.units import LEAST_RUN, LOG_ENTRY, MASKED, Units
 from psa_torch.attention.triton.row_statistics import RowStatistics
 from psa_torch.attention.triton.rows import Rows
@@ -96,15 +97,17 @@ def _place(units, kv_heads):
 
 
 @gluon.jit
-def _copy_queries(source, lists, sizes, ring, BLOCK_M: gl.constexpr):
+def _copy_queries(source, lists, sizes, ring, D: gl.constexpr, BLOCK_M: gl.constexpr):
     """Those who copy: the rows of q, or of dout, of each query block listed, and a number a row."""
     entries, counts = lists
     kv_heads, group, q_blocks, units = sizes.kv_heads, sizes.group, sizes.q_blocks, sizes.units
     ROWS: gl.constexpr = ring.tiles.shape[1]
-    D: gl.constexpr = ring.tiles.shape[2]
+    WIDTH: gl.constexpr = ring.tiles.shape[2]
     PARTS: gl.constexpr = BLOCK_M // ROWS
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [COPY_WARPS, 1], [1, 0])
-    d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, layout)), 0)
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // WIDTH, WIDTH // 8], [COPY_WARPS, 1], [1, 0]
+    )
+    d = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)), 0)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     lane = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [COPY_WARPS], [0]))
     unit, batch_kv_head, batch, kv_head = _place(units, kv_heads)
@@ -123,7 +126,8 @@ def _copy_queries(source, lists, sizes, ring, BLOCK_M: gl.constexpr):
             m = gl.minimum(first + row, sizes.q_len - 1).to(gl.int64)
             stage = stage_of(ring, copied)
             wait_empty(ring, copied)
-            copy_async(ring.tiles.index(stage), rows + (gl.expand_dims(m * source.stride_m, 1) + d))
+            at = gl.expand_dims(m * source.stride_m, 1) + d
+            copy_columns(ring.tiles.index(stage), rows + at, d, D)
             copy_async(ring.numbers.index(stage), of_rows + first)
             async_copy.mbarrier_arrive(ring.full.index(stage), increment_count=False)
             copied += 1
@@ -137,6 +141,7 @@ def _multiply_unit(
     lists,
     sizes,
     pair,
+    D: gl.constexpr,
     BLOCK_M: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     G: gl.constexpr,
@@ -148,14 +153,14 @@ def _multiply_unit(
     kv_heads, group, q_len, kv_len, padded_len, head_rows, skipped, q_blocks, units = sizes
     OWN: gl.constexpr = own.k_tiles.shape[1]
     ROWS: gl.constexpr = queries.tiles.shape[1]
-    D: gl.constexpr = queries.tiles.shape[2]
+    WIDTH: gl.constexpr = queries.tiles.shape[2]
     PARTS: gl.constexpr = BLOCK_M // ROWS
     LOG_RUN: gl.constexpr = LOG_BLOCK_N - G
     # Key blocks that this half holds, or 1 where it is a part of one.
     BLOCKS: gl.constexpr = OWN >> LOG_RUN if OWN >> LOG_RUN > 1 else 1
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    io_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    io_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -168,14 +173,15 @@ def _multiply_unit(
     rows = level_start(padded_len, G) - skipped + run
     # Keys that are read where they are end with the last of them.
     there = gl.expand_dims((run < runs) & (rows < head_rows), 1)
-    d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0)
+    d = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, io_layout)), 0)
+    there = in_columns(there, d, D, WIDTH)
     at = gl.expand_dims((batch_kv_head.to(gl.int64) * head_rows + rows) * D, 1) + d
     own_k = gl.load(own.k + at, mask=there, other=0.0)
     own_v = gl.load(own.v + at, mask=there, other=0.0)
     # Sums are 2**G times what a key is owed. They start from what the level above owes.
     run = first_run + gl.arange(0, OWN, gl.SliceLayout(1, o_layout))
-    real = gl.expand_dims(run < runs, 1)
-    column = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, o_layout)), 0)
+    column = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, o_layout)), 0)
+    real = in_columns(gl.expand_dims(run < runs, 1), column, D, WIDTH)
     pooled = batch_kv_head.to(gl.int64) * (padded_len - padded_len // 8)
     above = pooled + (level_start(padded_len, G + 1) - padded_len + (run >> 1))
     above = gl.expand_dims(above * D, 1) + column
@@ -239,7 +245,7 @@ def _multiply_unit(
         gl.store(own.dv_pooled + here, dv * (1.0 / (1 << G)), mask=real)
     else:
         here = gl.expand_dims((batch_kv_head.to(gl.int64) * kv_len + run) * D, 1) + column
-        live = gl.expand_dims(run < kv_len, 1)
+        live = in_columns(gl.expand_dims(run < kv_len, 1), column, D, WIDTH)
         gl.store(own.dk + here, (dk * scale).to(dtype), mask=live)
         gl.store(own.dv + here, dv.to(dtype), mask=live)
 
@@ -275,6 +281,7 @@ def key_gradient_hopper(
     q_blocks,
     units,
     D: gl.constexpr,
+    WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     G: gl.constexpr,
@@ -289,16 +296,17 @@ def key_gradient_hopper(
 
     entries, counts: `Units` of the level.
     q_pointer, dout_pointer and their strides: multiples of 16 bytes, as copies need them.
+    D, WIDTH: numbers of a row, and columns multiplied.
     """
     dtype: gl.constexpr = q_pointer.dtype.element_ty
     # Half of `units.UNIT_ROWS`.
-    own_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
-    ring_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
+    own_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, WIDTH], dtype)
+    ring_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    k_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], own_layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], own_layout)
-    q_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], ring_layout)
-    dout_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], ring_layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [2, 64, WIDTH], own_layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [2, 64, WIDTH], own_layout)
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, WIDTH], ring_layout)
+    dout_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, WIDTH], ring_layout)
     lse2_ring = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], plain)
     delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], plain)
     q_full = new_barriers(STAGES)
@@ -327,14 +335,14 @@ def key_gradient_hopper(
         [
             (
                 _multiply_unit,
-                (0, own, scale, lists, sizes, pair, BLOCK_M, LOG_BLOCK_N, G, IS_CAUSAL),
+                (0, own, scale, lists, sizes, pair, D, BLOCK_M, LOG_BLOCK_N, G, IS_CAUSAL),
             ),
             (
                 _multiply_unit,
-                (1, own, scale, lists, sizes, pair, BLOCK_M, LOG_BLOCK_N, G, IS_CAUSAL),
+                (1, own, scale, lists, sizes, pair, D, BLOCK_M, LOG_BLOCK_N, G, IS_CAUSAL),
             ),
-            (_copy_queries, (of_q, lists, sizes, queries, BLOCK_M)),
-            (_copy_queries, (of_dout, lists, sizes, gradients, BLOCK_M)),
+            (_copy_queries, (of_q, lists, sizes, queries, D, BLOCK_M)),
+            (_copy_queries, (of_dout, lists, sizes, gradients, D, BLOCK_M)),
         ],
         [4, COPY_WARPS, COPY_WARPS],
         [MULTIPLY_REGISTERS, COPY_REGISTERS, COPY_REGISTERS],
@@ -403,6 +411,7 @@ def launch_key_gradient_hopper(
         q_blocks,
         count,
         D=head_dim,
+        WIDTH=width_of(head_dim),
         BLOCK_M=geometry.block_m,
         LOG_BLOCK_N=geometry.block_n.bit_length() - 1,
         G=g,

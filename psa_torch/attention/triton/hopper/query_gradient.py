@@ -17,7 +17,8 @@ from psa_torch._triton.constants import LOG2E
 from psa_torch._triton.launch import launch_kernel
 from psa_torch._triton.rings import Ring, new_barriers
 from psa_torch.attention.triton import hopper
-from psa_torch.attention.triton.configs import HopperQueryGradConfig
+from psa_torch.attention.triton.columns import in_columns
+from psa_torch.attention.triton.configs import HopperQueryGradConfig, width_of
 from psa_torch.attention.triton.hopper.copies import (
     COPY_THREADS,
     COPY_WARPS,
@@ -61,6 +62,7 @@ def _multiply_tiles(
     sizes,
     keys,
     values,
+    D: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     BESIDE: gl.constexpr,
@@ -71,14 +73,14 @@ def _multiply_tiles(
     q_len = sizes.q_len
     ROWS: gl.constexpr = queries.q_tiles.shape[1]
     TILE: gl.constexpr = keys.tiles.shape[1]
-    D: gl.constexpr = keys.tiles.shape[2]
+    WIDTH: gl.constexpr = keys.tiles.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    io_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    io_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     dtype: gl.constexpr = queries.q.dtype.element_ty
 
-    d = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, io_layout)), 0)
+    d = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, io_layout)), 0)
     lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [4], [0]))
     q = queries.q_tiles.index(part)
     dout = queries.dout_tiles.index(part)
@@ -95,11 +97,11 @@ def _multiply_tiles(
         first = block * 128 + part * ROWS
         m = first + gl.arange(0, ROWS, gl.SliceLayout(1, io_layout))
         m64 = gl.expand_dims(m.to(gl.int64), 1)
-        real_row = gl.expand_dims(m < q_len, 1)
+        real = in_columns(gl.expand_dims(m < q_len, 1), d, D, WIDTH)
         q_head = queries.q + batch * q_stride_b + head * q_stride_h
-        q.store(gl.load(q_head + (m64 * q_stride_m + d), mask=real_row, other=0.0))
+        q.store(gl.load(q_head + (m64 * q_stride_m + d), mask=real, other=0.0))
         dout_head = queries.dout + batch * dout_stride_b + head * dout_stride_h
-        dout.store(gl.load(dout_head + (m64 * dout_stride_m + d), mask=real_row, other=0.0))
+        dout.store(gl.load(dout_head + (m64 * dout_stride_m + d), mask=real, other=0.0))
         fence_async_shared()
         row = first + gl.arange(0, ROWS, s_row)
         padded_row = batch_head.to(gl.int64) * (sizes.q_blocks * 128) + row
@@ -112,7 +114,7 @@ def _multiply_tiles(
         rows = QueryRows(q, dout, lse2, delta, row + (sizes.kv_len - q_len), slope)
         gradient: gl.constexpr = gradient_beside if BESIDE else gradient_in_turn
         dq = gradient(
-            gl.zeros([ROWS, D], gl.float32, o_layout),
+            gl.zeros([ROWS, WIDTH], gl.float32, o_layout),
             rows,
             listed,
             lane,
@@ -129,7 +131,7 @@ def _multiply_tiles(
         # Nobody else reads these queries: their place serves to bring rows together.
         q.store((dq * scale).to(dtype))
         dq_row = batch_head.to(gl.int64) * q_len
-        gl.store(queries.dq + (dq_row * D + m64 * D + d), q.load(io_layout), mask=real_row)
+        gl.store(queries.dq + (dq_row * D + m64 * D + d), q.load(io_layout), mask=real)
         multiplied += tiles
 
 
@@ -172,6 +174,7 @@ def query_gradient_hopper(
     v_long,
     v_half,
     D: gl.constexpr,
+    WIDTH: gl.constexpr,
     LOG_BLOCK_N: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
@@ -187,15 +190,16 @@ def query_gradient_hopper(
     k_pointer, v_pointer, k_pooled, v_pooled, key_rows, pooled_rows, skipped, k_apart,
     v_apart: see `rows.Rows`.
     k_long, v_long, k_half, v_half: see `copies.boxes`.
+    D, WIDTH: numbers of a row, and columns multiplied.
     BESIDE: which order of `query_gradient_orders`.
     """
     dtype: gl.constexpr = q_pointer.dtype.element_ty
-    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, D], dtype)
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
-    q_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], q_layout)
-    dout_tiles = gl.allocate_shared_memory(dtype, [2, 64, D], q_layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], tile_layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], tile_layout)
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, WIDTH], dtype)
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, WIDTH], dtype)
+    q_tiles = gl.allocate_shared_memory(dtype, [2, 64, WIDTH], q_layout)
+    dout_tiles = gl.allocate_shared_memory(dtype, [2, 64, WIDTH], q_layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, WIDTH], tile_layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, WIDTH], tile_layout)
     k_full = new_barriers(STAGES)
     v_full = new_barriers(STAGES)
     # Keys are needed longer than values: the places of both are given back at once.
@@ -227,14 +231,14 @@ def query_gradient_hopper(
         [
             (
                 _multiply_tiles,
-                (0, queries, scale, lists, sizes, keys, values, LOG_BLOCK_N, IS_CAUSAL, BESIDE),
+                (0, queries, scale, lists, sizes, keys, values, D, LOG_BLOCK_N, IS_CAUSAL, BESIDE),
             ),
             (
                 _multiply_tiles,
-                (1, queries, scale, lists, sizes, keys, values, LOG_BLOCK_N, IS_CAUSAL, BESIDE),
+                (1, queries, scale, lists, sizes, keys, values, D, LOG_BLOCK_N, IS_CAUSAL, BESIDE),
             ),
-            (copy_items, (None, of_keys, lists, sizes, keys, LOG_BLOCK_N, IS_CAUSAL)),
-            (copy_items, (None, of_values, lists, sizes, values, LOG_BLOCK_N, IS_CAUSAL)),
+            (copy_items, (None, of_keys, lists, sizes, keys, D, LOG_BLOCK_N, IS_CAUSAL)),
+            (copy_items, (None, of_values, lists, sizes, values, D, LOG_BLOCK_N, IS_CAUSAL)),
         ],
         [4, COPY_WARPS, COPY_WARPS],
         [MULTIPLY_REGISTERS, COPY_REGISTERS, COPY_REGISTERS],
@@ -261,6 +265,7 @@ def launch(
     """
     batch, heads, q_len, head_dim = q.shape
     hopper.require_supported(config, head_dim, q.dtype, block_m, capability(q))
+    width = width_of(head_dim)
     items = (q_len + hopper.BLOCK_M - 1) // hopper.BLOCK_M * batch * heads
     # Shared memory holds one program per multiprocessor.
     launch_kernel(
@@ -271,8 +276,9 @@ def launch(
         *arguments,
         items,
         *rows.places(),
-        *boxes(rows, block_n, config.tile),
+        *boxes(rows, block_n, config.tile, width),
         D=head_dim,
+        WIDTH=width,
         LOG_BLOCK_N=block_n.bit_length() - 1,
         TILE=config.tile,
         STAGES=config.stages,
