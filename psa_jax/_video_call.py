@@ -215,6 +215,7 @@ class VideoCall(NamedTuple):
         order: Any = self.order  # every sparse call has one
         sides = list(self.centroids())
         start, last, kept = ((), (), {}) if memory is None else memory[3:]
+        kept = {name: kept[name] for name in self.kept() if name in kept}  # JAX sorts dictionaries
 
         def of_shard(q, k, v, *flat):
             if memory is not None:
