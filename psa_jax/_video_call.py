@@ -41,8 +41,7 @@ class Run(NamedTuple):
         step: int32 scalar, the latest step; -1 before the first.
         chosen_at: int32 scalar, the step that last chose an order and levels; -1 before the first.
         is_warm: boolean scalar, whether `start` counts; otherwise calls that choose start cold.
-        start: centroids that such calls start from, those of the queries and of the keys, where
-            they are clustered.
+        start: centroids that such calls start from, of queries and keys that are clustered.
         last: the centroids that the latest of them left.
         kept: what it chose, where later steps use it again, by name.
     """
