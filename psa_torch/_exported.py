@@ -26,7 +26,7 @@ def chosen_attention(
         q,
         k,
         v,
-        _levels(q, k, settings),
+        choose_levels(q, k, settings).levels,
         block_m=settings.block_m,
         block_n=settings.block_n,
         scale=settings.scale,
@@ -40,10 +40,6 @@ def chosen_attention(
 def _(q, k, v, config, implementation):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
-
-
-def _levels(q: Tensor, k: Tensor, settings) -> Tensor:
-    return choose_levels(q, k, settings).levels
 
 
 @torch.library.custom_op("psa::chosen_attention_backward", mutates_args=())
@@ -66,7 +62,7 @@ def chosen_attention_backward(
         q,
         k,
         v,
-        _levels(q, k, settings),
+        choose_levels(q, k, settings).levels,
         out,
         lse,
         implementation,

@@ -1,4 +1,4 @@
-"""Which level each block gets: scores, similarity and selection, one after the other."""
+"""Which levels a call gets: scores, then selection; and their serial form."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,11 @@ from torch import Tensor
 from psa_torch._config import parse_config
 from psa_torch.attention.sequences import runs
 from psa_torch.importance import block_scores
+from psa_torch.masks import to_segments
 from psa_torch.selection import select_levels
 from psa_torch.similarity import similarity_cap
 from shared_specs.budget import check_costs
+from shared_specs.config import PSAConfig
 from shared_specs.config_types import CallConfig
 from shared_specs.geometry import cdiv
 
@@ -66,7 +68,14 @@ def _(q, k, q_lens, kv_lens, config):
     return _like_levels(q, k, parse_config(config))
 
 
-def _like_levels(q: Tensor, k: Tensor, config: CallConfig) -> tuple[Tensor, Tensor]:
+def _like_levels(q: Tensor, k: Tensor, config: PSAConfig) -> tuple[Tensor, Tensor]:
     rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
     scores = q.new_empty(*q.shape[:2], rows, columns, dtype=torch.float32)
     return torch.empty_like(scores, dtype=torch.int32), scores
+
+
+def serial_levels(chosen: Chosen, config: CallConfig) -> Tensor:
+    """Levels in the form that `config.attn_impl` names, int32."""
+    if config.attn_impl == "old_mask_type":
+        return chosen.levels.int()
+    return to_segments(chosen.levels, chosen.scores)

@@ -12,12 +12,11 @@ from psa_torch._types import CallArguments, Overrides
 from psa_torch.attention import IMPLEMENTATIONS, attend, choose
 from psa_torch.attention.sequences import check_lengths
 from psa_torch.attention.whole import choose_and_attend
-from psa_torch.choice import Chosen, choose_levels, levels_of_sequences
-from psa_torch.masks import from_segments, to_segments
+from psa_torch.choice import Chosen, choose_levels, levels_of_sequences, serial_levels
+from psa_torch.masks import from_segments
 from psa_torch.order import TokenOrder
 from shared_specs import checks
 from shared_specs.config import PSAConfig
-from shared_specs.config_types import CallConfig
 
 
 @overload
@@ -155,7 +154,7 @@ def psa_attention(
     if levels is None and not has_lens:
         if torch.compiler.is_exporting() and not return_levels:
             out, lse = chosen_attention(q, k, v, settings.to_json(), implementation)
-            chosen = Chosen(None, None)
+            chosen = None
         else:
             out, lse, listed, scores = choose_and_attend(
                 choose_levels,
@@ -167,7 +166,7 @@ def psa_attention(
                 keep_lse=return_lse,
                 keep_choice=return_levels,
             )
-            chosen = Chosen(listed, scores)
+            chosen = None if listed is None else Chosen(listed, scores)
     else:
         if levels is None:
             chosen = Chosen(*levels_of_sequences(q, k, *lens, settings.to_json()))
@@ -190,7 +189,7 @@ def psa_attention(
     results = [order.undo(out, state)]
     if return_lse:
         results.append(order.undo(lse, state))
-    if return_levels:
+    if chosen is not None and return_levels:
         results.append(serial_levels(chosen, settings))
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -214,10 +213,3 @@ def _refuse_dense_arguments(attn_mask, dropout_p, is_causal) -> None:
             "is_causal must be False, got True: causal attention is the field causal of the "
             "configuration (causal=True)"
         )
-
-
-def serial_levels(chosen: Chosen, config: CallConfig) -> Tensor:
-    """Levels in the form that `config.attn_impl` names, int32."""
-    if config.attn_impl == "old_mask_type":
-        return chosen.levels.int()
-    return to_segments(chosen.levels, chosen.scores)
