@@ -19,12 +19,6 @@ WIDE = {
     # The contract's twelve arguments, and tile sizes for tests and benchmarks.
     "psa_torch/attention/triton/backward_pass.py": {"backward"},
     "psa_jax/attention/mosaic/api.py": {"backward"},
-    # What users call, and its counterparts in NumPy: every argument of the specification by name.
-    "psa_torch/attention/__init__.py": {"sparse_attention"},
-    "psa_torch/functional.py": {"psa_attention"},
-    "shared_specs/attention.py": {"sparse_attention_grad"},
-    "shared_specs/conformance/adapter.py": {"backward"},
-    "shared_specs/conformance/reference.py": {"backward"},
     # Called by flax.linen, which names what it passes.
     "psa_jax/linen.py": {"attend"},
     # Takes what jax.nn.dot_product_attention takes.
