@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import psa_torch
 from psa_torch.attention.ops import attention_backward, attention_forward
-from psa_torch.functional import choose_levels
+from psa_torch.choice import choose_levels
 from shared_specs import PSAConfig
 
 BATCH, BATCHES = 20, 21

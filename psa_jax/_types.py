@@ -20,6 +20,9 @@ class CallArguments(Overrides, total=False):
     config: PSAConfig | None
     levels: Array | None
     implementation: str | None
+    bias: None
+    mask: None
+    is_causal: bool
 
 
 class SparseArguments(TypedDict, total=False):

@@ -100,7 +100,7 @@ class PSAVideoAttention(nnx.Module):
         cross_attention: bool = False,
         return_lse: bool = False,
         implementation: str | None = None,
-    ) -> Array | tuple[Array, Array]:
+    ) -> Array | tuple[Array, ...]:
         """As `psa_jax.PSAVideoAttention`: same arguments, results and errors."""
         call = VideoCall.checked(
             q,

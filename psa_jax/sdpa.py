@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from psa_jax._arrays import describe
+from psa_jax._types import Overrides
 from psa_jax.functional import psa_attention, refuse_masks
 from shared_specs import checks
 from shared_specs.config import PSAConfig
@@ -77,7 +78,7 @@ def dot_product_attention(
             )
         x = x if len(shape) == 4 else x[None]
         arrays.append(jnp.swapaxes(x, 1, 2))
-    overrides = {} if scale is None else {"scale": scale}
+    overrides: Overrides = {} if scale is None else {"scale": scale}
     if is_causal:
         q_len, kv_len = arrays[0].shape[2], arrays[1].shape[2]
         if q_len != kv_len:
@@ -86,8 +87,9 @@ def dot_product_attention(
                 "psa_attention(..., causal=True) aligns the last query with the last key"
             )
         overrides["causal"] = True
+    q, k, v = arrays
     out, lse = psa_attention(
-        *arrays, config=config, return_lse=True, implementation=implementation, **overrides
+        q, k, v, config=config, return_lse=True, implementation=implementation, **overrides
     )
     out, lse = (jnp.swapaxes(x, 1, 2).reshape(*query.shape[:-1], *x.shape[3:]) for x in (out, lse))
     return (out, lse) if return_residual else out

@@ -156,7 +156,8 @@ class PSAVideoAttention(nn.Module):
         if variables is not None:
             memory = {name: variable.value for name, variable in variables.items()}
         called, memory = call_with(call, memory)
-        if memory is not None and self.is_mutable_collection(STATE) and not self.is_initializing():
+        keeps = self.is_mutable_collection(STATE) and not self.is_initializing()
+        if variables is not None and memory is not None and keeps:
             # What other branches clustered before a warm-up step is another video's too.
             for name in self.variables[STATE]:
                 if name.partition("[")[0] == "centroids_step":

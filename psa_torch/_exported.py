@@ -12,6 +12,7 @@ from psa_torch._config import parse_config
 from psa_torch._vmap import register_batch_rule
 from psa_torch.attention import attend
 from psa_torch.attention.ops import attention_backward
+from psa_torch.choice import choose_levels
 from shared_specs.config import resolve_scale
 
 
@@ -25,7 +26,7 @@ def chosen_attention(
         q,
         k,
         v,
-        _levels(q, k, settings),
+        choose_levels(q, k, settings).levels,
         block_m=settings.block_m,
         block_n=settings.block_n,
         scale=settings.scale,
@@ -39,12 +40,6 @@ def chosen_attention(
 def _(q, k, v, config, implementation):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
-
-
-def _levels(q: Tensor, k: Tensor, settings) -> Tensor:
-    from psa_torch.functional import choose_levels  # which imports this module
-
-    return choose_levels(q, k, settings).levels
 
 
 @torch.library.custom_op("psa::chosen_attention_backward", mutates_args=())
@@ -67,7 +62,7 @@ def chosen_attention_backward(
         q,
         k,
         v,
-        _levels(q, k, settings),
+        choose_levels(q, k, settings).levels,
         out,
         lse,
         implementation,

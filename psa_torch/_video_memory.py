@@ -17,7 +17,7 @@ from torch import Tensor
 
 from psa_torch._config import Settings, parse_config
 from psa_torch._vmap import fold
-from psa_torch.functional import choose_levels
+from psa_torch.choice import choose_levels
 from psa_torch.order import Centroids, Permutation, TokenOrder
 from shared_specs.geometry import cdiv
 from shared_specs.video import Phases

@@ -1,27 +1,22 @@
 """Pyramid sparse attention as a function: from q, k and v to the output."""
 
-from typing import Literal, NamedTuple, Unpack, overload
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from psa_torch._checks import absorb_scale, checked_inputs, levels_form, require_tensor
-from psa_torch._config import parse_config, settings_of
+from psa_torch._config import settings_of
 from psa_torch._exported import chosen_attention
 from psa_torch._types import CallArguments, Overrides
 from psa_torch.attention import IMPLEMENTATIONS, attend, choose
-from psa_torch.attention.sequences import check_lengths, runs
+from psa_torch.attention.sequences import check_lengths
 from psa_torch.attention.whole import choose_and_attend
-from psa_torch.importance import block_scores
-from psa_torch.masks import from_segments, to_segments
+from psa_torch.choice import Chosen, choose_levels, levels_of_sequences, serial_levels
+from psa_torch.masks import from_segments
 from psa_torch.order import TokenOrder
-from psa_torch.selection import select_levels
-from psa_torch.similarity import similarity_cap
 from shared_specs import checks
-from shared_specs.budget import check_costs
 from shared_specs.config import PSAConfig
-from shared_specs.config_types import CallConfig
-from shared_specs.geometry import cdiv
 
 
 @overload
@@ -159,7 +154,7 @@ def psa_attention(
     if levels is None and not has_lens:
         if torch.compiler.is_exporting() and not return_levels:
             out, lse = chosen_attention(q, k, v, settings.to_json(), implementation)
-            chosen = Chosen(None, None)
+            chosen = None
         else:
             out, lse, listed, scores = choose_and_attend(
                 choose_levels,
@@ -171,7 +166,7 @@ def psa_attention(
                 keep_lse=return_lse,
                 keep_choice=return_levels,
             )
-            chosen = Chosen(listed, scores)
+            chosen = None if listed is None else Chosen(listed, scores)
     else:
         if levels is None:
             chosen = Chosen(*levels_of_sequences(q, k, *lens, settings.to_json()))
@@ -194,7 +189,7 @@ def psa_attention(
     results = [order.undo(out, state)]
     if return_lse:
         results.append(order.undo(lse, state))
-    if return_levels:
+    if chosen is not None and return_levels:
         results.append(serial_levels(chosen, settings))
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -218,67 +213,3 @@ def _refuse_dense_arguments(attn_mask, dropout_p, is_causal) -> None:
             "is_causal must be False, got True: causal attention is the field causal of the "
             "configuration (causal=True)"
         )
-
-
-class Chosen(NamedTuple):
-    """Levels and, where they were chosen here, the scores they were chosen by.
-
-    Attributes:
-        levels: int `[B, H, Nq, Nk]`.
-        scores: float32 `[B, H, Nq, Nk]` (defects at rest where a budget chose) or None.
-    """
-
-    levels: Tensor
-    scores: Tensor | None
-
-
-def choose_levels(q: Tensor, k: Tensor, config: CallConfig) -> Chosen:
-    """Scores and levels of q and k as they stand, in whatever order their tokens are.
-
-    Every room detaches what it gets, so no gradient flows through the choice.
-    """
-    rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
-    is_budget = config.mask_mode == "budget"
-    if is_budget:
-        check_costs(rows, columns, config.block_n)  # refuses before any work
-    if not q.shape[0]:  # an empty batch: no room has to know
-        scores = q.new_empty(0, q.shape[1], rows, columns, dtype=torch.float32)
-        return Chosen(scores.int(), scores)
-    scores = block_scores(q, k, config)
-    cap = similarity_cap(k, config) if config.use_sim_mask else None
-    levels = select_levels(scores, config, q_len=q.shape[2], kv_len=k.shape[2], cap=cap)
-    return Chosen(levels, scores[..., 3] if is_budget else scores)
-
-
-@torch.library.custom_op("psa::levels_of_sequences", mutates_args=())
-def levels_of_sequences(
-    q: Tensor, k: Tensor, q_lens: Tensor | None, kv_lens: Tensor | None, config: str
-) -> tuple[Tensor, Tensor]:
-    """`choose_levels` of each sequence; 0 in blocks past its end, which it does not read."""
-    settings = parse_config(config)
-    blocks = settings.block_m, settings.block_n
-    levels, scores = _like_levels(q, k, settings)
-    levels.zero_(), scores.zero_()
-    for run in runs(q, k, q_lens, kv_lens):
-        found = choose_levels(run.of_queries(q), run.of_keys(k), settings)
-        run.of_blocks(levels, *blocks).copy_(found.levels)
-        run.of_blocks(scores, *blocks).copy_(found.scores)
-    return levels, scores
-
-
-@levels_of_sequences.register_fake
-def _(q, k, q_lens, kv_lens, config):
-    return _like_levels(q, k, parse_config(config))
-
-
-def _like_levels(q: Tensor, k: Tensor, config: PSAConfig) -> tuple[Tensor, Tensor]:
-    rows, columns = cdiv(q.shape[2], config.block_m), cdiv(k.shape[2], config.block_n)
-    scores = q.new_empty(*q.shape[:2], rows, columns, dtype=torch.float32)
-    return torch.empty_like(scores, dtype=torch.int32), scores
-
-
-def serial_levels(chosen: Chosen, config: CallConfig) -> Tensor:
-    """Levels in the form that `config.attn_impl` names, int32."""
-    if config.attn_impl == "old_mask_type":
-        return chosen.levels.int()
-    return to_segments(chosen.levels, chosen.scores)

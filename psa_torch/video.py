@@ -22,7 +22,7 @@ from psa_torch._video_memory import (
     remembered_levels,
 )
 from psa_torch.attention import IMPLEMENTATIONS, attend, sparse_attention
-from psa_torch.functional import choose_levels
+from psa_torch.choice import choose_levels
 from psa_torch.order import Centroids, TokenOrder
 from shared_specs import checks, presets
 from shared_specs.config import PSAConfig, check_config

@@ -49,21 +49,21 @@ class Call:
     @numpy_rules
     def backward(self, dout: Array, dlse: Array | None, *arrays: Array) -> tuple[Array, ...]:
         """dq, dk and dv; arrays are q, k, v, levels, out and lse."""
-        found = IMPLEMENTATIONS[self.implementation].backward(
-            dout, dlse, *arrays, **self._options()
-        )
+        q, k, v, levels, out, lse = arrays
+        given = dout, dlse, q, k, v, levels, out, lse
+        found = IMPLEMENTATIONS[self.implementation].backward(*given, **self._options())
         if self.rest == "mean":
-            found = means_of_rest.add_gradients(dout, dlse, *arrays, found, **self._options())
+            found = means_of_rest.add_gradients(*given, found, **self._options())
         return found
 
     @numpy_rules
     def tangent(self, *arrays: Array) -> tuple[Array, Array]:
         """Tangents of out and lse; arrays are tq, tk, tv, q, k, v, levels, out and lse."""
-        *arrays, out, lse = arrays
-        arrays = (*arrays, lse)
-        moved = IMPLEMENTATIONS[self.implementation].tangent(*arrays, **self._options())
+        tq, tk, tv, q, k, v, levels, out, lse = arrays
+        given = tq, tk, tv, q, k, v, levels, lse
+        moved = IMPLEMENTATIONS[self.implementation].tangent(*given, **self._options())
         if self.rest == "mean":
-            moved = means_of_rest.add_tangents(*arrays, moved, **self._options())
+            moved = means_of_rest.add_tangents(*given, moved, **self._options())
         return moved.tangents(out.dtype)
 
 

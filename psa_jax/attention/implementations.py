@@ -72,6 +72,7 @@ class Implementation(Protocol):
         is_causal: bool,
     ) -> gather.Moved:
         """Forward mode: what the tangents of out and lse are made of."""
+        ...
 
 
 class _Mosaic:

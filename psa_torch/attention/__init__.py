@@ -134,7 +134,7 @@ def sparse_attention(
         lens=(q_lens, kv_lens),
         keep_lse=return_lse,
     )
-    return (out, lse) if return_lse else out
+    return out if lse is None or not return_lse else (out, lse)
 
 
 def attend(

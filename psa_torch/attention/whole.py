@@ -33,7 +33,7 @@ def choose_and_attend(
     What is not kept may be None: its memory can then be used again inside the call.
 
     Args:
-        choose: `functional.choose_levels`.
+        choose: `choice.choose_levels`.
         q, k, v: as autocast has them, checked.
         implementation: as in `sparse_attention`.
         keep_lse: whether the caller uses lse.

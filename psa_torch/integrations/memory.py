@@ -25,12 +25,12 @@ class Memory:
         self._state = VideoState(records=_Unread())
         self._forwards = 0
         self._ordered: bool | None = None
-        self._videos = [
-            PSAVideoAttention(refresh_every=refresh_every, layer=layer.name, state=self._state)
-            for layer in layers
-        ]
-        for layer, video in zip(layers, self._videos, strict=True):
-            layer.video = video
+        self._videos: list[PSAVideoAttention] = []
+        for layer in layers:
+            layer.video = video = PSAVideoAttention(
+                refresh_every=refresh_every, layer=layer.name, state=self._state
+            )
+            self._videos.append(video)
 
     def begin(self, step: int, config: PSAConfig | None, records: DensityLog | None) -> None:
         """A forward of `step` starts.

@@ -109,7 +109,7 @@ class Model:
         text = self.owner.text
         if text == "model":
             text = self.family.text(model, arguments)
-        config = None if text is None else self._config(text)
+        config: Any = None if text is None else self._config(text)
         for layer in self.layers:
             layer.config = config
         if self.memory is not None:

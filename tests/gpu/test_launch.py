@@ -13,7 +13,7 @@ import triton  # noqa: E402
 from psa_torch import psa_attention, sparse_attention  # noqa: E402
 from psa_torch._triton import launch  # noqa: E402
 from psa_torch._triton.recording import Plan  # noqa: E402
-from psa_torch.functional import choose_levels  # noqa: E402
+from psa_torch.choice import choose_levels  # noqa: E402
 from shared_specs import PSAConfig  # noqa: E402
 
 pytestmark = pytest.mark.gpu

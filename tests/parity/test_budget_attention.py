@@ -199,10 +199,11 @@ def test_defects_that_are_none_are_refused(change, said, select, rng):
 @pytest.mark.parametrize("house", HOUSES)
 def test_costs_past_int32_are_refused_before_any_work(house, monkeypatch):
     package = {"torch": psa_torch, "jax": psa_jax}[house]
-    monkeypatch.setattr(f"{package.__name__}.functional.block_scores", None)
+    room = {"torch": "choice", "jax": "functional"}[house]
+    monkeypatch.setattr(f"{package.__name__}.{room}.block_scores", None)
     x = np.broadcast_to(np.float32(0), (1, 1, 1 << 19, 8))
     if house == "torch":
-        given, run = torch.zeros(()).expand(x.shape), psa_torch.functional.choose_levels
+        given, run = torch.zeros(()).expand(x.shape), psa_torch.choice.choose_levels
         call = partial(run, given, given, psa_torch._config.settings_of(BUDGET, {}))
     else:
         given = jax.ShapeDtypeStruct(x.shape, np.float32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from psa_torch import PSAVideoAttention, VideoState, psa_attention, sparse_attention
-from psa_torch.functional import choose_levels
+from psa_torch.choice import choose_levels
 from psa_torch.order import TokenOrder
 from shared_specs import PSAConfig
 

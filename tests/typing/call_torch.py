@@ -13,7 +13,7 @@ from psa_torch import (
     psa_attention,
     sparse_attention,
 )
-from psa_torch.functional import choose_levels
+from psa_torch.choice import choose_levels
 
 
 def function(q: Tensor, k: Tensor, v: Tensor, flag: bool) -> None:

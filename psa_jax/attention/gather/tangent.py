@@ -1,5 +1,6 @@
 """Forward-mode derivatives of the visited rows."""
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -62,12 +63,12 @@ def tangent(
     shape = Shape.of(q, k, block_m=block_m, block_n=block_n, scale=scale, is_causal=is_causal)
     # A row that sees nothing has lse -inf; +inf makes all its weights 0.
     top = jnp.where(lse == -jnp.inf, jnp.inf, lse.astype(accumulator(q.dtype)))
-    arrays = (*(shape.group_heads(x) for x in (q, tq, top, levels)), k, v, tk, tv)
+    arrays: tuple = (*(shape.group_heads(x) for x in (q, tq, top, levels)), k, v, tk, tv)
     if head_by_head(shape):
         one = shape.one_head()
-        moved = map_heads(lambda *head: _heads(*head, one), shape, arrays)
+        moved = map_heads(functools.partial(_heads, shape=one), shape, arrays)
     else:
-        moved = _heads(*arrays, shape)
+        moved = _heads(*arrays, shape=shape)
     of_lse, of_out, mean = moved
     return Moved(of_lse.reshape(q.shape[:3]), of_out.reshape(q.shape), mean.reshape(q.shape))
 
@@ -129,4 +130,5 @@ def _heads(
             shape.positions(),
         ),
     )
-    return tuple(shape.join_rows(x) for x in moved)
+    of_lse, of_out, mean = (shape.join_rows(x) for x in moved)
+    return of_lse, of_out, mean
