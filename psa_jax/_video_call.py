@@ -162,7 +162,7 @@ class VideoCall(NamedTuple):
             ValueError: what is kept has another shape than this call needs.
         """
         q, k, v, config = self.q, self.k, self.v, self.config
-        step: Any = self.step  # there where it is compared: memory and warm-ups need one
+        step: Any = self.step  # is given wherever it is compared
         if self.order is None:
             dense = _dense(q, k, v, config, False, self.return_lse)
             return Called(dense, None, False, None)
@@ -212,14 +212,15 @@ class VideoCall(NamedTuple):
 
     def _sparse(self, q, k, v, memory: Run | None, *, config: PSAConfig) -> tuple:
         """out, lse if asked for, densities `[B, H]`, and the memory with what was chosen."""
-        order, sides = self.order, list(self.centroids())
-        assert order is not None  # cross-attention is dense
+        order: Any = self.order  # every sparse call has one
+        sides = list(self.centroids())
         start, last, kept = ((), (), {}) if memory is None else memory[3:]
+        kept = {name: kept[name] for name in self.kept() if name in kept}  # JAX sorts dictionaries
 
         def of_shard(q, k, v, *flat):
             if memory is not None:
                 flags, *flat = flat
-                is_warm, chooses = flags[0, 0]
+                is_warm, chooses = flags.any((0, 1))  # all alike; none in an empty batch
             starts, flat = flat[: len(start)], flat[len(start) :]
             lasts, kept_here = flat[: len(last)], dict(zip(kept, flat[len(last) :], strict=True))
             warm = dict(zip(sides, (Resumed(x, is_warm) for x in starts), strict=False))
@@ -237,7 +238,7 @@ class VideoCall(NamedTuple):
 
             def cluster(q, k):
                 state = order.choose(q, k, centroids=warm)
-                permutations: dict[str, Any] = {"query": state.queries, "key": state.keys}
+                permutations = {"query": state.queries, "key": state.keys}
                 chosen = [x for side in sides for x in permutations[side]]
                 return *chosen, *(x for x in state.centroids if x is not None)
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from psa_torch._config import parse_config
 from psa_torch._vmap import register_batch_rule
-from psa_torch.attention import attend
-from psa_torch.attention.ops import attention_backward
+from psa_torch.attention.ops import attention_backward, attention_forward
 from psa_torch.choice import choose_levels
 from shared_specs.config import resolve_scale
 
@@ -22,20 +21,18 @@ def chosen_attention(
 ) -> tuple[Tensor, Tensor]:
     """out and lse at the levels that the configuration, given as JSON text, chooses."""
     settings = parse_config(config)
-    out, lse = attend(
+    return attention_forward(
         q,
         k,
         v,
         choose_levels(q, k, settings).levels,
-        block_m=settings.block_m,
-        block_n=settings.block_n,
-        scale=settings.scale,
-        is_causal=settings.causal,
-        rest=settings.rest,
-        implementation=implementation,
+        implementation,
+        settings.block_m,
+        settings.block_n,
+        resolve_scale(settings.scale, q.shape[-1]),
+        settings.causal,
+        settings.rest,
     )
-    assert lse is not None  # it was kept
-    return out, lse
 
 
 @chosen_attention.register_fake

@@ -60,8 +60,8 @@ def levels_of_sequences(
     for run in runs(q, k, q_lens, kv_lens):
         found = choose_levels(run.of_queries(q), run.of_keys(k), settings)
         run.of_blocks(levels, *blocks).copy_(found.levels)
-        assert found.scores is not None  # chosen here, by scores
-        run.of_blocks(scores, *blocks).copy_(found.scores)
+        if found.scores is not None:  # as those of chosen levels always are
+            run.of_blocks(scores, *blocks).copy_(found.scores)
     return levels, scores
 
 

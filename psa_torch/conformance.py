@@ -73,13 +73,11 @@ class TorchAdapter(Adapter):
         return tuple(x.double().cpu().numpy() for x in found)
 
     def _attend(self, q, k, v, levels, call) -> tuple[torch.Tensor, torch.Tensor]:
-        given: dict[str, Any] = {
+        settings: dict[str, Any] = {
             name: self._tensor(x) if isinstance(x, np.ndarray) else x for name, x in call.items()
         }
-        return sparse_attention(
-            q, k, v, self._tensor(levels), implementation=self.implementation, return_lse=True,
-            **given,
-        )  # fmt: skip
+        settings |= {"implementation": self.implementation}
+        return sparse_attention(q, k, v, self._tensor(levels), return_lse=True, **settings)
 
     def order(self, method, grid: Any, tile: Any):
         made = order.gilbert_order(grid) if method == "Gilbert" else order.sta_order(grid, tile)

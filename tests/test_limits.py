@@ -11,13 +11,6 @@ MOST_LINES = 450
 MOST_ARGUMENTS = 12
 
 WIDE = {
-    # What users call: keywords, each of which is a choice of theirs.
-    "psa_torch/functional.py": {"psa_attention"},
-    "psa_torch/attention/__init__.py": {"sparse_attention"},
-    "shared_specs/attention.py": {"sparse_attention_grad"},
-    # The contract of an implementation under test: its twelve, and lengths.
-    "shared_specs/conformance/adapter.py": {"backward"},
-    "shared_specs/conformance/reference.py": {"backward"},
     # The schema of a torch operator is flat, and what is behind it follows.
     "psa_torch/attention/ops.py": {"attention_backward", "attention_tangent"},
     "psa_torch/attention/sequences.py": {"sequences_backward"},

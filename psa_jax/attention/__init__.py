@@ -117,7 +117,8 @@ def sparse_attention(
     factor = resolve_scale(factor, q.shape[-1])
 
     if not q.shape[0]:  # an empty batch: no implementation has to know
-        out, lse = jnp.zeros_like(q), jnp.zeros(q.shape[:3], accumulator(q.dtype))
+        out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+        lse = jnp.zeros(q.shape[:3], accumulator(q.dtype))
         return (out, lse) if return_lse else out
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     call = Call(name, block_m, block_n, factor, is_causal, rest)

@@ -29,10 +29,10 @@ def _products(with_keys: int, with_values: int, shapes: tuple, levels: Tensor, s
     if levels.device.type == "meta" or type(levels) is not Tensor:
         # Nobody knows the levels of a tensor without data: at most every block is whole.
         return 2 * batch * heads * q_len * kv_len * sum(widths.values())
-    known = levels.detach().cpu().numpy()
+    masks = levels.detach().cpu().numpy()
     config = PSAConfig(block_m=block_m, block_n=block_n, tile_n=block_n, causal=is_causal)
     return attention_flops(
-        known,
+        masks,
         q_len,
         kv_len,
         block_m=block_m,

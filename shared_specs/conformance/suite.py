@@ -106,12 +106,8 @@ def load_suite(folder: str | Path = DATA) -> list[Case]:
     if not isinstance(index.get("cases"), list):
         raise ValueError("index must have a list 'cases'")
     contained = index.get("contains", [])
-    names = [x for x in contained if isinstance(x, str)] if isinstance(contained, list) else None
-    if (
-        names is None
-        or names != contained
-        or any(Path(x).name != x or x == folder.name for x in names)
-    ):
+    names = [x for x in contained if isinstance(x, str)] if isinstance(contained, list) else []
+    if names != contained or any(Path(x).name != x or x == folder.name for x in names):
         raise ValueError(f"contains must list folders beside the index, got {contained!r}")
     cases = [case for name in names for case in load_suite(folder.parent / name)]
     cases += [_case(entry, folder) for entry in index["cases"]]

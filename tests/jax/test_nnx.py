@@ -86,9 +86,12 @@ def test_the_module_is_the_function(rng):
 VIDEO = PSAConfig(rearrange_method="SemanticAware", grid=(2, 8, 8))
 
 
-def test_the_video_module_is_that_of_linen(rng):
-    ours = PSAVideoAttention(VIDEO, record_steps=4)
-    theirs, state = psa_jax.PSAVideoAttention(VIDEO, record_steps=4), {}
+@pytest.mark.parametrize(
+    "options", [{}, {"refresh_every": 2, "schedule": {3: {1: (0.0, 0.5)}}}], ids=["anew", "kept"]
+)
+def test_the_video_module_is_that_of_linen(rng, options):
+    ours = PSAVideoAttention(VIDEO, record_steps=4, **options)
+    theirs, state = psa_jax.PSAVideoAttention(VIDEO, record_steps=4, **options), {}
 
     @functools.partial(nnx.jit, static_argnames="branch")
     def call(module, step, *qkv, branch):

@@ -53,7 +53,7 @@ def assert_dual(f, inputs, rng):
 def test_tangents_at_given_levels(rng, is_causal, rest):
     case = Case(
         q_len=100, kv_len=90, head_dim=8, heads=4, kv_heads=2, is_causal=is_causal, level="empty",
-        block_n=32, batch=1, dtype="float64",
+        block_n=32, batch=1, dtype="float64", value_dim=16 if rest == "mean" else None,
     )  # fmt: skip
     inputs = case.inputs(rng)
 

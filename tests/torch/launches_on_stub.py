@@ -265,7 +265,7 @@ def case_descriptors():
         out = torch.empty(4, dtype=torch.int32)
         room = x.new_empty(1, 1, 256, 64)
         for rows in (x, room):
-            launch_kernel(box_kernel, (1,), row_boxes(rows, 128), out, n, num_warps=4)
+            launch_kernel(box_kernel, (1,), row_boxes(rows, 128, 64), out, n, num_warps=4)
         return out
 
     def draw():

@@ -22,8 +22,8 @@ class Moved(NamedTuple):
 
     Attributes:
         lse: `[B, H, Lq]`, of P times the tangent of the logit.
-        out: `[B, H, Lq, D]`, of P times (tangent of the logit times value + tangent of the value).
-        mean: `[B, H, Lq, D]`, of P times the value: out itself, before it was rounded.
+        out: `[B, H, Lq, Dv]`, of P times (tangent of the logit times value + tangent of the value).
+        mean: `[B, H, Lq, Dv]`, of P times the value: out itself, before it was rounded.
     """
 
     lse: Array
@@ -70,7 +70,8 @@ def tangent(
     else:
         moved = _heads(*arrays, shape=shape)
     of_lse, of_out, mean = moved
-    return Moved(of_lse.reshape(q.shape[:3]), of_out.reshape(q.shape), mean.reshape(q.shape))
+    values = (*q.shape[:3], v.shape[3])
+    return Moved(of_lse.reshape(q.shape[:3]), of_out.reshape(values), mean.reshape(values))
 
 
 def _heads(
@@ -118,8 +119,9 @@ def _heads(
                 mean + weighted(weights, value_rows),
             )
 
-        zero = filled_like(query, 0, dtype)
-        return lax.fori_loop(0, tiles.used, add_tile, (filled_like(top, 0, dtype), zero, zero))
+        zero = filled_like(top, 0, dtype)
+        rows = jnp.zeros(v.shape[3], dtype) + zero[..., None]
+        return lax.fori_loop(0, tiles.used, add_tile, (zero, rows, rows))
 
     moved = lax.map(
         chunk,

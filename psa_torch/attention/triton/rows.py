@@ -12,7 +12,7 @@ from torch import Tensor
 from psa_torch._eager import recording
 from psa_torch._triton.launch import Distance
 from psa_torch.pyramid import Pyramid, build_pyramid, pool_levels
-from shared_specs.pyramid import padded_length
+from shared_specs.geometry import cdiv, padded_length
 
 ALIGNMENT = 16
 """Bytes; copies start at multiples of it."""
@@ -77,7 +77,7 @@ def aligned_rows(x: Tensor) -> Tensor:
     if dense and x.data_ptr() % ALIGNMENT == 0:
         return x
     # Rows of 72, say, stand at every 80th number then.
-    apart = -(-x.shape[-1] // 16) * 16
+    apart = cdiv(x.shape[-1], 16) * 16
     rows = torch.empty(*x.shape[:-1], apart, dtype=x.dtype, device=x.device)
     return rows[..., : x.shape[-1]].copy_(x)
 

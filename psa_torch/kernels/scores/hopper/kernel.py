@@ -151,8 +151,8 @@ def launch(
     launch_kernel(
         peak_kernel_hopper,
         (programs,),
-        row_boxes(q.values, HOPPER_ROWS // 2),
-        row_boxes(k.values, tile.columns),
+        row_boxes(q.values, HOPPER_ROWS // 2, q.values.shape[-1]),
+        row_boxes(k.values, tile.columns, k.values.shape[-1]),
         q.scale,
         k.scale,
         q.offsets,
