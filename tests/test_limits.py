@@ -11,6 +11,12 @@ MOST_LINES = 450
 MOST_ARGUMENTS = 12
 
 WIDE = {
+    # What users call, and its counterparts in NumPy: every argument of the specification by name.
+    "psa_torch/attention/__init__.py": {"sparse_attention"},
+    "psa_torch/functional.py": {"psa_attention"},
+    "shared_specs/attention.py": {"sparse_attention_grad"},
+    "shared_specs/conformance/adapter.py": {"backward"},
+    "shared_specs/conformance/reference.py": {"backward"},
     # The schema of a torch operator is flat, and what is behind it follows.
     "psa_torch/attention/ops.py": {"attention_backward", "attention_tangent"},
     "psa_torch/attention/sequences.py": {"sequences_backward"},
