@@ -11,7 +11,7 @@ MOST_LINES = 450
 MOST_ARGUMENTS = 12
 
 WIDE = {
-    # What a user calls, whose keywords are the specification's; lengths of sequences came last.
+    # What users call, and its counterparts in NumPy: every argument of the specification by name.
     "psa_torch/attention/__init__.py": {"sparse_attention"},
     "psa_torch/functional.py": {"psa_attention"},
     "shared_specs/attention.py": {"sparse_attention_grad"},

@@ -57,7 +57,7 @@ def test_head_dimensions_between_the_widths_of_kernels(head_dim, value_dim, dtyp
     """Those for Hopper read 40 to 120 through boxes of 64 or 128 columns."""
     case = Case(
         head_dim=head_dim, value_dim=value_dim, dtype=dtype, block_m=128, q_len=300, kv_len=1000,
-        heads=4,
+        heads=4, kv_heads=4,
     )  # fmt: skip
     inputs = case.inputs(rng, "cuda")
     inputs.levels[..., 0] = 1  # the yardstick has no rule for rows that see nothing
