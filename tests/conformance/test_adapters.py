@@ -43,7 +43,9 @@ def test_torch_triton_on_lengths_and_values_of_another_dimension():
     assert_conforms(adapter, NEW, ["float32"], len(NEW))
 
 
-@pytest.mark.parametrize("adapter", [torch_adapters.gather, jax_adapters.gather], ids=["torch", "jax"])
+@pytest.mark.parametrize(
+    "adapter", [torch_adapters.gather, jax_adapters.gather], ids=["torch", "jax"]
+)
 def test_gather_on_lengths_and_values_of_another_dimension(adapter):
     of_jax = adapter is jax_adapters.gather
     cases = [case for case in NEW if not of_jax or "lengths" not in case.requires]
