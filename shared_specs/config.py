@@ -311,7 +311,7 @@ class PSAConfig:
 
     @classmethod
     def preset(cls, name: str, video_size: tuple[int, int, int] | None = None) -> PSAConfig:
-        """A published configuration by name.
+        """A configuration by name: a published one, or 'accurate', the one closest to dense.
 
         Args:
             name: one of `shared_specs.presets.names()`.

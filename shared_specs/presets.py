@@ -1,4 +1,4 @@
-"""Published configurations by name, one TOML file each in `presets/`."""
+"""Configurations by name, one TOML file each in `presets/`: published ones, and `accurate`."""
 
 import dataclasses
 from functools import cache

@@ -26,9 +26,11 @@ def reference(q, k, v, config):
         block_n=config.block_n,
         scale=config.scale,
         is_causal=config.causal,
+        rest=config.rest,
         return_lse=True,
     )
     candidates = candidate_blocks(*lengths.values(), config)
     heads = range(q.shape[1])
-    densities = [density(levels[:, head], candidates=candidates) for head in heads]
+    counted = {"candidates": candidates, "rest_share": config.rest_share}
+    densities = [density(levels[:, head], **counted) for head in heads]
     return order.undo(out, state), order.undo(lse, state), densities

@@ -24,7 +24,16 @@ SIMILARITY = {"wan2.1-1.3b": (0.7, 0.65, 0.6), "qwen2.5-vl": (0.75, 0.7, 0.7)}
 
 
 def test_all_are_listed():
-    assert presets.names() == tuple(sorted(PUBLISHED))
+    assert presets.names() == tuple(sorted([*PUBLISHED, "accurate"]))
+
+
+def test_the_accurate_one_is_not_published_but_ours():
+    preset = presets.load("accurate")
+    config = PSAConfig.preset("accurate", video_size=(1280, 768, 69))
+    assert config.grid == (18, 48, 80)
+    assert (config.importance, config.mask_mode, config.budget) == ("defect", "budget", 0.15)
+    assert (config.rest, config.rearrange_method) == ("mean", "Clusters")
+    assert (preset.warmup_steps, preset.config.grid) == (15, None)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

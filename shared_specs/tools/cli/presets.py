@@ -1,4 +1,4 @@
-"""`psa presets`: the published configurations."""
+"""`psa presets`: configurations by name, the published ones and our own."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(name, config) -> tuple[str, ...]:
-    ends = "/".join(
-        f"{config.mask_ratios[level][1]:g}" if level in config.mask_ratios else "-"
-        for level in (1, 2, 4, 8)
-    )
+    if config.mask_mode == "budget":
+        ends = f"budget {config.budget:g}"
+    else:
+        ends = "/".join(
+            f"{config.mask_ratios[level][1]:g}" if level in config.mask_ratios else "-"
+            for level in (1, 2, 4, 8)
+        )
     form = config.attn_impl.removesuffix("_mask_type")
     blocks = f"{config.block_m}x{config.block_n}"
     return name, config.mask_mode, form, blocks, ends, config.rearrange_method or "-"
