@@ -104,7 +104,31 @@ def test_chunks_of_rows_do_not_show(rng, monkeypatch):
     assert_close(run(inputs, "gather", **case.settings(), **MEAN), first, 1e-6)
 
 
-def test_rows_are_seen_by_name(rng):
+@pytest.mark.parametrize(
+    "fault", ["no bias", "means of listed blocks too", "counts of whole blocks"]
+)
+def test_broken_variants_are_caught(fault, rng, monkeypatch):
+    if fault == "no bias":
+        monkeypatch.setattr(
+            plain, "block_counts", lambda n, size, device: torch.ones(-(-n // size))
+        )
+    elif fault == "counts of whole blocks":
+        monkeypatch.setattr(
+            plain, "block_counts", lambda n, size, device: torch.full((-(-n // size),), size)
+        )
+    else:
+        of_all = plain.add_means
+        monkeypatch.setattr(
+            plain, "add_means", lambda q, k, v, levels, *x: of_all(q, k, v, 0 * levels, *x)
+        )
+    case = Case()
+    inputs = case.inputs(rng)
+    got = run(inputs, "gather", **case.settings(), **MEAN)
+    errors = relative_errors(got, expected(inputs, **case.settings(), **MEAN))
+    assert errors["out"] > 100 * TOLERANCE
+
+
+def test_means_are_of_real_keys(rng):
     """The means are those of the real keys, and the count of a ragged block is its own."""
     x = torch.from_numpy(rng.normal(size=(1, 2, 70, 8)))
     means = block_means(x, 32)
