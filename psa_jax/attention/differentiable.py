@@ -46,6 +46,17 @@ class Call:
             return means_of_rest.add_means(q, k, v, levels, out, lse, **self._options())
         return out, lse
 
+    def effects(self, run: Any, types: Any) -> Any:
+        """Effects of `run` with this call on arrays of these types: interpreted kernels have some."""
+        if self.implementation != "mosaic":
+            return jax.core.no_effects
+        from psa_jax._mosaic.device import interpreter  # brings Pallas along
+
+        if interpreter() is None:
+            return jax.core.no_effects
+        arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in types]
+        return jax.make_jaxpr(functools.partial(run, call=self))(*arrays).effects
+
     @numpy_rules
     def backward(self, dout: Array, dlse: Array | None, *arrays: Array) -> tuple[Array, ...]:
         """dq, dk and dv; arrays are q, k, v, levels, out and lse."""

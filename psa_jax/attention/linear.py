@@ -115,7 +115,9 @@ def _primitive(name: str, run, types, transpose) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(jax.jit(run, static_argnames="call"))
-    primitive.def_abstract_eval(types)
+    primitive.def_effectful_abstract_eval(
+        lambda *args, call: (types(*args, call=call), call.effects(run, args))
+    )
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
     ad.primitive_transposes[primitive] = transpose
     ad.primitive_jvps[primitive] = functools.partial(_jvp, primitive)
