@@ -47,13 +47,13 @@ class Call:
         return out, lse
 
     def effects(self, run: Any, types: Any) -> Any:
-        """Effects of `run` with this call on arrays of these types: interpreted kernels have some."""
+        """Effects of `run` with this call, on arrays of these types: of interpreted kernels only."""
         if self.implementation != "mosaic":
-            return jax.core.no_effects
+            return frozenset()
         from psa_jax._mosaic.device import interpreter  # brings Pallas along
 
         if interpreter() is None:
-            return jax.core.no_effects
+            return frozenset()
         arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in types]
         return jax.make_jaxpr(functools.partial(run, call=self))(*arrays).effects
 
