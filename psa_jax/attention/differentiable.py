@@ -47,7 +47,7 @@ class Call:
         return out, lse
 
     def effects(self, run: Any, types: Any) -> Any:
-        """Effects of `run` with this call, on arrays of these types: of interpreted kernels only."""
+        """Effects of `run` with this call on these types: interpreted kernels have some."""
         if self.implementation != "mosaic":
             return frozenset()
         from psa_jax._mosaic.device import interpreter  # brings Pallas along
