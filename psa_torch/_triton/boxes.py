@@ -8,12 +8,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
-def row_boxes(x: Tensor, rows: int, width: int | None = None) -> TensorDescriptor:
+def row_boxes(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     """Copies of `rows` adjacent rows of `[B, heads, rows, D]`, contiguous, all heads end to end.
 
-    width: columns of a box, D (None) or more; those that the rows do not have arrive as zeros.
+    width: columns of a box, D or more; those that the rows do not have arrive as zeros.
     """
-    width = width or x.shape[-1]
     layout = _layout(rows, width, x.dtype)
     return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [rows, width], layout)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import next_power_of_2, on_device_of, require_dtype
+from psa_torch.kernels.blocks import rank_keys, store_levels
 from psa_torch.kernels.budget_choice import (
     best_levels,
     crossing,
@@ -28,7 +29,6 @@ from psa_torch.kernels.budget_choice import (
     kinds_of_blocks,
     next_changes,
     raw_bits,
-    store_levels,
 )
 from psa_torch.kernels.table import warps_for_row
 from shared_specs.budget import precision_bits
@@ -320,9 +320,8 @@ def levels_by_head(
     at = pid * k_blocks + column
     two, four, eight, rest = integer_defects(defects, at, inside, top, BITS)
     level, _ = best_levels(lam, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
-    defect = tl.load(defects + at * 4 + 3, mask=inside, other=0.0)
-    raw = raw_bits(defects, at, inside, 3)
-    store_levels(levels, at, level, raw, defect != defect, candidate, forced, inside)
+    key = rank_keys(tl.load(defects + at * 4 + 3, mask=inside, other=0.0), candidate)
+    store_levels(levels, at, level, key, forced, inside)
 
 
 @triton.jit
@@ -373,5 +372,5 @@ def levels_by_row(
         low = tl.where(fits, low, tl.minimum(middle + 1, high))
         high = tl.where(fits, middle, high)
     level, _ = best_levels(high, two, four, eight, rest, BLOCK_N, REST, HAS_2, HAS_4, HAS_8)
-    defect = tl.load(defects + at * 4 + 3, mask=inside, other=0.0)
-    store_levels(levels, at, level, raw, defect != defect, candidate, forced, inside)
+    key = rank_keys(tl.load(defects + at * 4 + 3, mask=inside, other=0.0), candidate)
+    store_levels(levels, at, level, key, forced, inside)

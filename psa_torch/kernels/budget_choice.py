@@ -1,4 +1,4 @@
-"""What the kernels of `budget` ask of blocks: what one may be, what it loses, what is best.
+"""What the kernels of `budget` ask of blocks: what each loses, and what is best.
 
 Functions of kernels; a program holds one row of blocks.
 """
@@ -6,12 +6,7 @@ Functions of kernels; a program holds one row of blocks.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def raw_bits(pointer, at, inside, LEVEL: tl.constexpr):
-    """Bits of the defects of one level, which order like the numbers; NaN and negative give 0."""
-    defect = tl.load(pointer + at * 4 + LEVEL, mask=inside, other=0.0)
-    return tl.where(defect > 0, defect, 0.0).to(tl.int32, bitcast=True)
+from psa_torch.kernels.blocks import candidate_blocks, forced_blocks, ordered_bits, row_span
 
 
 @triton.jit
@@ -30,27 +25,19 @@ def kinds_of_blocks(
     WIDTH: tl.constexpr,
 ):
     """Which blocks of a row are candidates, and which of those level 1 is forced upon."""
-    column = tl.arange(0, WIDTH)
-    first = row * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, q_len) - 1
-    candidate = column < k_blocks
-    if IS_CAUSAL:
-        first += kv_len - q_len
-        last += kv_len - q_len
-        candidate = candidate & (column * BLOCK_N <= last)
-    first_key = column * BLOCK_N
-    last_key = tl.minimum(first_key + BLOCK_N, kv_len) - 1
-    forced = column < sink_blocks
-    if TEXT:
-        if TEXT_FIRST:
-            forced = forced | (first < text_length) | (first_key < text_length)
-        else:
-            text_from = (kv_len if IS_CAUSAL else q_len) - text_length
-            forced = forced | (last >= text_from) | (last_key >= kv_len - text_length)
-    if IS_CAUSAL:
-        # Some row sees some but not all keys of the block.
-        forced = forced | (tl.maximum(first, first_key) <= tl.minimum(last, last_key - 1))
+    first, last = row_span(row, q_len, kv_len, BLOCK_M, IS_CAUSAL)
+    candidate = candidate_blocks(last, k_blocks, BLOCK_N, IS_CAUSAL, WIDTH)
+    forced = forced_blocks(
+        first, last, q_len, kv_len, text_length, sink_blocks,
+        BLOCK_N, IS_CAUSAL, TEXT, TEXT_FIRST, WIDTH,
+    )  # fmt: skip
     return candidate, forced & candidate
+
+
+@triton.jit
+def raw_bits(pointer, at, inside, LEVEL: tl.constexpr):
+    """Bits of the defects of one level."""
+    return ordered_bits(tl.load(pointer + at * 4 + LEVEL, mask=inside, other=0.0))
 
 
 @triton.jit
@@ -168,16 +155,3 @@ def crossing(pointer, wanted, BINS: tl.constexpr):
     sums = tl.cumsum(tl.load(pointer + tl.arange(0, BINS)), 0)
     short = sums < wanted
     return tl.sum(short.to(tl.int32), 0), tl.max(tl.where(short, sums, 0), 0)
-
-
-@triton.jit
-def store_levels(pointer, at, level, raw_rest, is_nan, candidate, forced, inside):
-    """Levels of a row; one left without any gets its block of largest defect at rest."""
-    column = tl.arange(0, level.shape[0])
-    level = tl.where(candidate, level, 0)
-    level = tl.where(forced, 1, level)
-    if tl.max(level, 0) == 0:
-        key = tl.where(candidate, tl.where(is_nan, -1, raw_rest), -2)
-        best = tl.min(tl.where(key == tl.max(key, 0), column, level.shape[0]), 0)
-        level = tl.where(column == best, 1, level)
-    tl.store(pointer + at, level, mask=inside)

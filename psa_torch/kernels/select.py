@@ -26,6 +26,14 @@ from torch import Tensor
 from psa_torch._checks import describe
 from psa_torch._triton.launch import launch_kernel
 from psa_torch.kernels._launch import next_power_of_2, on_device_of
+from psa_torch.kernels.blocks import (
+    UNSEEN,
+    candidate_blocks,
+    forced_blocks,
+    rank_keys,
+    row_span,
+    store_levels,
+)
 from psa_torch.kernels.table import warps_for_row
 from shared_specs.config import PSAConfig
 from shared_specs.selection import check_scores
@@ -159,22 +167,13 @@ def _select_kernel(
     h = batch_head % heads
     column = tl.arange(0, WIDTH)
     inside = column < k_blocks
-    # First and last query of the row; under causality their positions among the keys.
-    first = row * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, q_len) - 1
-    n = tl.full([], 0, tl.int32) + k_blocks
-    if IS_CAUSAL:
-        first += kv_len - q_len
-        last += kv_len - q_len
-        n = tl.minimum(tl.cdiv(tl.maximum(last + 1, 0), BLOCK_N), n)
+    first, last = row_span(row, q_len, kv_len, BLOCK_M, IS_CAUSAL)
+    candidate = candidate_blocks(last, k_blocks, BLOCK_N, IS_CAUSAL, WIDTH)
+    n = tl.sum(candidate.to(tl.int32), 0)
 
     scores += b * stride_b + h * stride_h + row.to(tl.int64) * stride_row
     score = tl.load(scores + column.to(tl.int64) * stride_column, mask=inside, other=0.0)
-    # The bits of floats that are not negative order like the floats. NaN stands behind every
-    # score, blocks that cannot be seen behind NaN.
-    key = tl.where(score > 0, score, 0.0).to(tl.int32, bitcast=True)
-    key = tl.where(score != score, -1, key)
-    key = tl.where(column < n, key, -2)
+    key = rank_keys(score, candidate)
 
     u = key
     total = n
@@ -182,7 +181,7 @@ def _select_kernel(
         u = _integer_scores(key, SHIFT)
         total = tl.sum(u, 0)
     level = tl.full([WIDTH], -1, tl.int32)
-    least = tl.min(tl.where(column < n, key, 0x7FFFFFFF), 0)
+    least = tl.min(tl.where(key > UNSEEN, key, 0x7FFFFFFF), 0)
     ceiling = tl.max(key, 0) + 1
     end = n * 0
     for step in tl.static_range(len(TAKEN)):
@@ -201,27 +200,12 @@ def _select_kernel(
     if cap is not None:
         at = (b * (heads // group) + h // group) * k_blocks + column
         level = tl.minimum(level, tl.load(cap + at, mask=inside, other=0))
-    first_key = column * BLOCK_N
-    last_key = tl.minimum(first_key + BLOCK_N, kv_len) - 1
-    if TEXT:
-        if TEXT_FIRST:
-            text = (first < text_length) | (first_key < text_length)
-        else:
-            text_from = (kv_len if IS_CAUSAL else q_len) - text_length
-            text = (last >= text_from) | (last_key >= kv_len - text_length)
-        level = tl.where(text, 1, level)
-    level = tl.where(column < sink_blocks, 1, level)
-    if IS_CAUSAL:
-        # Some row sees some but not all keys of the block.
-        straddles = tl.maximum(first, first_key) <= tl.minimum(last, last_key - 1)
-        level = tl.where(straddles, 1, level)
-        level = tl.where(first_key > last, 0, level)
-    level = tl.where(inside, level, 0)
-    if tl.max(level, 0) == 0:
-        best = tl.min(tl.where(key == tl.max(key, 0), column, WIDTH), 0)
-        level = tl.where(column == best, 1, level)
-
-    tl.store(levels + pid.to(tl.int64) * k_blocks + column, level, mask=inside)
+    at = pid.to(tl.int64) * k_blocks + column
+    forced = forced_blocks(
+        first, last, q_len, kv_len, text_length, sink_blocks,
+        BLOCK_N, IS_CAUSAL, TEXT, TEXT_FIRST, WIDTH,
+    )  # fmt: skip
+    store_levels(levels, at, level, key, forced, inside)
 
 
 @triton.jit
