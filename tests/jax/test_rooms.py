@@ -167,6 +167,8 @@ def kinds_of_scores(rng, shape):
     scores[:, 0] = np.round(scores[:, 0] * 4) / 4
     scores[:, 0, 0] = 0
     scores[0, 1, :, ::3] = np.nan
+    scores[0, 1, 1::2, 1::3] = 0  # behind which NaN stands, too
+    scores[0, 1, 1::2, 2::3] = 0
     scores[-1, 1] = np.ldexp(scores[-1, 1], rng.integers(-149, 1, shape[2:])).astype(np.float32)
     scores[-1, -1, 0] = np.float32(1e-42) * rng.integers(0, 9, shape[-1])
     scores[0, 0, -1] = -0.0

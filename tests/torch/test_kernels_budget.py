@@ -32,7 +32,7 @@ CASES = {
     "little": (dataclasses.replace(MEAN, budget=0.02), 200, 500),
     "everything": (dataclasses.replace(MEAN, budget=1.0), 200, 320),
 }  # fmt: skip
-KINDS = ["even", "skewed", "ties", "zeros", "nan", "tiny"]
+KINDS = ["even", "skewed", "ties", "zeros", "nan", "tiny", "nan before zeros"]
 
 
 def defects(rng, kind: str, shape) -> np.ndarray:
@@ -46,6 +46,9 @@ def defects(rng, kind: str, shape) -> np.ndarray:
         x *= rng.random(shape[:-1])[..., None] < 0.1
     if kind == "nan":
         x[rng.random(shape) < 0.2] = np.nan
+    if kind == "nan before zeros":  # every row is left empty, and NaN is no rank 0
+        x = 0 * x
+        x[..., ::2, :] = np.nan
     if kind == "tiny":
         x *= np.float32(1e-42)
     return x.astype(np.float32)

@@ -90,6 +90,7 @@ def test_ties_nan_and_extreme_scores(rng, mode):
             np.full(n_k, 0.37),
             np.where(rng.random(n_k) < 0.5, np.nan, rng.random(n_k)),
             np.full(n_k, np.nan),
+            np.where(np.arange(n_k) % 2, 0.0, np.nan),  # NaN stands behind zero, too
             rng.random(n_k) * 1e-44,
             rng.random(n_k) * 3e38,
             np.where(np.arange(n_k) == 7, np.inf, rng.random(n_k)),

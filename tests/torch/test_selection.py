@@ -26,6 +26,8 @@ def make_scores(rng, shape, kind):
         return np.where(rng.random(shape) < 0.5, np.float32(-0.0), smooth).astype(np.float32)
     if kind == "nan":
         return np.where(rng.random(shape) < 0.3, np.float32(np.nan), smooth).astype(np.float32)
+    if kind == "nan before zeros":
+        return np.where(np.arange(shape[-1]) % 2, 0.0, np.full(shape, np.nan)).astype(np.float32)
     if kind == "all nan":
         return np.full(shape, np.nan, np.float32)
     if kind == "powers of two":
@@ -39,6 +41,7 @@ def make_scores(rng, shape, kind):
 
 KINDS = [
     *("smooth", "peaked", "ties", "zeros", "negative zeros", "nan", "all nan"),
+    "nan before zeros",
     *("powers of two", "subnormal", "wide"),
 ]
 
