@@ -10,7 +10,7 @@ from torch import Tensor
 
 from psa_torch._config import parse_config
 from psa_torch._vmap import register_batch_rule
-from psa_torch.attention.ops import attention_backward, attention_forward
+from psa_torch.attention.ops import attention_backward, attention_forward, like_forward
 from psa_torch.choice import choose_levels
 from shared_specs.config import resolve_scale
 
@@ -37,8 +37,7 @@ def chosen_attention(
 
 @chosen_attention.register_fake
 def _(q, k, v, config, implementation):
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return like_forward(q, v)
 
 
 @torch.library.custom_op("psa::chosen_attention_backward", mutates_args=())

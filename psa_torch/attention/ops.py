@@ -44,7 +44,7 @@ def attention_forward(
     name = choose(implementation, q, k, v, block_m=block_m, block_n=block_n)
     check_level_values(levels)
     if not q.shape[0]:  # an empty batch: no implementation has to know
-        return _like_forward(q, v)
+        return like_forward(q, v)
     levels = levels.int()
     settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
@@ -56,7 +56,7 @@ def attention_forward(
 
 @attention_forward.register_fake
 def _(q, k, v, *_):
-    return _like_forward(q, v)
+    return like_forward(q, v)
 
 
 def _settings(block_m: int, block_n: int, scale: float, is_causal: bool) -> dict:
@@ -64,7 +64,8 @@ def _settings(block_m: int, block_n: int, scale: float, is_causal: bool) -> dict
     return {"block_m": block_m, "block_n": block_n, "scale": scale, "is_causal": is_causal}
 
 
-def _like_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def like_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for out and lse."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
@@ -137,7 +138,7 @@ def attention_tangent(
             "jacrev) runs on every one"
         )
     if not q.shape[0]:
-        return _like_forward(q, v)
+        return like_forward(q, v)
     arrays = tq, tk, tv, q, k, v, levels.int(), out, lse
     settings = _settings(block_m, block_n, scale, is_causal)
     with without_autocast(q):
@@ -149,7 +150,7 @@ def attention_tangent(
 
 @attention_tangent.register_fake
 def _(tq, tk, tv, q, k, v, *_):
-    return _like_forward(q, v)
+    return like_forward(q, v)
 
 
 def setup_context(ctx, inputs, output):

@@ -16,7 +16,12 @@ from torch import Tensor
 from psa_torch._checks import describe
 from psa_torch._dispatch import announce
 from psa_torch._transforms import is_transformed
-from psa_torch.attention.ops import NO_SECOND_DERIVATIVE, attention_backward, attention_forward
+from psa_torch.attention.ops import (
+    NO_SECOND_DERIVATIVE,
+    attention_backward,
+    attention_forward,
+    like_forward,
+)
 from shared_specs.checks import check_lens
 from shared_specs.geometry import cdiv
 
@@ -110,7 +115,9 @@ def sequences_forward(
 ) -> tuple[Tensor, Tensor]:
     """`psa::attention_forward` of each sequence; past its end out is 0 and lse -inf."""
     settings = implementation, block_m, block_n, scale, is_causal, rest
-    out, lse = (x.fill_(value) for x, value in zip(_like(q, v), (0, -torch.inf), strict=True))
+    out, lse = (
+        x.fill_(value) for x, value in zip(like_forward(q, v), (0, -torch.inf), strict=True)
+    )
     for run in runs(q, k, q_lens, kv_lens):
         taken = run.of_blocks(levels, block_m, block_n).contiguous()
         found = attention_forward(
@@ -123,12 +130,7 @@ def sequences_forward(
 
 @sequences_forward.register_fake
 def _(q, k, v, *_):
-    return _like(q, v)
-
-
-def _like(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return like_forward(q, v)
 
 
 @torch.library.custom_op("psa::sequences_backward", mutates_args=())
